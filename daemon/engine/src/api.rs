@@ -1,0 +1,311 @@
+//! The engine's vocabulary: what goes in and what comes out. Plain data, no behaviour beyond parsing.
+
+use std::{collections::HashMap, fmt, path::PathBuf, str::FromStr, time::Duration};
+
+use crate::Error;
+
+/// A byte count.
+pub type Bytes = u64;
+
+/// How much of the routed experts may be resident.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum CacheBudget {
+    /// Slots ÷ experts in every layer, in 0.0..=1.0: floor(E × share) slots.
+    Share(f64),
+    /// Slot stride × slots, over all layers.
+    Bytes(Bytes),
+    /// All experts if they fit in half of the available memory, else what fits there.
+    Auto,
+}
+
+/// Which kernels compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernels {
+    /// Portable code, f32 activations, f32 KV cache: what the others are measured against.
+    Reference,
+    /// The fastest this CPU has, KV cache in f16.
+    Auto,
+}
+
+/// What [`crate::Engine::load`] needs to know besides the model's path.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub kernels: Kernels,
+    /// Worker threads, the engine thread included; `None` = physical cores.
+    pub threads: Option<usize>,
+    pub expert_cache: CacheBudget,
+    /// Cap on trunk + slab + KV + scratch.
+    pub memory: Option<Bytes>,
+    /// Tokens of a request, prompt and completion; `None` = min(the model's maximum, 32k).
+    pub context: Option<usize>,
+    /// Requests computed together in a step.
+    pub parallel: usize,
+    /// Requests waiting behind those; one more is refused with [`Error::QueueFull`].
+    pub queue: usize,
+    /// Threads that read experts.
+    pub loaders: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            kernels: Kernels::Auto,
+            threads: None,
+            expert_cache: CacheBudget::Auto,
+            memory: None,
+            context: None,
+            parallel: 2,
+            queue: 64,
+            loaders: 4,
+        }
+    }
+}
+
+/// Names a request inside one engine; never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RequestId(pub u64);
+
+/// One generation, already tokenised.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub prompt: Vec<u32>,
+    pub sampling: Sampling,
+    /// Stop strings; not part of the output.
+    pub stop: Vec<String>,
+    /// Clamped to the remaining context; `None` = all of it.
+    pub max_tokens: Option<usize>,
+    /// `Some(n)`: log-probabilities with n alternatives each.
+    pub top_logprobs: Option<usize>,
+    pub ignore_eos: bool,
+    /// Fairness key: clients take turns, requests of one client queue behind each other.
+    pub client: String,
+}
+
+/// Order of application: penalties → logit bias → temperature → top-k → top-p → min-p → seeded draw.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 = greedy.
+    pub temperature: f32,
+    /// 0 = off.
+    pub top_k: usize,
+    /// 1 = off.
+    pub top_p: f32,
+    /// 0 = off.
+    pub min_p: f32,
+    /// 1 = off.
+    pub repetition_penalty: f32,
+    /// Last tokens the repetition penalty looks at; 0 = all.
+    pub repetition_window: usize,
+    pub frequency_penalty: f32,
+    pub presence_penalty: f32,
+    pub logit_bias: HashMap<u32, f32>,
+    /// `None`: drawn from the operating system.
+    pub seed: Option<u64>,
+}
+
+impl Sampling {
+    /// Always the most likely token.
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            repetition_window: 0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: HashMap::new(),
+            seed: None,
+        }
+    }
+}
+
+/// What a step has to say about one request.
+#[derive(Debug)]
+pub enum Event {
+    /// Part of the prompt has been read.
+    Prefill {
+        done: usize,
+        total: usize,
+    },
+    /// Text is empty while a character or a possible stop string is held back.
+    Token {
+        text: String,
+        logprobs: Vec<TokenLogprob>,
+    },
+    Done(Done),
+    /// Last event: the request is gone.
+    Failed(Error),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprob {
+    pub id: u32,
+    pub logprob: f32,
+    /// Most likely first.
+    pub top: Vec<(u32, f32)>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Finish {
+    /// An end-of-turn token, or this stop string.
+    Stop(Option<String>),
+    /// max_tokens or the context's end.
+    Length,
+}
+
+#[derive(Clone, Debug)]
+pub struct Done {
+    pub finish: Finish,
+    pub prompt_tokens: usize,
+    /// Generated ids, end-of-turn token included.
+    pub token_ids: Vec<u32>,
+    pub timing: Timing,
+}
+
+/// Where a request's time went.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Timing {
+    /// From admission to the first step it took part in.
+    pub queue: Duration,
+    pub prefill: Duration,
+    /// From admission to the first token.
+    pub ttft: Duration,
+    pub decode: Duration,
+    /// Of the steps it took part in.
+    pub expert_hits: u64,
+    pub expert_misses: u64,
+    pub ssd_bytes: Bytes,
+}
+
+/// What the receiver of an [`Event`] did with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    Taken,
+    /// Taken, and there is no room for another: the request pauses until [`crate::Engine::resume`].
+    Full,
+    /// Nobody listens any more: the request is cancelled.
+    Gone,
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Worked,
+    /// Nothing to do until a command arrives: no request, or all of them are paused.
+    Idle,
+}
+
+/// What is known of a model from its files.
+#[derive(Clone, Debug)]
+pub struct ModelInfo {
+    /// The folder's name.
+    pub id: String,
+    pub path: PathBuf,
+    /// config.json's model_type.
+    pub arch: String,
+    pub params: u64,
+    pub active_params: u64,
+    /// "4-bit g64", "bf16" …
+    pub quantization: String,
+    /// Of the weight files.
+    pub size_bytes: Bytes,
+    pub context_max: usize,
+    pub layers: usize,
+    pub experts: usize,
+    pub top_k: usize,
+    pub vocab_size: usize,
+    /// Payload of one expert's record.
+    pub expert_bytes: Bytes,
+    /// Everything that is not a routed expert.
+    pub trunk_bytes: Bytes,
+}
+
+/// Counters and gauges of a loaded engine, for stats; taken between steps.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    pub running: usize,
+    pub waiting: usize,
+    /// Longest context in use.
+    pub context_used: usize,
+    pub trunk_bytes: Bytes,
+    pub kv_bytes: Bytes,
+    pub kv_reserved_bytes: Bytes,
+    pub scratch_bytes: Bytes,
+    /// "avx2", "portable" …
+    pub kernels: String,
+    pub threads: usize,
+    pub experts: flash_experts::Stats,
+}
+
+impl FromStr for CacheBudget {
+    type Err = Error;
+
+    /// "25%", "512MiB", "1.5GB", plain bytes, or "auto".
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let text = text.trim();
+        if text.eq_ignore_ascii_case("auto") {
+            return Ok(Self::Auto);
+        }
+        if let Some(percent) = text.strip_suffix('%') {
+            return match percent.trim().parse::<f64>() {
+                Ok(percent) if (0.0..=100.0).contains(&percent) => Ok(Self::Share(percent / 100.0)),
+                _ => Err(Error::Setting { value: text.into(), wants: "a percentage from 0% to 100%" }),
+            };
+        }
+        parse_bytes(text).map(Self::Bytes)
+    }
+}
+
+impl fmt::Display for CacheBudget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Share(share) => write!(f, "{}%", share * 100.0),
+            Self::Bytes(bytes) => write!(f, "{bytes}"),
+            Self::Auto => f.write_str("auto"),
+        }
+    }
+}
+
+/// Reads "512MiB", "1.5 GB", "4096"; MB is 10^6 bytes, MiB (or MI, M followed by nothing) 2^20.
+pub fn parse_bytes(text: &str) -> Result<Bytes, Error> {
+    let wants = "a size such as 512MiB, 1.5GB or 1073741824";
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor: f64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "tb" => 1e12,
+        "k" | "kib" => 1024.0,
+        "m" | "mib" => 1024.0 * 1024.0,
+        "g" | "gib" => 1024.0 * 1024.0 * 1024.0,
+        "t" | "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
+        _ => return Err(Error::Setting { value: text.into(), wants }),
+    };
+    match number.parse::<f64>() {
+        Ok(number) if number.is_finite() && number * factor < 9e18 => Ok((number * factor) as Bytes),
+        _ => Err(Error::Setting { value: text.into(), wants }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn budgets_are_read_and_refused() {
+        let check = |text: &str, expected: Option<CacheBudget>| assert_eq!(text.parse::<CacheBudget>().ok(), expected, "{text}");
+        check("25%", Some(CacheBudget::Share(0.25)));
+        check(" auto ", Some(CacheBudget::Auto));
+        check("512MiB", Some(CacheBudget::Bytes(512 << 20)));
+        check("1.5 GB", Some(CacheBudget::Bytes(1_500_000_000)));
+        check("0", Some(CacheBudget::Bytes(0)));
+        for bad in ["", "101%", "-1%", "NaN%", "12 parsecs", "1e400", "99999999999TB", "½"] {
+            check(bad, None);
+        }
+    }
+}

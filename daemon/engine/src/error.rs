@@ -1,0 +1,37 @@
+//! Everything that can go wrong in the engine, with what was attempted and where.
+
+use std::{io, path::PathBuf};
+
+/// One enum for the crate; the message says what to do where something can be done.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("`{value}` is not {wants}")]
+    Setting { value: String, wants: &'static str },
+    #[error("cannot read {path}: {source}")]
+    Read { path: PathBuf, source: io::Error },
+    /// A checkpoint's file says something that cannot be.
+    #[error("{path}: {reason}")]
+    File { path: PathBuf, reason: String },
+    #[error("{path}: tensor `{tensor}`: {reason}")]
+    Tensor { path: PathBuf, tensor: String, reason: String },
+    #[error("{path}: {reason}")]
+    Unsupported { path: PathBuf, reason: String },
+    #[error("the chat template failed: {reason}")]
+    Template { reason: String },
+    #[error("the tokenizer failed: {reason}")]
+    Tokenizer { reason: String },
+    #[error("This model's maximum context length is {limit} tokens. However, your messages resulted in {prompt} tokens.")]
+    ContextLength { prompt: usize, limit: usize },
+    #[error("the prompt has no tokens")]
+    EmptyPrompt,
+    #[error("token id {id} is outside the vocabulary of {vocab}")]
+    TokenId { id: u32, vocab: usize },
+    #[error("{waiting} requests are waiting already; try again later")]
+    QueueFull { waiting: usize },
+    #[error("{needed} bytes are needed ({what}) and the memory cap leaves {left}; raise --memory or lower --ctx")]
+    Memory { what: &'static str, needed: u64, left: u64 },
+    #[error(transparent)]
+    Experts(#[from] std::sync::Arc<flash_experts::Error>),
+    #[error("internal error: {0}")]
+    Internal(String),
+}

@@ -1,0 +1,59 @@
+//! Machine-readable error codes beside a gRPC status: `flash-code` names the error, `flash-param` the field at fault,
+//! `flash-retry-after` the seconds to wait. The daemon writes them once; client and gateway read them.
+
+use tonic::{Code, Status, metadata::MetadataValue};
+
+pub const MODEL_NOT_FOUND: &str = "model_not_found";
+pub const MODEL_INVALID: &str = "model_invalid";
+pub const MODEL_LOADING: &str = "model_loading";
+pub const CONTEXT_LENGTH: &str = "context_length_exceeded";
+pub const INVALID_VALUE: &str = "invalid_value";
+pub const CHAT_TEMPLATE: &str = "chat_template_error";
+pub const QUEUE_FULL: &str = "queue_full";
+pub const INSUFFICIENT_MEMORY: &str = "insufficient_memory";
+pub const DRAINING: &str = "draining";
+pub const ENGINE: &str = "engine_error";
+pub const CANCELLED: &str = "cancelled";
+
+/// A status that carries `code`.
+pub fn status(code: &'static str, message: impl Into<String>) -> Status {
+    let grpc = match code {
+        MODEL_NOT_FOUND => Code::NotFound,
+        MODEL_INVALID | INSUFFICIENT_MEMORY => Code::FailedPrecondition,
+        CONTEXT_LENGTH | INVALID_VALUE | CHAT_TEMPLATE => Code::InvalidArgument,
+        QUEUE_FULL => Code::ResourceExhausted,
+        MODEL_LOADING | DRAINING => Code::Unavailable,
+        CANCELLED => Code::Cancelled,
+        _ => Code::Internal,
+    };
+    let mut status = Status::new(grpc, message);
+    status.metadata_mut().insert("flash-code", MetadataValue::from_static(code));
+    status
+}
+
+/// Names the request field at fault, as the caller wrote it.
+pub fn with_param(mut status: Status, param: &str) -> Status {
+    if let Ok(value) = param.parse() {
+        status.metadata_mut().insert("flash-param", value);
+    }
+    status
+}
+
+/// Says when trying again makes sense.
+pub fn with_retry_after(mut status: Status, seconds: u64) -> Status {
+    status.metadata_mut().insert("flash-retry-after", seconds.into());
+    status
+}
+
+/// The code of a status that the daemon made.
+pub fn of(status: &Status) -> Option<&str> {
+    status.metadata().get("flash-code")?.to_str().ok()
+}
+
+pub fn param(status: &Status) -> Option<&str> {
+    status.metadata().get("flash-param")?.to_str().ok()
+}
+
+pub fn retry_after(status: &Status) -> Option<u64> {
+    status.metadata().get("flash-retry-after")?.to_str().ok()?.parse().ok()
+}

@@ -1,0 +1,14 @@
+//! flashd's wire contract: messages and services generated from `flash/v1/*.proto`, the error codes that travel with a
+//! gRPC status, and [`socket`], the only place that knows where the daemon listens. No behaviour beyond that.
+
+pub mod code;
+pub mod socket;
+
+/// Raised whenever an old peer could misread a new one; the two sides compare it before anything else.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Generated from the .proto files.
+#[allow(missing_debug_implementations, unreachable_pub, clippy::all, reason = "generated code")]
+pub mod v1 {
+    tonic::include_proto!("flash.v1");
+}
