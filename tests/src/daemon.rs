@@ -61,7 +61,8 @@ pub fn binary(name: &str) -> PathBuf {
 fn build_binaries() -> Result<PathBuf> {
     let test = env::current_exe()?;
     let folder = test.parent().and_then(Path::parent).context("a test lies in target/PROFILE/deps")?.to_path_buf();
-    let newest = ["proto", "daemon", "client", "gateway", "launchd"].iter().map(|member| newest_source(&checkout().join(member))).max().flatten();
+    let newest =
+        ["proto", "daemon", "client", "gateway", "launchd"].iter().map(|member| newest_source(&checkout().join(member))).max().flatten();
     let built = |name: &str| fs::metadata(folder.join(name)).and_then(|found| found.modified()).ok();
     if ["flashd", "flashctl", "flash-gateway"].iter().all(|name| built(name) >= newest) {
         return Ok(folder);

@@ -31,25 +31,35 @@ pub fn drawn(prompt: &[u32], count: usize, seed: u64) -> Request {
     Request { sampling: Sampling { temperature: 1.0, seed: Some(seed), ..Sampling::greedy() }, ..greedy(prompt, count) }
 }
 
-/// Admits all requests together and steps until each has ended.
-pub fn run(engine: &mut Engine, requests: &[Request]) -> Result<Vec<Outcome>> {
-    run_with(engine, requests, &mut |_, _| {})
+/// A request that is admitted before step `at`.
+#[derive(Clone, Debug)]
+pub struct Late {
+    pub at: usize,
+    pub request: Request,
 }
 
-/// As [`run`], with the engine in the caller's hands before each step.
-pub fn run_with(engine: &mut Engine, requests: &[Request], between: &mut dyn FnMut(&mut Engine, usize)) -> Result<Vec<Outcome>> {
-    let mut ids = Vec::new();
-    for request in requests {
-        ids.push(engine.admit(request.clone())?.0);
-    }
-    let mut outcomes: Vec<Outcome> = ids.iter().map(|_| Outcome::default()).collect();
+/// Admits all requests together and steps until each has ended.
+pub fn run(engine: &mut Engine, requests: &[Request]) -> Result<Vec<Outcome>> {
+    let requests: Vec<Late> = requests.iter().map(|request| Late { at: 0, request: request.clone() }).collect();
+    run_with(engine, &requests, &mut |_, _| {})
+}
+
+/// Admits each request in its time, and puts the engine in the caller's hands before each step.
+pub fn run_with(engine: &mut Engine, requests: &[Late], between: &mut dyn FnMut(&mut Engine, usize)) -> Result<Vec<Outcome>> {
+    let mut admitted: Vec<Option<RequestId>> = vec![None; requests.len()];
+    let mut outcomes: Vec<Outcome> = requests.iter().map(|_| Outcome::default()).collect();
     let ended = |outcome: &Outcome| outcome.finish.is_some() || outcome.error.is_some();
     let mut steps = 0;
     while !outcomes.iter().all(ended) {
+        for (late, id) in requests.iter().zip(&mut admitted) {
+            if late.at == steps {
+                *id = Some(engine.admit(late.request.clone())?.0);
+            }
+        }
         between(engine, steps);
         steps += 1;
         let mut deliver = |id: RequestId, event: Event| {
-            let Some(index) = ids.iter().position(|&known| known == id) else { return Delivery::Gone };
+            let Some(index) = admitted.iter().position(|&known| known == Some(id)) else { return Delivery::Gone };
             let outcome = &mut outcomes[index];
             match event {
                 Event::Prefill { .. } => {}
@@ -62,7 +72,8 @@ pub fn run_with(engine: &mut Engine, requests: &[Request], between: &mut dyn FnM
             }
             Delivery::Taken
         };
-        if engine.step(&mut deliver) == Step::Idle && !outcomes.iter().all(ended) {
+        let worked = engine.step(&mut deliver) == Step::Worked;
+        if !worked && !outcomes.iter().all(ended) && requests.iter().all(|late| late.at < steps) {
             bail!("the engine is idle after {steps} steps and has not answered every request: {outcomes:?}");
         }
     }

@@ -2,7 +2,7 @@
 //! reads, with a byte-level tokenizer and a ChatML template. Not trained, so its text is noise; what it computes is known
 //! exactly ([`TinyModel::weights`] holds the numbers that the files mean). Used by the tests of this package.
 
-use std::{collections::BTreeMap, fs, io, path::Path};
+use std::{collections::BTreeMap, fs, io, ops::Range, path::Path};
 
 use anyhow::{Context, Result};
 use half::{bf16, f16};
@@ -208,7 +208,11 @@ impl TinyModel {
     }
 
     fn matrix(&mut self, rng: &mut Rng, path: &str, rows: usize, cols: usize, scale: f32, format: Format) {
-        let raw: Vec<f32> = (0..rows * cols).map(|_| scale * rng.normal()).collect();
+        let mut raw: Vec<f32> = (0..rows * cols).map(|_| scale * rng.normal()).collect();
+        if path == "lm_head" {
+            // Scores of zero against others far above: the model practically never ends its turn by itself.
+            raw[END_OF_TEXT as usize * cols..(IM_END as usize + 1) * cols].fill(0.0);
+        }
         let values = match format {
             Format::Plain(float) => {
                 let rounded: Vec<f32> = raw.iter().map(|&v| float.round(v)).collect();
@@ -339,6 +343,25 @@ pub fn write_safetensors<'a>(path: &Path, tensors: impl Iterator<Item = (&'a Str
     fs::write(path, bytes)
 }
 
+/// A safetensors file's header and where its data begins.
+pub fn read_header(path: &Path) -> Result<(Value, u64)> {
+    let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    let length = bytes.first_chunk().map(|length| u64::from_le_bytes(*length)).context("a header length")?;
+    let header = bytes.get(8..8 + usize::try_from(length)?).context("a header")?;
+    Ok((serde_json::from_slice(header)?, 8 + length))
+}
+
+/// Which bytes of model.safetensors are one expert's codes of `projection`, in a model with stacked experts.
+pub fn expert_bytes(dir: &Path, layer: usize, expert: usize, projection: &str) -> Result<(String, Range<u64>)> {
+    let (header, data) = read_header(&dir.join("model.safetensors"))?;
+    let tensor = &header[format!("model.layers.{layer}.mlp.switch_mlp.{projection}.weight")];
+    let number = |value: &Value| value.as_u64().with_context(|| format!("a number in {tensor}"));
+    let (from, to) = (number(&tensor["data_offsets"][0])?, number(&tensor["data_offsets"][1])?);
+    let len = (to - from) / number(&tensor["shape"][0])?;
+    let start = data + from + len * expert as u64;
+    Ok(("model.safetensors".into(), start..start + len))
+}
+
 impl Float {
     pub fn round(self, value: f32) -> f32 {
         match self {
@@ -374,7 +397,8 @@ fn quantise(raw: &[f32], cols: usize, bits: u8, group: usize, params: Float) -> 
         for weights in row.chunks_exact(group) {
             let low = weights.iter().copied().fold(f32::INFINITY, f32::min);
             let high = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let (scale, bias) = (params.round((high - low) / levels), params.round(low));
+            let scale = if high > low { params.round((high - low) / levels) } else { 1.0 };
+            let bias = params.round(low);
             affine.scales.push(scale);
             affine.biases.push(bias);
             for &weight in weights {
