@@ -44,6 +44,8 @@ pub struct Options {
     pub queue: usize,
     /// Threads that read experts.
     pub loaders: usize,
+    /// What [`CacheBudget::Auto`] takes half of; `None` = what the system says is available.
+    pub available: Option<Bytes>,
 }
 
 impl Default for Options {
@@ -57,6 +59,7 @@ impl Default for Options {
             parallel: 2,
             queue: 64,
             loaders: 4,
+            available: None,
         }
     }
 }
