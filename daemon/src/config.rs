@@ -253,6 +253,7 @@ impl Sources<'_> {
             threads: self.pick("threads", |raw| raw.threads.as_ref(), "auto", "a number of at least 1, or auto", or_auto)?,
             kernels: self.pick("kernels", |raw| raw.kernels.as_ref(), "auto", "auto or reference", kernels)?,
             loaders: self.pick("loaders", |raw| raw.loaders.as_ref(), "4", "a number of at least 1", at_least_1)?,
+            available: None,
         })
     }
 
