@@ -76,7 +76,14 @@ impl Forward {
 }
 
 /// Every row of a sequence that needed `expert` is out: later positions build on the one that failed.
-fn drop_rows(batch: &Batch<'_>, plan: &Plan, expert: ExpertId, error: &Arc<flash_experts::Error>, alive: &mut [bool], lost: &mut Vec<Lost>) {
+fn drop_rows(
+    batch: &Batch<'_>,
+    plan: &Plan,
+    expert: ExpertId,
+    error: &Arc<flash_experts::Error>,
+    alive: &mut [bool],
+    lost: &mut Vec<Lost>,
+) {
     for &row in plan.rows_of(expert).0 {
         let sequence = batch.rows[row as usize].sequence;
         if lost.iter().all(|lost| lost.sequence != sequence) {

@@ -209,7 +209,7 @@ mod tests {
         assert_eq!(greedy(&[1.0, 3.0, 2.9], &[1], |s| s.repetition_penalty = 1.5), Some(2));
         assert_eq!(greedy(&[1.0, 3.0, 2.9], &[1, 0, 0], |s| (s.repetition_penalty, s.repetition_window) = (1.5, 2)), Some(1));
         assert_eq!(greedy(&[-1.0, -1.1], &[0], |s| s.repetition_penalty = 2.0), Some(1));
-        assert_eq!(greedy(&[1.0, 3.0], &[], |s| drop(s.logit_bias.insert(0, 5.0))), Some(0));
+        assert_eq!(greedy(&[1.0, 3.0], &[], |s| s.logit_bias = HashMap::from([(0, 5.0)])), Some(0));
         assert_eq!(greedy(&[f32::NAN, f32::NEG_INFINITY, -5.0], &[], |_| ()), Some(2));
         assert_eq!(greedy(&[f32::NAN; 3], &[], |_| ()), None);
         let mut sampler = sampler(|s| (s.temperature, s.presence_penalty) = (0.0, 1.0));

@@ -164,7 +164,8 @@ impl Stops {
             return (piece.to_owned(), None);
         }
         self.held.push_str(piece);
-        let found = self.stops.iter().filter_map(|stop| Some((self.held.find(stop.as_str())?, stop))).min_by_key(|(at, stop)| (*at, stop.len()));
+        let found =
+            self.stops.iter().filter_map(|stop| Some((self.held.find(stop.as_str())?, stop))).min_by_key(|(at, stop)| (*at, stop.len()));
         if let Some((at, stop)) = found {
             let stop = stop.clone();
             self.held.truncate(at);

@@ -77,7 +77,14 @@ impl Record {
 impl Place {
     pub(super) fn matrix<'a>(&self, slot: &'a [u8]) -> Matrix<'a> {
         let part = |(at, len): (usize, usize)| &slot[at..at + len];
-        Matrix { rows: self.rows, cols: self.cols, format: self.format, weight: part(self.weight), scales: part(self.scales), biases: part(self.biases) }
+        Matrix {
+            rows: self.rows,
+            cols: self.cols,
+            format: self.format,
+            weight: part(self.weight),
+            scales: part(self.scales),
+            biases: part(self.biases),
+        }
     }
 }
 

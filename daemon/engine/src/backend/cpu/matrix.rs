@@ -111,10 +111,6 @@ impl<'a> Acts<'a> {
     pub(crate) fn token(&self, token: usize) -> &'a [f32] {
         &self.x[token * self.cols..][..self.cols]
     }
-
-    pub(crate) fn token_sums(&self, token: usize) -> &'a [f32] {
-        if self.group == 0 { &[] } else { &self.sums[token * (self.cols / self.group)..][..self.cols / self.group] }
-    }
 }
 
 /// Sum in eight fixed lanes: one order whatever the caller.

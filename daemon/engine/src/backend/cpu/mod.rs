@@ -17,12 +17,13 @@ use experts::{Buffers, Record, Work};
 use flash_experts::{ExpertId, Slice};
 use linear::{Linear, linear};
 use matrix::{Acts, Matrix};
+pub(crate) use pool::physical_cores;
 use pool::{Cells, Pool};
 use simd::Isa;
 
 use crate::{
     Bytes, Error, Kernels,
-    kv::{BLOCK, BlockId},
+    kv::BlockId,
     model::{
         arch::Arch,
         families::{Ffn, FfnSpec, LayerSpec, Model},
@@ -132,7 +133,12 @@ struct Activations {
 impl Owned {
     fn read(weights: &Weights, spec: &MatrixSpec) -> Result<Self, Error> {
         let read = |span: Span| weights.read(&spec.name, span);
-        Ok(Self { weight: read(spec.weight)?, scales: spec.scales.map(read).transpose()?, biases: spec.biases.map(read).transpose()?, spec: spec.clone() })
+        Ok(Self {
+            weight: read(spec.weight)?,
+            scales: spec.scales.map(read).transpose()?,
+            biases: spec.biases.map(read).transpose()?,
+            spec: spec.clone(),
+        })
     }
 
     fn view(&self) -> Matrix<'_> {
@@ -154,7 +160,7 @@ fn side_of(bytes: &Option<Aligned>) -> &[u8] {
 impl Cpu {
     /// Reads the trunk (everything but routed experts) and sizes the activations for steps of `rows_max` rows.
     /// `progress` hears the share read so far.
-    pub(crate) fn load(model: &Model, kernels: Kernels, threads: usize, rows_max: usize, progress: &mut dyn FnMut(f64)) -> Result<Self, Error> {
+    pub(crate) fn load(model: &Model, kernels: Kernels, rows_max: usize, progress: &mut dyn FnMut(f64)) -> Result<Self, Error> {
         let (arch, weights) = (&model.arch, &model.weights);
         let isa = if kernels == Kernels::Reference { Isa::PORTABLE } else { Isa::available()[0] };
         let embed = Owned::read(weights, &model.embed)?;
@@ -179,9 +185,15 @@ impl Cpu {
         let inverse_frequencies = (0..half).map(|i| arch.rope_theta.powf(-((2 * i) as f32) / arch.head_dim as f32)).collect();
         let act = Activations::new(&shape, &layers, arch, rows_max);
         let kv = if kernels == Kernels::Reference { Kv::F32(Vec::new()) } else { Kv::F16(Vec::new()) };
-        let pool = Pool::new(threads).map_err(|error| Error::Internal(format!("cannot start worker threads: {error}")))?;
+        let pool = Pool::new(1).expect("a pool of the calling thread alone starts nothing");
         let norm = weights.read_vector(&model.norm)?;
         Ok(Self { isa, pool, shape, embed, head, norm, layers, inverse_frequencies, kv, act })
+    }
+
+    /// Starts the workers; `threads` counts the calling one, which is pinned from now on.
+    pub(crate) fn start(&mut self, threads: usize) -> Result<(), Error> {
+        self.pool = Pool::new(threads).map_err(|error| Error::Internal(format!("cannot start worker threads: {error}")))?;
+        Ok(())
     }
 
     /// Bytes of a slot that holds any routed expert of the model.
@@ -217,11 +229,22 @@ impl Cpu {
 
     pub(crate) fn scratch_bytes(&self) -> Bytes {
         let act = &self.act;
-        let floats = [&act.hidden, &act.normed, &act.qkv, &act.attended, &act.delta, &act.routed, &act.logits, &act.ffn.mid, &act.ffn.mid_sums, &act.ffn.out];
+        let floats = [
+            &act.hidden,
+            &act.normed,
+            &act.qkv,
+            &act.attended,
+            &act.delta,
+            &act.routed,
+            &act.logits,
+            &act.ffn.mid,
+            &act.ffn.mid_sums,
+            &act.ffn.out,
+        ];
         4 * floats.iter().map(|floats| floats.capacity() as Bytes).sum::<Bytes>()
     }
 
-    /// Bytes of one KV block of [`BLOCK`] tokens.
+    /// Bytes of one KV block of [`crate::kv::BLOCK`] tokens.
     pub(crate) fn kv_block_bytes(&self) -> Bytes {
         self.kv.block_bytes(&self.shape) as Bytes
     }
@@ -258,9 +281,12 @@ impl Cpu {
             let [q_sums, k_sums, v_sums] = &mut act.sums;
             let x = &act.normed[..rows * shape.hidden];
             let out = Cells::new(&mut act.qkv);
-            let job = |owned: &Owned, x, at| Linear { w: owned.view(), x, out: &out, width, at };
             let acts = |owned: &Owned, sums| Acts::grouped(x, shape.hidden, owned.view().group(), sums);
-            let jobs = [job(&l.q, acts(&l.q, q_sums), 0), job(&l.k, acts(&l.k, k_sums), q_width), job(&l.v, acts(&l.v, v_sums), q_width + kv_width)];
+            let jobs = [
+                Linear { w: l.q.view(), x: acts(&l.q, q_sums), out: &out, width, at: 0 },
+                Linear { w: l.k.view(), x: acts(&l.k, k_sums), out: &out, width, at: q_width },
+                Linear { w: l.v.view(), x: acts(&l.v, v_sums), out: &out, width, at: q_width + kv_width },
+            ];
             linear(pool, isa, rows, &jobs);
         }
         for (i, row) in batch.rows.iter().enumerate() {
@@ -346,7 +372,12 @@ impl Cpu {
     pub(crate) fn logits(&mut self, rows: &[usize]) -> &[f32] {
         let Self { isa, pool, shape, act, .. } = self;
         for (i, &row) in rows.iter().enumerate() {
-            norm::rms_norm(&act.hidden[row * shape.hidden..][..shape.hidden], &self.norm, shape.eps, &mut act.normed[i * shape.hidden..][..shape.hidden]);
+            norm::rms_norm(
+                &act.hidden[row * shape.hidden..][..shape.hidden],
+                &self.norm,
+                shape.eps,
+                &mut act.normed[i * shape.hidden..][..shape.hidden],
+            );
         }
         act.logits.resize(rows.len().max(1) * shape.vocab, 0.0);
         let head = self.head.as_ref().unwrap_or(&self.embed).view();
@@ -380,7 +411,8 @@ impl Layer {
 
 impl Activations {
     fn new(shape: &Shape, layers: &[Layer], arch: &Arch, rows: usize) -> Self {
-        let dense = layers.iter().map(|layer| if let LayerFfn::Dense { gate, .. } = &layer.ffn { gate.spec.rows } else { 0 }).max().unwrap_or(0);
+        let dense =
+            layers.iter().map(|layer| if let LayerFfn::Dense { gate, .. } = &layer.ffn { gate.spec.rows } else { 0 }).max().unwrap_or(0);
         let mid = rows * dense.max(shape.top_k * arch.moe_width);
         let floats = |count: usize| vec![0.0f32; count];
         Self {

@@ -202,6 +202,22 @@ impl<'a> Cells<'a> {
     }
 }
 
+/// Cores this process may use, hyper-threads counted once.
+#[cfg(target_os = "linux")]
+pub(crate) fn physical_cores() -> usize {
+    let siblings = |cpu: &usize| {
+        let path = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
+        std::fs::read_to_string(path).unwrap_or_else(|_| cpu.to_string())
+    };
+    let cores: std::collections::HashSet<String> = allowed_cpus().iter().map(siblings).collect();
+    cores.len().max(1)
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn physical_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 #[cfg(target_os = "linux")]
 fn allowed_cpus() -> Vec<usize> {
     let Ok(set) = rustix::thread::sched_getaffinity(None) else { return Vec::new() };

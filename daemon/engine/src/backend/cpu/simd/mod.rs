@@ -39,8 +39,14 @@ pub(crate) struct Isa {
 }
 
 impl Isa {
-    pub(crate) const PORTABLE: Self =
-        Self { name: "portable", rows: portable::rows, dot: portable::dot, dot_f16: portable::dot_f16, axpy: portable::axpy, axpy_f16: portable::axpy_f16 };
+    pub(crate) const PORTABLE: Self = Self {
+        name: "portable",
+        rows: portable::rows,
+        dot: portable::dot,
+        dot_f16: portable::dot_f16,
+        axpy: portable::axpy,
+        axpy_f16: portable::axpy_f16,
+    };
 
     /// The sets this CPU has, best first; never empty.
     pub(crate) fn available() -> Vec<Self> {
