@@ -107,7 +107,7 @@ pub(super) enum Normalize {
 
 /// A pre-tokenizer whose `Split` patterns are watched.
 #[derive(Debug)]
-pub(super) enum Split {
+pub(super) enum PreTokenize {
     Split { pattern: Watched, behavior: SplitDelimiterBehavior, invert: bool },
     Sequence(Vec<Self>),
     Other(Box<PreTokenizerWrapper>),
@@ -125,7 +125,7 @@ impl Normalize {
     }
 }
 
-impl Split {
+impl PreTokenize {
     fn from_json(value: Value) -> Result<Self, String> {
         if let Some(parts) = value.get("pretokenizers").and_then(Value::as_array) {
             return parts.iter().cloned().map(Self::from_json).collect::<Result<_, _>>().map(Self::Sequence);
@@ -153,7 +153,7 @@ impl<'de> Deserialize<'de> for Normalize {
     }
 }
 
-impl<'de> Deserialize<'de> for Split {
+impl<'de> Deserialize<'de> for PreTokenize {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         Self::from_json(Value::deserialize(deserializer)?).map_err(|error| D::Error::custom(format!("pre_tokenizer: {error}")))
     }
@@ -169,7 +169,7 @@ impl Normalizer for Normalize {
     }
 }
 
-impl PreTokenizer for Split {
+impl PreTokenizer for PreTokenize {
     fn pre_tokenize(&self, text: &mut PreTokenizedString) -> tokenizers::Result<()> {
         match self {
             Self::Split { pattern, behavior, invert: true } => text.split(|_, part| part.split(Invert(pattern), *behavior)),

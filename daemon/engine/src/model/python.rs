@@ -25,7 +25,7 @@ fn repr(value: &Value, out: &mut String) {
         ValueKind::Bool => out.push_str(if value.is_true() { "True" } else { "False" }),
         ValueKind::Number => number(value, out),
         ValueKind::String => quoted(value.as_str().unwrap_or_default(), out),
-        ValueKind::Seq => bracketed(value, out, '[', ']', |item, out| repr(item, out)),
+        ValueKind::Seq => bracketed(value, out, '[', ']', repr),
         ValueKind::Map => bracketed(value, out, '{', '}', |key, out| {
             repr(key, out);
             out.push_str(": ");

@@ -105,7 +105,7 @@ impl Template {
             LIMITS.set(Limits { until: Instant::now() + TIME, bytes: 0 });
             let mut out = Bounded(Vec::new());
             let template = self.environment.get_template("chat").map_err(|error| reason(&error))?;
-            template.render_to_write(variables, &mut out).map_err(|error| reason(&error))?;
+            template.render_captured_to(variables, &mut out).map_err(|error| reason(&error))?;
             String::from_utf8(out.0).map_err(|error| error.to_string())
         })
     }

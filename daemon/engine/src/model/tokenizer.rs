@@ -12,13 +12,13 @@ use tokenizers::{DecoderWrapper, ModelWrapper, PostProcessorWrapper, TokenizerIm
 
 use super::{
     files,
-    pattern::{self, Normalize, Split},
+    pattern::{self, Normalize, PreTokenize},
 };
 use crate::Error;
 
 const FILE_MAX: u64 = 256 << 20;
 
-type Pipeline = TokenizerImpl<ModelWrapper, Normalize, Split, PostProcessorWrapper, DecoderWrapper>;
+type Pipeline = TokenizerImpl<ModelWrapper, Normalize, PreTokenize, PostProcessorWrapper, DecoderWrapper>;
 
 #[derive(Debug)]
 pub(super) struct Tokenizer {
