@@ -37,6 +37,7 @@ pub(crate) struct LayerSpec {
 }
 
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "one per layer")]
 pub(crate) enum FfnSpec {
     Dense(Ffn),
     Moe {

@@ -5,10 +5,15 @@ pub(crate) mod arch;
 pub(crate) mod families;
 mod files;
 pub mod hub;
+mod pattern;
+mod python;
+mod rewrite;
 mod safetensors;
+mod template;
 #[cfg(test)]
 mod tests;
 pub(crate) mod text;
+mod tokenizer;
 pub(crate) mod weights;
 
 pub use text::{Message, Text};

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use super::{
     arch::LayerKind,
     families::{FfnSpec, Model},
+    hub,
     weights::{Aligned, Float, Format},
 };
 
@@ -234,4 +235,218 @@ fn configs_are_read_in_every_spelling() {
     check("use_sliding_window", json!(false), 1e4);
     check("architectures", Value::Null, 1e4);
     check("num_local_experts", Value::Null, 1e4);
+}
+
+#[test]
+fn tensors_are_refused_with_a_reason() {
+    let check = |name: &str, change: Option<(&'static str, &[usize])>, expected: &str| {
+        let dir = small()
+            .with(|c| match change {
+                Some((dtype, shape)) => drop(c.tensors.insert(name.into(), (dtype, shape.to_vec()))),
+                None => drop(c.tensors.remove(name)),
+            })
+            .write();
+        refused(dir.path(), &["model.safetensors: tensor `", name, expected]);
+    };
+    check("model.norm.weight", None, "is missing");
+    check("lm_head.weight", None, "is missing");
+    check("model.norm.weight", Some(("BF16", &[63])), "is Bf16 [63]: expected shape [64]");
+    check("model.norm.weight", Some(("U32", &[64])), "expected F32, F16 or BF16");
+    check("model.layers.0.self_attn.q_proj.weight", Some(("BF16", &[64, 32])), "expected shape [32, 64]");
+    check("model.layers.1.mlp.switch_mlp.up_proj.weight", Some(("U32", &[3, 32, 8])), "expected shape [2, 32, 8]");
+    check("model.layers.1.mlp.switch_mlp.up_proj.weight", Some(("F16", &[2, 32, 64])), "expected U32");
+    check("model.layers.1.mlp.switch_mlp.up_proj.biases", None, "is missing");
+    check("model.layers.1.mlp.switch_mlp.up_proj.scales", Some(("F16", &[2, 32, 1])), "expected shape [2, 32, 2]");
+    refused(
+        small().with(|c| drop(c.tensors.insert("model.layers.1.mlp.gate.scales".into(), ("F32", vec![2, 1])))).write().path(),
+        &["model.layers.1.mlp.gate.weight", "scales of F32 and biases of F16"],
+    );
+    refused(
+        small().with(|c| drop(c.tensors.insert("model.layers.0.self_attn.q_proj.bias".into(), ("F32", vec![32])))).write().path(),
+        &["model.layers.0.self_attn.q_proj.weight", ".bias"],
+    );
+}
+
+#[test]
+fn headers_are_refused_with_a_reason() {
+    let check = |file: Vec<u8>, expected: &[&str]| {
+        let dir = small().write();
+        fs::write(dir.path().join("model.safetensors"), file).unwrap();
+        refused(dir.path(), &[&["model.safetensors"], expected].concat());
+    };
+    let with_len = |len: u64| [&len.to_le_bytes()[..], b"{}"].concat();
+    check(vec![], &["too short"]);
+    check(vec![0; 7], &["too short"]);
+    check(with_len(1 << 63), &["the header claims 9223372036854775808 bytes"]);
+    check(with_len(u64::MAX), &["the header claims"]);
+    check(with_len(3), &["the header claims 3 bytes; the file has 2"]);
+    check(framed("[]", 0), &["the header is malformed"]);
+    check(framed(&"[".repeat(100_000), 0), &["the header is malformed"]);
+    check([&5_u64.to_le_bytes()[..], b"{\"\xff\":"].concat(), &["not UTF-8"]);
+    check(framed("{}", 0), &["is missing"]);
+    let one = |dtype: &str, shape: &str, offsets: &str| {
+        framed(&format!(r#"{{"x":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#), 16)
+    };
+    check(one("F33", "[4]", "[0,16]"), &["tensor `x`: unknown dtype `F33`"]);
+    check(one("F32", "[4]", "[0,17]"), &["tensor `x`: bytes 0 to 17 are outside the file's 16 data bytes"]);
+    check(one("F32", "[4]", "[16,0]"), &["tensor `x`: bytes 16 to 0"]);
+    check(one("F32", "[4]", "[0,18446744073709551615]"), &["tensor `x`: bytes 0 to"]);
+    check(one("F32", "[5]", "[0,16]"), &["tensor `x`: shape [5] of F32 does not fill 16 bytes"]);
+    check(one("F32", "[4294967296,4294967296,4]", "[0,16]"), &["tensor `x`: shape"]);
+    check(one("F32", "[1,1,1,1,1,1,1,1,4]", "[0,16]"), &["tensor `x`: 9 dimensions"]);
+    check(one("F32", "[-4]", "[0,16]"), &["tensor `x`: invalid value"]);
+    check(one("F32", "[4]", "[0]"), &["tensor `x`: invalid length"]);
+    let entry = |offsets: &str| format!(r#"{{"dtype":"U8","shape":[8],"data_offsets":{offsets}}}"#);
+    check(framed(&format!(r#"{{"x":{},"y":{}}}"#, entry("[0,8]"), entry("[7,15]")), 16), &["tensor `y`: overlaps tensor `x`"]);
+    check(framed(&format!(r#"{{"x":{},"x":{}}}"#, entry("[0,8]"), entry("[8,16]")), 16), &["tensor `x`: is described twice"]);
+}
+
+#[test]
+fn truncated_and_flipped_files_never_panic() {
+    let dir = small().write();
+    let path = dir.path().join("model.safetensors");
+    let good = fs::read(&path).unwrap();
+    for len in (0..good.len()).step_by(41).chain([good.len() - 1]) {
+        fs::write(&path, &good[..len]).unwrap();
+        refused(dir.path(), &["model.safetensors"]);
+    }
+    let header = 8 + u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
+    let mut refused = 0;
+    let places: Vec<_> = (0..header).step_by(11).chain(0..8).collect();
+    for &at in &places {
+        for mask in [1, 0x10, 0x80] {
+            let mut bad = good.clone();
+            bad[at] ^= mask;
+            fs::write(&path, bad).unwrap();
+            refused += usize::from(Model::open(dir.path()).is_err());
+        }
+    }
+    // Flips inside __metadata__ change nothing that is read.
+    assert!(refused > 3 * (places.len() - 6), "{refused} of {}", 3 * places.len());
+}
+
+#[test]
+fn a_file_that_shrinks_later_is_a_short_read() {
+    let dir = small().write();
+    let model = Model::open(dir.path()).unwrap();
+    let path = dir.path().join("model.safetensors");
+    fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(model.norm.span.offset + 1).unwrap();
+    let error = model.weights.read_vector(&model.norm).unwrap_err().to_string();
+    assert!(error.contains("model.safetensors: tensor `model.norm`: reading 128 bytes"), "{error}");
+}
+
+/// The tensors in two shards and an index; `name` is what the index calls the second one.
+fn sharded(dir: &Path, name: &str) {
+    let Checkpoint { config, tensors } = small();
+    let (first, second): (BTreeMap<_, _>, BTreeMap<_, _>) = tensors.into_iter().partition(|(tensor, _)| tensor.contains("layers.0"));
+    let shards = first.keys().map(|tensor| (tensor, "a.safetensors")).chain(second.keys().map(|tensor| (tensor, name)));
+    let map: BTreeMap<_, _> = shards.collect();
+    fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    fs::write(dir.join("model.safetensors.index.json"), json!({ "metadata": {}, "weight_map": map }).to_string()).unwrap();
+    fs::write(dir.join("a.safetensors"), safetensors(&first)).unwrap();
+    fs::write(dir.join("b.safetensors"), safetensors(&second)).unwrap();
+}
+
+#[test]
+fn shards_are_read_by_their_index() {
+    let dir = tempfile::tempdir().unwrap();
+    sharded(dir.path(), "b.safetensors");
+    let model = Model::open(dir.path()).unwrap();
+    assert_eq!(model.weights.files().len(), 2);
+    assert_eq!((model.layers[0].q.weight.file, model.layers[1].q.weight.file), (0, 1));
+
+    fs::write(dir.path().join("a.safetensors"), framed("{}", 0)).unwrap();
+    refused(dir.path(), &["a.safetensors: tensor `model.layers.0", "lists it, but it is not in this file"]);
+    fs::remove_file(dir.path().join("a.safetensors")).unwrap();
+    refused(dir.path(), &["a.safetensors"]);
+    for bad in [&b"{"[..], b"{}", b"{\"weight_map\": {\"x\": 5}}", b"{\"weight_map\": {\"\xff\": \"a\"}}"] {
+        fs::write(dir.path().join("model.safetensors.index.json"), bad).unwrap();
+        refused(dir.path(), &["model.safetensors.index.json"]);
+    }
+}
+
+#[test]
+fn shards_stay_in_their_folder() {
+    let root = tempfile::tempdir().unwrap();
+    let outside = root.path().join("outside.safetensors");
+    for name in [
+        "../outside.safetensors",
+        outside.to_str().unwrap(),
+        "./b.safetensors",
+        "x/b.safetensors",
+        "..",
+        "",
+        "b.safetensors/",
+        "b",
+        "x\\b.safetensors",
+        "b\0.safetensors",
+    ] {
+        let dir = root.path().join("model");
+        fs::create_dir_all(&dir).unwrap();
+        sharded(&dir, name);
+        fs::copy(dir.join("b.safetensors"), &outside).unwrap();
+        refused(&dir, &["model.safetensors.index.json", "is not the plain name"]);
+    }
+
+    // A link out of the folder is refused, a link within it and one into the cache entry's blobs are followed.
+    let check = |dir: &str, target: &str, good: bool| {
+        let dir = root.path().join(dir);
+        fs::create_dir_all(&dir).unwrap();
+        sharded(&dir, "b.safetensors");
+        let target = dir.join(target);
+        fs::create_dir_all(target.parent().unwrap()).unwrap();
+        fs::rename(dir.join("b.safetensors"), &target).unwrap();
+        std::os::unix::fs::symlink(&target, dir.join("b.safetensors")).unwrap();
+        match good {
+            true => drop(Model::open(&dir).unwrap()),
+            false => refused(&dir, &["`b.safetensors` is a link that leads outside the model's folder"]),
+        }
+    };
+    check("linked", "../stolen", false);
+    check("inner", "blobs/hash", true);
+    check("models--x--y/snapshots/rev", "../../blobs/hash", true);
+    check("models--x--z/snapshots/rev", "../../../models--x--y/blobs/other", false);
+    check("plain/snapshots/rev", "../../blobs/hash", false);
+    let info = hub::describe(&root.path().join("models--x--y/snapshots/rev")).unwrap();
+    assert_eq!(info.id, "x/y");
+}
+
+#[test]
+fn only_regular_files_are_read() {
+    let dir = small().write();
+    let path = dir.path().join("config.json");
+    fs::remove_file(&path).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    refused(dir.path(), &["config.json: not a regular file"]);
+}
+
+#[test]
+fn every_checkpoint_is_found_and_bad_ones_say_why() {
+    let root = tempfile::tempdir().unwrap();
+    let put = |dir: &str, config: &str| {
+        let dir = root.path().join(dir);
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("config.json"), config).unwrap();
+        fs::write(dir.join("model.safetensors"), safetensors(&small().tensors)).unwrap();
+    };
+    let good = small().config.to_string();
+    put("flat", &good);
+    put("publisher/nested", &good);
+    put("models--org--name/snapshots/abc", &good);
+    put("broken", "{");
+    put("too/deep/to/be", &good);
+    put(".hidden", &good);
+    fs::create_dir_all(root.path().join("empty")).unwrap();
+    std::os::unix::fs::symlink(root.path().join("flat"), root.path().join("again")).unwrap();
+    std::os::unix::fs::symlink(root.path(), root.path().join("loop")).unwrap();
+
+    let roots = [root.path().to_owned(), root.path().join("nowhere"), root.path().join("flat")];
+    let found: Vec<_> = hub::installed(&roots)
+        .into_iter()
+        .map(|model| (model.id, model.info.map(|info| info.experts).map_err(|error| error.to_string())))
+        .collect();
+    let ids: Vec<_> = found.iter().map(|(id, _)| id.as_str()).collect();
+    assert_eq!(ids, ["broken", "flat", "nested", "org/name"]);
+    assert!(found[0].1.as_ref().is_err_and(|error| error.contains("config.json")), "{found:?}");
+    assert!(found[1..].iter().all(|(_, info)| *info == Ok(2)), "{found:?}");
 }

@@ -1,12 +1,32 @@
-//! The text side of a model: tokenizer, chat template, end-of-turn tokens, sampling defaults. Usable from any thread.
+//! The text side of a model: tokenizer, chat template, end-of-turn tokens, sampling defaults. Usable from any thread; no
+//! weights. The engine decodes with it, the daemon renders and encodes with it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::{
+    arch::Arch,
+    files,
+    template::Template,
+    tokenizer::{Tokenizer, Utf8},
+};
 use crate::{Error, Sampling};
+
+/// Real ones stay below 40 KiB.
+const TEMPLATE_MAX: u64 = 256 << 10;
+/// Without a generation_config.json.
+const TEMPERATURE: f32 = 0.7;
 
 /// Tokenizer, chat template and defaults of one model.
 #[derive(Debug)]
-pub struct Text {}
+pub struct Text {
+    tokenizer: Tokenizer,
+    template: Option<Template>,
+    end_ids: Vec<u32>,
+    sampling: Sampling,
+}
 
 /// One chat message, as the template sees it.
 #[derive(Clone, Debug, Default, serde::Serialize)]
@@ -18,36 +38,359 @@ pub struct Message {
 }
 
 impl Text {
-    pub fn open(_dir: &Path) -> Result<Self, Error> {
-        unimplemented!()
+    pub fn open(dir: &Path) -> Result<Self, Error> {
+        let (arch, _) = Arch::read(dir)?;
+        let tokenizer = Tokenizer::open(&dir.join("tokenizer.json"), arch.vocab)?;
+        let config_path = dir.join("tokenizer_config.json");
+        let config: TokenizerConfig = files::json_if_any(&config_path, files::JSON_MAX)?.unwrap_or_default();
+        let special = config.special_tokens();
+
+        let generation_path = dir.join("generation_config.json");
+        let generation: GenerationConfig = files::json_if_any(&generation_path, files::JSON_MAX)?.unwrap_or_default();
+        let sampling = generation.sampling().map_err(|reason| Error::File { path: generation_path, reason })?;
+        let of_model: Ends = files::json(&dir.join("config.json"), files::JSON_MAX)?;
+        let mut end_ids = generation.ends.ids().or(of_model.ids()).unwrap_or_default();
+        end_ids.extend(special.get("eos_token").and_then(Value::as_str).and_then(|token| tokenizer.id(token)));
+        end_ids.sort_unstable();
+        end_ids.dedup();
+
+        let template = match config.template(dir, config_path)? {
+            Some((path, source)) => Some(Template::new(&source, special).map_err(|reason| Error::File { path, reason })?),
+            None => None,
+        };
+        Ok(Self { tokenizer, template, end_ids, sampling })
     }
-    /// Token ids of `text`; special tokens written in it are recognised (as transformers does).
-    pub fn encode(&self, _text: &str) -> Result<Vec<u32>, Error> {
-        unimplemented!()
+
+    /// Token ids of a rendered chat: special tokens written in it are recognised and none is added, as transformers does
+    /// after a chat template.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
+        self.tokenizer.encode(text, false)
     }
+
+    /// As [`Text::encode`], with what the tokenizer puts around a text that no template has framed (a begin-of-text token).
+    pub fn encode_raw(&self, text: &str) -> Result<Vec<u32>, Error> {
+        self.tokenizer.encode(text, true)
+    }
+
     /// The chat template applied; `kwargs` are extra variables; the generation prompt is added unless the last message is to be continued.
-    pub fn render(
-        &self,
-        _messages: &[Message],
-        _kwargs: &serde_json::Map<String, serde_json::Value>,
-        _continue_final: bool,
-    ) -> Result<String, Error> {
-        unimplemented!()
+    pub fn render(&self, messages: &[Message], kwargs: &Map<String, Value>, continue_final: bool) -> Result<String, Error> {
+        let none = || Error::Template { reason: "this model has none; send a prompt without roles instead".into() };
+        self.template.as_ref().ok_or_else(none)?.render(messages, kwargs, continue_final).map_err(|reason| Error::Template { reason })
     }
+
     /// The raw bytes one token stands for (byte-level BPE undone); empty for special tokens.
-    pub fn token_bytes(&self, _id: u32) -> &[u8] {
-        unimplemented!()
+    pub fn token_bytes(&self, id: u32) -> &[u8] {
+        self.tokenizer.token_bytes(id)
     }
+
     /// Ids that end a turn: generation_config.json's eos_token_id, else config.json's, plus the tokenizer's eos.
     pub fn end_ids(&self) -> &[u32] {
-        unimplemented!()
+        &self.end_ids
     }
+
     /// generation_config.json's sampling; else temperature 0.7.
     pub fn sampling(&self) -> &Sampling {
-        unimplemented!()
+        &self.sampling
     }
+
+    /// Ids the tokenizer knows lie below it.
     pub fn vocab_size(&self) -> usize {
-        unimplemented!()
+        self.tokenizer.len()
+    }
+}
+
+/// Turns generated ids into text, a whole character at a time.
+#[derive(Debug, Default)]
+pub(crate) struct Decoder {
+    utf8: Utf8,
+    /// Something has been decoded: the leading space of SentencePiece is behind us.
+    begun: bool,
+}
+
+impl Decoder {
+    pub(crate) fn push(&mut self, text: &Text, id: u32) -> String {
+        let mut bytes = text.token_bytes(id);
+        if !self.begun && !bytes.is_empty() {
+            self.begun = true;
+            if text.tokenizer.leading_space() {
+                bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
+            }
+        }
+        self.utf8.push(bytes)
+    }
+
+    /// What is left of an unfinished character.
+    pub(crate) fn finish(&mut self) -> String {
+        self.utf8.finish()
+    }
+}
+
+#[derive(Default, Deserialize)]
+struct TokenizerConfig {
+    chat_template: Option<ChatTemplate>,
+    #[serde(flatten)]
+    rest: Map<String, Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum ChatTemplate {
+    One(String),
+    Named(Vec<Named>),
+}
+
+#[derive(Deserialize)]
+struct Named {
+    name: String,
+    template: String,
+}
+
+impl TokenizerConfig {
+    /// The variables a template finds its special tokens in; a token is a string or an object with its content.
+    fn special_tokens(&self) -> Map<String, Value> {
+        let content = |value: &Value| value.as_str().or_else(|| value.get("content")?.as_str()).map(Value::from);
+        let names = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+        let one = |name: &&str| Some((name.to_string(), content(self.rest.get(*name)?)?));
+        let mut special: Map<_, _> = names.iter().filter_map(one).collect();
+        if let Some(Value::Array(more)) = self.rest.get("additional_special_tokens") {
+            special.insert("additional_special_tokens".into(), more.iter().filter_map(content).collect());
+        }
+        special
+    }
+
+    /// The chat template and the file it is from: chat_template.jinja, else this file's string or its template `default`.
+    fn template(self, dir: &Path, path: PathBuf) -> Result<Option<(PathBuf, String)>, Error> {
+        let jinja = dir.join("chat_template.jinja");
+        match files::text(&jinja, TEMPLATE_MAX) {
+            Ok(source) => return Ok(Some((jinja, source))),
+            Err(Error::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        let source = match self.chat_template {
+            None => return Ok(None),
+            Some(ChatTemplate::One(source)) => source,
+            Some(ChatTemplate::Named(named)) => match named.into_iter().find(|named| named.name == "default") {
+                Some(named) => named.template,
+                None => return Err(Error::File { path, reason: "chat_template has several templates and none is named `default`".into() }),
+            },
+        };
+        match source.len() as u64 <= TEMPLATE_MAX {
+            true => Ok(Some((path, source))),
+            false => Err(Error::File { path, reason: format!("chat_template is larger than {TEMPLATE_MAX} bytes") }),
+        }
+    }
+}
+
+#[derive(Default, Deserialize)]
+struct Ends {
+    eos_token_id: Option<OneOrMany>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "eos_token_id is neither a token id nor a list of them")]
+enum OneOrMany {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+impl Ends {
+    fn ids(self) -> Option<Vec<u32>> {
+        self.eos_token_id.map(|ids| match ids {
+            OneOrMany::One(id) => vec![id],
+            OneOrMany::Many(ids) => ids,
+        })
+    }
+}
+
+#[derive(Default, Deserialize)]
+struct GenerationConfig {
+    #[serde(flatten)]
+    ends: Ends,
+    do_sample: Option<bool>,
+    temperature: Option<f32>,
+    top_k: Option<usize>,
+    top_p: Option<f32>,
+    min_p: Option<f32>,
+    repetition_penalty: Option<f32>,
+}
+
+impl GenerationConfig {
+    fn sampling(&self) -> Result<Sampling, String> {
+        let within = |name: &str, value: Option<f32>, default: f32, wants: &str, good: fn(f32) -> bool| match value {
+            Some(value) if !good(value) => Err(format!("{name} is {value}, expected {wants}")),
+            value => Ok(value.unwrap_or(default)),
+        };
+        let off = Sampling::greedy();
+        let temperature = within("temperature", self.temperature, TEMPERATURE, "0 or more", |t| t.is_finite() && t >= 0.0)?;
+        Ok(Sampling {
+            temperature: if self.do_sample == Some(false) { 0.0 } else { temperature },
+            top_k: self.top_k.unwrap_or(off.top_k),
+            top_p: within("top_p", self.top_p, off.top_p, "above 0 and at most 1", |p| p > 0.0 && p <= 1.0)?,
+            min_p: within("min_p", self.min_p, off.min_p, "0 to 1", |p| (0.0..=1.0).contains(&p))?,
+            repetition_penalty: within("repetition_penalty", self.repetition_penalty, off.repetition_penalty, "above 0", |p| {
+                p.is_finite() && p > 0.0
+            })?,
+            ..off
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use serde_json::json;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::model::tests::bundled;
+
+    fn user(content: &str) -> Message {
+        Message { role: "user".into(), content: content.into(), name: None }
+    }
+
+    /// The bundled model's text files, with some replaced or (`None`) left out.
+    fn changed(files: &[(&str, Option<&str>)]) -> TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"] {
+            match files.iter().find(|(changed, _)| *changed == name) {
+                Some((_, Some(text))) => fs::write(dir.path().join(name), text).unwrap(),
+                Some((_, None)) => {}
+                None => drop(fs::copy(bundled().join(name), dir.path().join(name)).unwrap()),
+            }
+        }
+        dir
+    }
+
+    fn refused(files: &[(&str, Option<&str>)], expected: &str) {
+        let error = Text::open(changed(files).path()).expect_err(expected).to_string();
+        assert!(error.contains(expected), "`{error}` lacks `{expected}`");
+    }
+
+    #[test]
+    fn golden_prompts_round_trip() {
+        let text = Text::open(&bundled()).unwrap();
+        let golden: Value = files::json(&bundled().join("golden/bf16_f32.json"), files::JSON_MAX).unwrap();
+        for prompt in golden["prompts"].as_array().unwrap() {
+            let ids: Vec<u32> = serde_json::from_value(prompt["token_ids"].clone()).unwrap();
+            let (rendered, greedy) = (prompt["text"].as_str().unwrap(), prompt["greedy_text"].as_str().unwrap());
+            assert_eq!(text.encode(rendered).unwrap(), ids);
+            assert_eq!(text.encode_raw(rendered).unwrap(), ids);
+            if prompt["kind"] == "chat" {
+                assert_eq!(text.render(&[user(prompt["prompt"].as_str().unwrap())], &Map::new(), false).unwrap(), rendered);
+            }
+            let ids: Vec<u32> = serde_json::from_value(prompt["greedy"].clone()).unwrap();
+            let mut decoder = Decoder::default();
+            let mut decoded: String = ids.iter().map(|id| decoder.push(&text, *id)).collect();
+            decoded += &decoder.finish();
+            let special = |text: &str| {
+                ["<|im_start|>", "<|im_end|>", "<|endoftext|>"].iter().fold(text.to_owned(), |text, token| text.replace(token, ""))
+            };
+            assert_eq!(decoded, special(greedy));
+        }
+        assert_eq!(text.end_ids(), [8189, 8191]);
+        assert_eq!(*text.sampling(), Sampling { temperature: 0.7, top_p: 0.9, top_k: 40, ..Sampling::greedy() });
+        assert_eq!((text.vocab_size(), text.token_bytes(8191), text.token_bytes(9999)), (8192, &b""[..], &b""[..]));
+    }
+
+    #[test]
+    fn any_text_round_trips() {
+        let text = Text::open(&bundled()).unwrap();
+        for sample in ["", " ", "Grüße, 世界! 🙂\u{200d}\0\n\n\t x", "a<|im_end|", "\u{fffd}", "    deep\r\n", "don't 12345"] {
+            let ids = text.encode(sample).unwrap();
+            let bytes: Vec<u8> = ids.iter().flat_map(|id| text.token_bytes(*id)).copied().collect();
+            assert_eq!(String::from_utf8(bytes).unwrap(), sample);
+        }
+        assert_eq!(text.encode("<|im_end|>").unwrap(), [8191]);
+    }
+
+    #[test]
+    fn sampling_and_ends_come_from_the_files() {
+        let check = |generation: Option<&str>, ends: &[u32], sampling: Sampling| {
+            let dir = changed(&[("generation_config.json", generation)]);
+            let text = Text::open(dir.path()).unwrap();
+            assert_eq!((text.end_ids(), text.sampling()), (ends, &sampling), "{generation:?}");
+        };
+        let default = Sampling { temperature: 0.7, ..Sampling::greedy() };
+        check(None, &[8189, 8191], default.clone());
+        check(Some(r#"{"eos_token_id": 5}"#), &[5, 8191], default.clone());
+        check(Some(r#"{"eos_token_id": null, "do_sample": false, "temperature": 0.9}"#), &[8189, 8191], Sampling::greedy());
+        check(
+            Some(r#"{"temperature": 1, "min_p": 0.1, "repetition_penalty": 1.1}"#),
+            &[8189, 8191],
+            Sampling { temperature: 1.0, min_p: 0.1, repetition_penalty: 1.1, ..default },
+        );
+    }
+
+    #[test]
+    fn templates_come_from_either_file() {
+        let check = |files: &[(&str, Option<&str>)], expected: Result<&str, &str>| {
+            let text = Text::open(changed(files).path()).unwrap().render(&[user("x")], &Map::new(), false);
+            match (text, expected) {
+                (Ok(text), Ok(expected)) => assert_eq!(text, expected),
+                (Err(error), Err(expected)) => assert!(error.to_string().contains(expected), "{error}"),
+                (text, expected) => panic!("{text:?}, expected {expected:?}"),
+            }
+        };
+        let named = json!({ "chat_template": [{ "name": "rag", "template": "r" }, { "name": "default", "template": "d{{ eos_token }}" }], "eos_token": { "content": "</s>" } });
+        check(&[("chat_template.jinja", Some("j"))], Ok("j"));
+        check(&[("chat_template.jinja", None)], Ok("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"));
+        check(&[("chat_template.jinja", None), ("tokenizer_config.json", Some(&named.to_string()))], Ok("d</s>"));
+        check(&[("chat_template.jinja", None), ("tokenizer_config.json", None)], Err("the chat template failed: this model has none"));
+    }
+
+    #[test]
+    fn bad_files_are_refused_by_name() {
+        let config: Value = files::json(&bundled().join("config.json"), files::JSON_MAX).unwrap();
+        let with = |key: &str, value: Value| {
+            let mut config = config.clone();
+            config[key] = value;
+            config.to_string()
+        };
+        refused(&[("config.json", None)], "config.json");
+        refused(&[("config.json", Some(&with("eos_token_id", json!("x"))))], "config.json: eos_token_id is neither");
+        refused(&[("config.json", Some(&with("vocab_size", json!(8000))))], "tokenizer.json: has token id 8191");
+        refused(&[("tokenizer.json", None)], "tokenizer.json");
+        refused(&[("tokenizer.json", Some("{}"))], "tokenizer.json");
+        refused(&[("tokenizer.json", Some("[".repeat(100_000).as_str()))], "tokenizer.json");
+        refused(&[("generation_config.json", Some(r#"{"temperature": -1}"#))], "generation_config.json: temperature is -1");
+        refused(&[("generation_config.json", Some(r#"{"eos_token_id": -1}"#))], "generation_config.json: eos_token_id is neither");
+        refused(&[("generation_config.json", Some("{"))], "generation_config.json");
+        refused(&[("tokenizer_config.json", Some(r#"{"chat_template": 5}"#))], "tokenizer_config.json");
+        refused(&[("chat_template.jinja", None), ("tokenizer_config.json", Some(r#"{"chat_template": []}"#))], "none is named `default`");
+        refused(&[("chat_template.jinja", Some("{% for x %}"))], "chat_template.jinja");
+        refused(&[("chat_template.jinja", Some(&" ".repeat(300_000)))], "chat_template.jinja");
+        for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"] {
+            let dir = changed(&[(name, None)]);
+            fs::write(dir.path().join(name), b"{\"a\": \"\xff\xfe\"}").unwrap();
+            let error = Text::open(dir.path()).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("utf-8"), "{error}");
+        }
+    }
+
+    /// The pattern is put where the bundled tokenizer has its own; the crate would take the error for the end of the matches.
+    #[test]
+    fn a_pattern_that_backtracks_without_end_is_an_error() {
+        let json = fs::read_to_string(bundled().join("tokenizer.json")).unwrap();
+        let mut tokenizer: Value = serde_json::from_str(&json).unwrap();
+        let text = |tokenizer: &Value| Text::open(changed(&[("tokenizer.json", Some(&tokenizer.to_string()))]).path());
+        let hostile = format!("{}!", "a".repeat(5000));
+        let check = |tokenizer: &Value, pattern: &str| {
+            let error = text(tokenizer).unwrap().encode(&hostile).unwrap_err().to_string();
+            assert!(error.starts_with("the tokenizer failed: pattern") && error.contains(pattern), "{error}");
+        };
+        for pattern in [r"(a+)+$(?!b)", r"((?:a*)*)\1b", r"^(a+)+$(?!b)|x(?=y)"] {
+            tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = json!(pattern);
+            check(&tokenizer, pattern);
+        }
+        tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = json!("[");
+        assert!(text(&tokenizer).unwrap_err().to_string().contains("pattern `[`"));
+
+        let mut tokenizer: Value = serde_json::from_str(&json).unwrap();
+        tokenizer["normalizer"] = json!({ "type": "Sequence", "normalizers": [{ "type": "NFC" }, { "type": "Replace", "pattern": { "Regex": r"(a*)*\1c" }, "content": "" }] });
+        check(&tokenizer, r"(a*)*\1c");
+        tokenizer["normalizer"]["normalizers"][1]["pattern"]["Regex"] = json!("a{2}");
+        assert_eq!(text(&tokenizer).unwrap().encode("baaa").unwrap(), text(&tokenizer).unwrap().encode("ba").unwrap());
     }
 }
 
