@@ -164,7 +164,7 @@ fn hits_come_first_and_loads_in_the_order_they_end() {
         let stats = experts.stats();
         assert_eq!((stats.hits, stats.misses, stats.joined, stats.loads), (1, 4, 0, 4));
         assert_eq!((stats.bytes_read, stats.layers[0].resident), (4 * u64::from(PART * PARTS), 4));
-        assert!(stats.wait_time > Duration::ZERO && stats.read_time > Duration::ZERO);
+        assert!(stats.read_time > Duration::ZERO);
     }
 }
 
