@@ -181,7 +181,7 @@ impl Pair {
             6..=7 => self.done(a),
             8 => self.end(),
             9..=11 => self.start(),
-            12..=14 => self.loaded(a, b % 5 != 0),
+            12..=14 => self.loaded(a, b >= 50),
             15 => self.populate(),
             16 => self.populated(),
             17 => self.drained(a),

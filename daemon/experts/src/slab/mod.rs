@@ -178,7 +178,7 @@ impl Drop for Slab {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Config, ExpertId, Experts, LayerId, Read, Slice, Source, Storage};
+    use crate::{Arrival, Config, ExpertId, Experts, LayerId, Read, Slice, Source, Storage};
 
     #[test]
     fn slots_are_page_aligned_in_memory_aligned_for_huge_pages() {
@@ -235,12 +235,14 @@ mod tests {
         let mut experts = open(slab, 1, 3, &[slice(0, 2, 5), slice(1, 8, 2)]);
         assert_eq!(experts.slot_bytes(), 110);
         let mut fetch = experts.fetch(LayerId(0), &[ExpertId(4)]);
-        assert_eq!(fetch.next().unwrap().len(), 1);
+        let arrivals = fetch.next().unwrap();
+        let [Arrival::Ready { slot, .. }] = arrivals[..] else { panic!("{arrivals:?}") };
         drop(fetch);
         experts.set_slots(1); // leaves foreign memory alone
         drop(experts);
         let sevens = memory.map(|bytes| bytes.iter().enumerate().filter(|(_, byte)| **byte == 7).map(|(i, _)| i).collect::<Vec<_>>());
-        assert_eq!(sevens, [vec![2, 3, 4, 5, 6], vec![8, 9]]);
+        let at = |stride: usize, bytes: std::ops::Range<usize>| bytes.map(|byte| slot.index() * stride + byte).collect::<Vec<_>>();
+        assert_eq!(sevens, [at(100, 2..7), at(10, 8..10)]);
     }
 
     /// How many pages of a slab's slots are in memory, from the kernel's page table.

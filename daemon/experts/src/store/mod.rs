@@ -149,11 +149,14 @@ fn join(slices: &mut Vec<Slice>) {
 mod tests {
     use super::*;
     use crate::key::{ExpertId, LayerId, Slot};
-    use std::sync::Mutex;
+    use std::sync::{Arc, Mutex};
+
+    /// Offset and length of each read, batch by batch.
+    type Asked = Mutex<Vec<Vec<(u64, usize)>>>;
 
     /// Byte i is `i as u8`; remembers the batches it was asked for.
     #[derive(Debug)]
-    struct Counting(u64, std::sync::Arc<Mutex<Vec<Vec<(u64, usize)>>>>);
+    struct Counting(u64, Arc<Asked>);
 
     impl Storage for Counting {
         fn name(&self) -> &str {
@@ -200,7 +203,7 @@ mod tests {
     #[test]
     fn neighbours_are_joined_and_files_batched() {
         let slab = Slab::anonymous(4096, 2).unwrap();
-        let asked: [std::sync::Arc<Mutex<Vec<Vec<(u64, usize)>>>>; 2] = Default::default();
+        let asked: [Arc<Asked>; 2] = Default::default();
         let check = |slices: Vec<Slice>, expected: [Vec<Vec<(u64, usize)>>; 2]| {
             let files = asked.each_ref().map(|log| Box::new(Counting(1000, log.clone())) as Box<dyn Storage>);
             let bytes: u64 = slices.iter().map(|slice| u64::from(slice.len)).sum();
