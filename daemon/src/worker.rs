@@ -427,8 +427,11 @@ impl Thread {
         tracing::info!(model = model.id, path = %model.path.display(), expert_cache = %self.options.expert_cache, "loading");
         let publish = |progress| self.publish.send_replace(self.state(Some((model.clone(), Phase::Loading(progress)))));
         publish(0.0);
+        // With no model loaded the ceiling is what fits on this machine and in this cgroup: what `auto` divides.
+        let fits = self.levels.ceiling.load(SeqCst);
+        let options = Options { available: (fits != u64::MAX).then_some(fits), ..self.options.clone() };
         let loaded = catch_unwind(AssertUnwindSafe(|| {
-            Engine::load(&model.path, &self.options, &mut |progress| {
+            Engine::load(&model.path, &options, &mut |progress| {
                 publish(progress);
             })
         }));

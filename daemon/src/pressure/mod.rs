@@ -20,7 +20,7 @@ use flash_engine::{Bytes, Report};
 use crate::{Error, worker::Worker};
 
 pub(crate) use budget::Level;
-use budget::{Governor, Readings, Slab};
+use budget::{Governor, Limit, Readings, Slab};
 #[cfg(target_os = "linux")]
 pub(crate) use linux::Sensors;
 #[cfg(target_os = "macos")]
@@ -91,8 +91,11 @@ impl Monitor {
 fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc::Receiver<()>) {
     let mut governor = Governor::default();
     loop {
-        let readings = sensors.read();
+        let mut readings = sensors.read();
         let state = worker.state();
+        // The cap holds for what is measured from outside, allocators and code included, not only for what the engine counts.
+        let cap = state.options.memory.zip(readings.process);
+        readings.limits.extend(cap.map(|(bytes, held)| Limit { name: "--memory".into(), bytes, held }));
         let slab = state.ready().map(|(_, ready)| slab(&ready.report));
         let verdict = governor.decide(&readings, slab);
         worker.set_ceiling(verdict.ceiling);
