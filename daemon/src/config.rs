@@ -247,8 +247,8 @@ impl Sources<'_> {
                 "queue",
                 |raw| raw.queue.as_ref(),
                 "64",
-                "a number",
-                |text| text.parse().ok().filter(|number| *number <= QUEUE_MAX),
+                "a number from 1 to 4096",
+                |text| at_least_1(text).filter(|number| *number <= QUEUE_MAX),
             )?,
             threads: self.pick("threads", |raw| raw.threads.as_ref(), "auto", "a number of at least 1, or auto", or_auto)?,
             kernels: self.pick("kernels", |raw| raw.kernels.as_ref(), "auto", "auto or reference", kernels)?,
@@ -361,7 +361,7 @@ mod tests {
 
     #[test]
     fn every_setting_is_read_and_listed() {
-        let file = "model = 'm'\nmodels = ['~/a', '/b']\nexpert_cache = '25%'\nmemory = '1GiB'\nctx = 4096\nqueue = 0\nthreads = 3\n\
+        let file = "model = 'm'\nmodels = ['~/a', '/b']\nexpert_cache = '25%'\nmemory = '1GiB'\nctx = 4096\nqueue = 9\nthreads = 3\n\
                     kernels = 'reference'\nkeep_alive = -1\nlog_format = 'json'\nlog = 'flashd=debug'\nloaders = 2";
         let config = resolve(RawConfig::default(), &[("HOME", "/home/u")], file).expect("a good configuration");
         assert_eq!(config.model.as_deref(), Some("m"));
@@ -369,7 +369,7 @@ mod tests {
         assert!(config.model_roots.contains(&PathBuf::from("/home/u/.cache/huggingface/hub")));
         let options = &config.options;
         assert_eq!((options.expert_cache, options.memory, options.context), (CacheBudget::Share(0.25), Some(1 << 30), Some(4096)));
-        assert_eq!((options.queue, options.threads, options.kernels, options.loaders), (0, Some(3), Kernels::Reference, 2));
+        assert_eq!((options.queue, options.threads, options.kernels, options.loaders), (9, Some(3), Kernels::Reference, 2));
         assert_eq!((config.keep_alive, config.log_format, config.log.as_str()), (KeepAlive(None), LogFormat::Json, "flashd=debug"));
         let names: Vec<_> = config.settings.iter().map(|setting| setting.name).collect();
         let expected = ["home", "socket", "models", "model", "expert_cache", "memory", "ctx", "parallel", "queue", "threads", "kernels"];
@@ -385,7 +385,7 @@ mod tests {
         };
         check(&[("FLASH_EXPERT_CACHE", "120%")], "", "expert_cache = `120%` (from FLASH_EXPERT_CACHE)");
         check(&[("FLASH_CTX", "0")], "", "ctx = `0`");
-        check(&[("FLASH_QUEUE", "-1")], "", "queue = `-1`");
+        check(&[("FLASH_QUEUE", "0")], "", "queue = `0`");
         check(&[], "kernels = 'fast'", "flash.toml) is not auto or reference");
         check(&[], "paralel = 2", "unknown field `paralel`");
         check(&[], "parallel = [2]", "a string or a number");

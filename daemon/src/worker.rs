@@ -277,7 +277,7 @@ impl Thread {
 
     fn take(&mut self, command: Command) {
         match command {
-            Command::Generate(job) if self.line.len() >= self.options.queue.max(1) && !job.reply.is_closed() => {
+            Command::Generate(job) if self.line.len() >= self.options.queue && !job.reply.is_closed() => {
                 let waiting = self.line.len();
                 self.refuse(job.reply, Error::QueueFull { waiting, retry_after_s: self.totals.retry_after_s(self.options.parallel) });
             }

@@ -99,10 +99,12 @@ impl Governor {
         self.stall_age = if stalled { self.stall_age + 1 } else { 0 };
         self.calm = if stalled || fits_bytes < now { 0 } else { self.calm + 1 };
         let mut next = now;
-        if fits_bytes < now {
-            next = fits_bytes.saturating_sub(configured / CUT_DEEPER);
-        } else if self.stall_age % STALL_PATIENCE == 1 {
+        if self.stall_age % STALL_PATIENCE == 1 {
             next = now.min((now - now / STEP).max(configured / STALL_FLOOR));
+        }
+        if fits_bytes < now {
+            next = next.min(fits_bytes.saturating_sub(configured / CUT_DEEPER));
+        } else if stalled {
             why = "memory stalls";
         } else if self.calm >= CALM && now < configured && fits_bytes >= grown(now, configured) {
             next = grown(now, configured);
@@ -282,7 +284,7 @@ mod tests {
                 let verdict = governor.decide(&readings, Some(Slab { configured, resident }));
                 prop_assert!(verdict.ceiling.is_none_or(|ceiling| ceiling < configured));
                 let fits = allowed(&readings, resident).map_or(u64::MAX, |(bytes, _)| bytes);
-                prop_assert!(verdict.ceiling.unwrap_or(configured) <= fits.max(0));
+                prop_assert!(verdict.ceiling.unwrap_or(configured) <= fits);
             }
         }
 

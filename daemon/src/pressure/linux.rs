@@ -82,10 +82,8 @@ impl Sensors {
         let mount = self.cgroup_root.join(mount.trim_start_matches('/'));
         // In a container the mount shows a subtree; a path outside of it is answered by the mount itself.
         let inside = path.strip_prefix(root.trim_end_matches('/')).unwrap_or("").trim_start_matches('/');
-        let mut own = mount.join(inside);
-        if inside.contains("..") || !own.is_dir() {
-            own = mount.clone();
-        }
+        let own = mount.join(inside);
+        let own = if inside.is_empty() || inside.contains("..") || !own.is_dir() { mount.clone() } else { own };
         own.ancestors().take_while(|folder| folder.starts_with(&mount)).map(|folder| (version, folder.to_owned())).collect()
     }
 

@@ -70,13 +70,13 @@ impl Finding {
 pub(crate) struct Monitor {
     pub(crate) sensors: Sensors,
     view: Arc<Mutex<View>>,
-    _stop: mpsc::Sender<()>,
+    _stop: mpsc::SyncSender<()>,
 }
 
 impl Monitor {
     pub(crate) fn start(sensors: Sensors, worker: Worker) -> Result<Self, Error> {
         let view = Arc::new(Mutex::new(View::default()));
-        let (stop, stopped) = mpsc::channel();
+        let (stop, stopped) = mpsc::sync_channel(0);
         let thread = (sensors.clone(), view.clone());
         let spawned = thread::Builder::new().name("flash-pressure".into()).spawn(move || watch(&thread.0, &thread.1, &worker, &stopped));
         spawned.map_err(|source| Error::Thread { name: "flash-pressure", source })?;

@@ -23,6 +23,8 @@ const SPINS: u32 = 4000;
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// What the caller might run on before it was pinned.
+    unpinned: Vec<usize>,
 }
 
 #[derive(Debug, Default)]
@@ -53,18 +55,18 @@ impl Pool {
     pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let cpus = allowed_cpus();
-        let mut pool = Self { shared: shared.clone(), threads: Vec::new() };
+        let mut pool = Self { shared: shared.clone(), threads: Vec::new(), unpinned: cpus.clone() };
         for index in 1..threads.max(1) {
             let shared = shared.clone();
             let cpu = cpus.get(index).copied();
             let thread = std::thread::Builder::new().name(format!("flash-worker-{index}"));
             pool.threads.push(thread.spawn(move || {
-                pin(cpu);
+                pin(cpu.as_slice());
                 shared.work();
             })?);
         }
         if threads > 1 {
-            pin(cpus.first().copied());
+            pin(&cpus[..cpus.len().min(1)]);
         }
         Ok(pool)
     }
@@ -175,6 +177,8 @@ impl Drop for Pool {
             // A worker's panic was handed to `run` already.
             let _ = thread.join();
         }
+        // The next engine of this thread counts the cores it may use, and its loaders inherit them.
+        pin(&self.unpinned);
     }
 }
 
@@ -225,10 +229,10 @@ fn allowed_cpus() -> Vec<usize> {
 }
 
 #[cfg(target_os = "linux")]
-fn pin(cpu: Option<usize>) {
-    if let Some(cpu) = cpu {
+fn pin(cpus: &[usize]) {
+    if !cpus.is_empty() {
         let mut set = rustix::thread::CpuSet::new();
-        set.set(cpu);
+        cpus.iter().for_each(|cpu| set.set(*cpu));
         // Pinning is a help, not a need.
         let _ = rustix::thread::sched_setaffinity(None, &set);
     }
@@ -241,7 +245,7 @@ fn allowed_cpus() -> Vec<usize> {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn pin(_: Option<usize>) {}
+fn pin(_: &[usize]) {}
 
 #[cfg(test)]
 mod tests {
