@@ -1,10 +1,11 @@
-//! Tensor names of each model family: which tensors make a layer, in HF and in MLX spelling.
+//! Tensor names of each model family: which tensors make a layer, in HF and in MLX spelling. A family is a row of
+//! [`FAMILIES`]; nothing here reads payload or computes. The engine calls [`Model::open`].
 
 use std::path::Path;
 
 use super::{
-    arch::Arch,
-    weights::{MatrixSpec, VectorSpec, Weights},
+    arch::{Arch, LayerKind, Quantization},
+    weights::{Format, MatrixSpec, VectorSpec, Weights},
 };
 use crate::{Error, ModelInfo};
 
@@ -54,9 +55,215 @@ pub(crate) struct Ffn {
     pub(crate) down: MatrixSpec,
 }
 
+/// How one architecture spells its tensors; `{}` is a layer's or an expert's number, `.weight` is implied.
+pub(super) struct Family {
+    pub(super) architecture: &'static str,
+    pub(super) model_type: &'static str,
+    embed: &'static str,
+    norm: &'static str,
+    head: &'static str,
+    /// Prefix of the names below.
+    layer: &'static str,
+    attn_norm: &'static str,
+    qkvo: [&'static str; 4],
+    q_norm: &'static str,
+    k_norm: &'static str,
+    ffn_norm: &'static str,
+    router: &'static str,
+    /// Prefixes of gate_proj, up_proj and down_proj: of a dense layer, of all experts stacked, of one expert.
+    dense: &'static str,
+    stacked: &'static str,
+    expert: &'static str,
+}
+
+pub(super) static FAMILIES: &[Family] = &[Family {
+    architecture: "Qwen3MoeForCausalLM",
+    model_type: "qwen3_moe",
+    embed: "model.embed_tokens",
+    norm: "model.norm",
+    head: "lm_head",
+    layer: "model.layers.{}",
+    attn_norm: "input_layernorm",
+    qkvo: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"],
+    q_norm: "self_attn.q_norm",
+    k_norm: "self_attn.k_norm",
+    ffn_norm: "post_attention_layernorm",
+    router: "mlp.gate",
+    dense: "mlp",
+    stacked: "mlp.switch_mlp",
+    expert: "mlp.experts.{}",
+}];
+
+/// What looking up a layer's tensors needs.
+struct Finder<'a> {
+    family: &'a Family,
+    arch: &'a Arch,
+    weights: &'a Weights,
+    quantization: &'a Quantization,
+}
+
 impl Model {
     /// Opens a folder with config.json and safetensors files; reads headers only.
-    pub(crate) fn open(_dir: &Path) -> Result<Self, Error> {
-        unimplemented!()
+    pub(crate) fn open(dir: &Path) -> Result<Self, Error> {
+        let dir = &dir.canonicalize().map_err(|source| Error::Read { path: dir.into(), source })?;
+        let (arch, quantization) = Arch::read(dir)?;
+        let weights = Weights::open(dir)?;
+        let family = FAMILIES.iter().find(|family| family.model_type == arch.model_type).expect("Arch::read took it from the table");
+        let find = Finder { family, arch: &arch, weights: &weights, quantization: &quantization };
+
+        let embed = find.matrix(family.embed, arch.vocab, arch.hidden)?;
+        let head = match arch.tied_head {
+            true => None,
+            false => Some(find.matrix(family.head, arch.vocab, arch.hidden)?),
+        };
+        let norm = weights.vector(family.norm, arch.hidden)?;
+        let layers = (0..arch.layers.len()).map(|index| find.layer(index)).collect::<Result<Vec<_>, _>>()?;
+        let info = info(dir, &arch, &weights, Tally::of(&embed, head.as_ref(), &norm, &layers));
+        Ok(Self { info, embed, head, norm, layers, arch, weights })
+    }
+}
+
+impl Finder<'_> {
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<MatrixSpec, Error> {
+        self.weights.matrix(name, rows, cols, self.quantization)
+    }
+
+    fn layer(&self, index: usize) -> Result<LayerSpec, Error> {
+        let Self { family, arch, weights, .. } = self;
+        let prefix = family.layer.replace("{}", &index.to_string());
+        let name = |part: &str| format!("{prefix}.{part}");
+        let (queries, keys) = (arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim);
+        let [q, k, v, o] = family.qkvo.map(name);
+        Ok(LayerSpec {
+            attn_norm: weights.vector(&name(family.attn_norm), arch.hidden)?,
+            q: self.matrix(&q, queries, arch.hidden)?,
+            k: self.matrix(&k, keys, arch.hidden)?,
+            v: self.matrix(&v, keys, arch.hidden)?,
+            o: self.matrix(&o, arch.hidden, queries)?,
+            q_norm: weights.vector(&name(family.q_norm), arch.head_dim)?,
+            k_norm: weights.vector(&name(family.k_norm), arch.head_dim)?,
+            ffn_norm: weights.vector(&name(family.ffn_norm), arch.hidden)?,
+            ffn: match arch.layers[index] {
+                LayerKind::Dense { width } => FfnSpec::Dense(self.ffn(&name(family.dense), width)?),
+                LayerKind::Moe => {
+                    FfnSpec::Moe { router: self.matrix(&name(family.router), arch.experts, arch.hidden)?, experts: self.experts(&prefix)? }
+                }
+            },
+        })
+    }
+
+    fn ffn(&self, prefix: &str, width: usize) -> Result<Ffn, Error> {
+        let hidden = self.arch.hidden;
+        Ok(Ffn {
+            gate: self.matrix(&format!("{prefix}.gate_proj"), width, hidden)?,
+            up: self.matrix(&format!("{prefix}.up_proj"), width, hidden)?,
+            down: self.matrix(&format!("{prefix}.down_proj"), hidden, width)?,
+        })
+    }
+
+    /// Stacked if the layer has stacked tensors, else one by one.
+    fn experts(&self, layer: &str) -> Result<Vec<Ffn>, Error> {
+        let Arch { experts, hidden, moe_width: width, .. } = *self.arch;
+        let stacked = format!("{layer}.{}", self.family.stacked);
+        if !self.weights.contains(&format!("{stacked}.gate_proj.weight")) {
+            let one = |index: usize| self.ffn(&format!("{layer}.{}", self.family.expert.replace("{}", &index.to_string())), width);
+            return (0..experts).map(one).collect();
+        }
+        let all = |part: &str, rows, cols| self.weights.stacked(&format!("{stacked}.{part}"), [experts, rows, cols], self.quantization);
+        let gate = all("gate_proj", width, hidden)?;
+        let up = all("up_proj", width, hidden)?;
+        let down = all("down_proj", hidden, width)?;
+        Ok(gate.into_iter().zip(up).zip(down).map(|((gate, up), down)| Ffn { gate, up, down }).collect())
+    }
+}
+
+impl Ffn {
+    pub(crate) fn matrices(&self) -> [&MatrixSpec; 3] {
+        [&self.gate, &self.up, &self.down]
+    }
+}
+
+/// Sums over a checkpoint's tensors.
+#[derive(Default)]
+struct Tally<'a> {
+    trunk_params: u64,
+    trunk_bytes: u64,
+    expert_params: u64,
+    /// Parameters of one expert of each MoE layer.
+    one_expert_params: u64,
+    /// Of the largest expert: overrides may give layers different widths of code.
+    expert_bytes: u64,
+    expert: Option<&'a MatrixSpec>,
+}
+
+impl<'a> Tally<'a> {
+    fn of(embed: &'a MatrixSpec, head: Option<&'a MatrixSpec>, norm: &'a VectorSpec, layers: &'a [LayerSpec]) -> Self {
+        let mut tally = Self::default();
+        tally.matrices([embed].into_iter().chain(head));
+        tally.vectors([norm]);
+        for layer in layers {
+            tally.matrices([&layer.q, &layer.k, &layer.v, &layer.o]);
+            tally.vectors([&layer.attn_norm, &layer.q_norm, &layer.k_norm, &layer.ffn_norm]);
+            match &layer.ffn {
+                FfnSpec::Dense(ffn) => tally.matrices(ffn.matrices()),
+                FfnSpec::Moe { router, experts } => {
+                    tally.matrices([router]);
+                    tally.experts(experts);
+                }
+            }
+        }
+        tally
+    }
+
+    fn matrices(&mut self, matrices: impl IntoIterator<Item = &'a MatrixSpec>) {
+        for matrix in matrices {
+            self.trunk_params += params(matrix);
+            self.trunk_bytes += matrix.bytes();
+        }
+    }
+
+    fn vectors<const N: usize>(&mut self, vectors: [&VectorSpec; N]) {
+        for vector in vectors {
+            self.trunk_params += vector.len as u64;
+            self.trunk_bytes += vector.span.len;
+        }
+    }
+
+    fn experts(&mut self, experts: &'a [Ffn]) {
+        self.one_expert_params += experts[0].matrices().map(params).iter().sum::<u64>();
+        for expert in experts {
+            self.expert_params += expert.matrices().map(params).iter().sum::<u64>();
+            self.expert_bytes = self.expert_bytes.max(expert.matrices().map(MatrixSpec::bytes).iter().sum());
+        }
+        self.expert.get_or_insert(&experts[0].gate);
+    }
+}
+
+fn params(matrix: &MatrixSpec) -> u64 {
+    (matrix.rows * matrix.cols) as u64
+}
+
+fn info(dir: &Path, arch: &Arch, weights: &Weights, tally: Tally<'_>) -> ModelInfo {
+    let quantization = match tally.expert.map(|matrix| matrix.format) {
+        Some(Format::Affine { bits, group, .. }) => format!("{bits}-bit g{group}"),
+        Some(Format::F32) => "f32".into(),
+        Some(Format::F16) => "f16".into(),
+        Some(Format::Bf16) | None => "bf16".into(),
+    };
+    ModelInfo {
+        id: super::hub::id_of(dir),
+        path: dir.into(),
+        arch: arch.model_type.clone(),
+        params: tally.trunk_params + tally.expert_params,
+        active_params: tally.trunk_params + arch.top_k as u64 * tally.one_expert_params,
+        quantization,
+        size_bytes: weights.size(),
+        context_max: arch.context_max,
+        layers: arch.layers.len(),
+        experts: arch.experts,
+        top_k: arch.top_k,
+        vocab_size: arch.vocab,
+        expert_bytes: tally.expert_bytes,
+        trunk_bytes: tally.trunk_bytes,
     }
 }

@@ -3,7 +3,11 @@
 
 pub(crate) mod arch;
 pub(crate) mod families;
+mod files;
 pub mod hub;
+mod safetensors;
+#[cfg(test)]
+mod tests;
 pub(crate) mod text;
 pub(crate) mod weights;
 

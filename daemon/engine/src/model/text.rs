@@ -50,3 +50,14 @@ impl Text {
         unimplemented!()
     }
 }
+
+#[derive(Debug, Default)]
+pub(crate) struct Decoder {}
+impl Decoder {
+    pub(crate) fn push(&mut self, _text: &Text, _id: u32) -> String {
+        unimplemented!()
+    }
+    pub(crate) fn finish(&mut self) -> String {
+        unimplemented!()
+    }
+}
