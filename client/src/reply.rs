@@ -65,10 +65,7 @@ pub(crate) async fn receive(
     let stream = daemon.generate().generate(request).await;
     let mut stream: Streaming<GenerateEvent> = stream.map_err(|status| daemon.failure(&status, "answering"))?.into_inner();
     loop {
-        let event = stream.message().await.map_err(|status| {
-            eprintln!("DEBUG {status:?}");
-            daemon.failure(&status, "answering")
-        })?;
+        let event = stream.message().await.map_err(|status| daemon.failure(&status, "answering"))?;
         let Some(event) = event else { return Err(Failure::went_away("answering", &daemon.log())) };
         match event.event {
             Some(Event::Accepted(accepted)) => reply.accepted = Some(accepted),

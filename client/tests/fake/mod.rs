@@ -8,6 +8,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
+    time::Duration,
 };
 
 use flash_proto::{
@@ -20,9 +21,12 @@ use flash_proto::{
         *,
     },
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream, wrappers::UnixListenerStream};
 use tonic::{Request, Response, Status, transport::Server};
+
+/// No room for a token in so long means that its reader does not read.
+const PAUSE: Duration = Duration::from_millis(300);
 
 /// Tokens are words; a conversation may have this many.
 pub const CONTEXT: u32 = 40;
@@ -36,6 +40,8 @@ pub struct Seen {
     pub load: Mutex<Vec<LoadRequest>>,
     /// A stream without end was dropped by its reader.
     pub cancelled: AtomicBool,
+    /// A long stream had to wait for its reader.
+    pub paused: AtomicBool,
 }
 
 /// Dropping it is the daemon's sudden death.
@@ -124,12 +130,20 @@ impl Generate for Script {
                 let failed = Failed { code: code::ENGINE.into(), message: "layer 3 expert 7: read failed".into() };
                 events.extend([text("Once"), event(Event::Failed(failed))]);
             }
-            "forever" => {
+            endless @ ("forever" | "until I pause") => {
                 let (sender, receiver) = mpsc::channel(1);
                 let seen = Arc::clone(&self.seen);
+                let ends = endless != "forever";
                 tokio::spawn(async move {
-                    while sender.send(text("tick ")).await.is_ok() {}
-                    seen.cancelled.store(true, SeqCst);
+                    while !(ends && seen.paused.load(SeqCst)) {
+                        match timeout(PAUSE, sender.reserve()).await {
+                            Ok(Ok(room)) => room.send(text("tick ")),
+                            Ok(Err(_)) => return seen.cancelled.store(true, SeqCst),
+                            Err(_) => seen.paused.store(true, SeqCst),
+                        }
+                    }
+                    // A reader that never comes back is the test's failure, not this one's.
+                    let _ = sender.send(done(prompt_tokens, 1)).await;
                 });
                 return Ok(Response::new(Box::pin(tokio_stream::iter(events).chain(ReceiverStream::new(receiver)))));
             }
