@@ -35,9 +35,7 @@ Help:
   help         Explain a command
 
 Options:
-{options}
-
-{after-help}";
+{options}{after-help}";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -49,8 +47,8 @@ Examples:
 
 `local` is the default model. The daemon starts by itself when it is needed.
 Environment: FLASH_HOME, FLASH_SOCKET, FLASH_MODELS, FLASH_API_KEY, NO_COLOR.
-Exit codes: 0 ok, 1 failed, 2 usage, 64 bad value, 66 no such input file, 69 no daemon, 73 cannot write,
-  75 busy, 77 permission, 78 configuration, 124 --timeout, 130 Ctrl-C.";
+Exit codes: 0 ok, 1 failed, 2 usage, 64 bad value, 66 no such input file, 69 no daemon,
+  73 cannot write, 75 busy, 77 permission, 78 configuration, 124 --timeout, 130 Ctrl-C.";
 
 /// Run Mixture-of-Experts language models larger than memory.
 #[derive(Debug, Parser)]
@@ -131,10 +129,6 @@ pub(crate) struct RunArgs {
     /// Continue the text as it is, without the chat template
     #[arg(long, conflicts_with = "system")]
     pub(crate) raw: bool,
-    #[command(flatten)]
-    pub(crate) generation: Generation,
-    #[command(flatten)]
-    pub(crate) settings: Settings,
     /// Print speed and cache figures to standard error afterwards (at a terminal they always are)
     #[arg(long)]
     pub(crate) stats: bool,
@@ -144,6 +138,10 @@ pub(crate) struct RunArgs {
     /// Give up (124) after so long: 30, 90s, 5m
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub(crate) timeout: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) generation: Generation,
+    #[command(flatten)]
+    pub(crate) settings: Settings,
 }
 
 /// Talk to a model in turns
@@ -158,16 +156,16 @@ pub(crate) struct ChatArgs {
     /// System prompt
     #[arg(short, long, value_name = "TEXT")]
     pub(crate) system: Option<String>,
-    #[command(flatten)]
-    pub(crate) generation: Generation,
-    #[command(flatten)]
-    pub(crate) settings: Settings,
     /// Print speed and cache figures after each answer
     #[arg(long)]
     pub(crate) stats: bool,
     /// Neither read nor write the history of what was typed
     #[arg(long)]
     pub(crate) no_history: bool,
+    #[command(flatten)]
+    pub(crate) generation: Generation,
+    #[command(flatten)]
+    pub(crate) settings: Settings,
 }
 
 /// Absent values are the model's own.

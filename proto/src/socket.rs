@@ -18,6 +18,12 @@ use tonic::transport::{Channel, Endpoint};
 /// sockaddr_un holds 104 bytes on macOS, 108 on Linux, the final NUL included.
 pub const PATH_BYTES_MAX: usize = 103;
 
+/// What a reader that stopped reading lets the daemon send before its sequence pauses: some 1,500 tokens. h2 charges 256
+/// bytes for a frame as small as a token's against half of the connection's window, and drops the whole connection when
+/// that is used up: hence a small window for a stream, and one for the connection that holds 80 streams paused at once.
+const STREAM_WINDOW_BYTES: u32 = 16 << 10;
+const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
+
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("neither FLASH_HOME nor HOME is set; set FLASH_SOCKET to say where the daemon listens")]
@@ -69,7 +75,9 @@ pub async fn connect(path: &Path) -> Result<Channel, Error> {
 pub fn connect_lazy(path: &Path) -> Channel {
     let path = path.to_path_buf();
     // tonic wants a URI; the connector ignores it.
-    Endpoint::from_static("http://flashd").connect_with_connector_lazy(tower::service_fn(move |_| {
+    let endpoint = Endpoint::from_static("http://flashd");
+    let endpoint = endpoint.initial_stream_window_size(STREAM_WINDOW_BYTES).initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+    endpoint.connect_with_connector_lazy(tower::service_fn(move |_| {
         let path = path.clone();
         async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
     }))

@@ -71,6 +71,10 @@ async fn converse(args: ChatArgs, global: &Global, lines: &mut Lines) -> Result<
     }
 }
 
+fn turns_text(turns: usize) -> String {
+    if turns == 1 { "1 turn".into() } else { format!("{turns} turns") }
+}
+
 enum Asked {
     Input(Input),
     Interrupt { at_empty_prompt: bool },
@@ -199,7 +203,7 @@ impl<'a> Chat<'a> {
             Input::Drop(turns) => {
                 let dropped = self.talk.drop_oldest(turns);
                 let unsent = if self.talk.unsent.is_some() { "; /retry sends the last message" } else { "" };
-                self.tell(&format!("forgot {dropped} of the oldest turns, {} are left{unsent}", self.talk.turns.len()))
+                self.tell(&format!("forgot {}, {} left{unsent}", turns_text(dropped), turns_text(self.talk.turns.len())))
             }
             Input::Undo => match self.talk.undo() {
                 Some(text) => self.tell(&format!("forgot: {}", text.lines().next().unwrap_or_default())),
@@ -243,10 +247,10 @@ impl<'a> Chat<'a> {
         let (daemon, size) = asked?;
         let (used, limit) = (size.ids.len(), size.context_length as usize);
         if used >= limit {
-            let turns = self.talk.turns.len();
+            let turns = turns_text(self.talk.turns.len());
             return self.tell(&format!(
                 "not sent: with this message the conversation has {used} tokens and the context holds {limit}.\n\
-                 /drop forgets the oldest of {turns} turns (then /retry), /clear all of them; --ctx or /set ctx may allow more"
+                 /drop forgets the oldest of {turns} (then /retry), /clear all of them; --ctx or /set ctx may allow more"
             ));
         }
         let mut reply = Reply::default();

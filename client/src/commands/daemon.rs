@@ -110,7 +110,10 @@ async fn logs(path: &Path, follow: bool, lines: usize) -> Result<(), Failure> {
     let mut file = inode();
     let (text, mut at) = log_file::tail(path, 0, lines).map_err(cannot)?;
     term::print(&text)?;
-    while follow {
+    if !follow {
+        return Ok(());
+    }
+    loop {
         sleep(FOLLOW_EVERY).await;
         let length = std::fs::metadata(path).map_or(0, |found| found.len());
         if inode() != file || length < at {
@@ -123,5 +126,4 @@ async fn logs(path: &Path, follow: bool, lines: usize) -> Result<(), Failure> {
             at = end;
         }
     }
-    Ok(())
 }

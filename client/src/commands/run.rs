@@ -56,11 +56,13 @@ async fn answer(args: RunArgs, global: &Global) -> Result<(), Failure> {
     let streaming = !args.no_stream && !global.json;
     let mut sink = |text: &str| if streaming { term::print(text) } else { Ok(()) };
     let outcome = reply::receive(&daemon, request, global, &mut reply, &mut sink).await;
-    if outcome.is_err() && streaming && !reply.text.is_empty() && !reply.text.ends_with('\n') {
-        // The partial answer stays; what follows on the terminal begins on a line of its own.
-        term::note("");
+    if let Err(failure) = outcome {
+        // The partial answer stays; what is said about it begins on a line of its own.
+        if streaming && !failure.message.is_empty() && !reply.text.is_empty() && !reply.text.ends_with('\n') {
+            term::note("");
+        }
+        return Err(failure);
     }
-    outcome?;
     finish(&args, &reply, &loaded, global)
 }
 

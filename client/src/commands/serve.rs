@@ -13,7 +13,7 @@ use crate::{
     args::{Global, ServeArgs, Settings},
     connect,
     failure::{Failure, exit},
-    load, term,
+    load,
 };
 
 const GRACE_S: f64 = 30.0;
@@ -39,12 +39,15 @@ async fn serve(args: &ServeArgs, gateway: &std::path::Path, daemon: &connect::Da
         }
     }
     let mut child = spawn(args, gateway, global)?;
+    let mut stopped_by = None;
     loop {
-        tokio::select! {
-            status = child.wait() => return ended(status),
-            _ = interrupt.recv() => forward(&child, Signal::INT),
-            _ = terminate.recv() => forward(&child, Signal::TERM),
-        }
+        let (signal, exit) = tokio::select! {
+            status = child.wait() => return ended(status, stopped_by),
+            _ = interrupt.recv() => (Signal::INT, exit::SIGINT),
+            _ = terminate.recv() => (Signal::TERM, exit::SIGTERM),
+        };
+        forward(&child, signal);
+        stopped_by = Some(exit);
     }
 }
 
@@ -78,15 +81,13 @@ fn forward(child: &Child, signal: Signal) {
     }
 }
 
-/// The gateway has said why; its exit code is ours.
-fn ended(status: std::io::Result<std::process::ExitStatus>) -> Result<(), Failure> {
+/// The gateway has said why; its exit code is ours. A signal that we passed on is not a failure of its.
+fn ended(status: std::io::Result<std::process::ExitStatus>, stopped_by: Option<u8>) -> Result<(), Failure> {
     let status = status.map_err(|error| Failure::new(exit::INTERNAL, "gateway", format!("cannot wait for the gateway: {error}")))?;
-    match status.code() {
-        Some(0) => Ok(()),
-        Some(code) => Err(Failure::silent(u8::try_from(code).unwrap_or(exit::GENERIC))),
-        None => {
-            term::note("");
-            Err(Failure::new(exit::GENERIC, "gateway", format!("the gateway ended: {status}")))
-        }
+    match (status.code(), stopped_by) {
+        (Some(0), _) => Ok(()),
+        (Some(code), _) => Err(Failure::silent(u8::try_from(code).unwrap_or(exit::GENERIC))),
+        (None, Some(exit)) => Err(Failure::silent(exit)),
+        (None, None) => Err(Failure::new(exit::GENERIC, "gateway", format!("the gateway ended: {status}"))),
     }
 }

@@ -1,0 +1,246 @@
+//! A daemon that answers by script, on a socket of its own: the seam below flashctl. What it does depends on the last
+//! message; it knows no model. Used by the tests beside it.
+
+use std::{
+    path::Path,
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use flash_proto::{
+    PROTOCOL_VERSION, code, socket,
+    v1::{
+        admin_server::{Admin, AdminServer},
+        generate_event::Event,
+        generate_server::{Generate, GenerateServer},
+        models_server::{Models, ModelsServer},
+        *,
+    },
+};
+use tokio::{sync::mpsc, time::timeout};
+use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream, wrappers::UnixListenerStream};
+use tonic::{Request, Response, Status, transport::Server};
+
+/// No room for a token in so long means that its reader does not read.
+const PAUSE: Duration = Duration::from_millis(300);
+
+/// Tokens are words; a conversation may have this many.
+pub const CONTEXT: u32 = 40;
+
+type Answer<T> = Result<Response<T>, Status>;
+type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[derive(Default)]
+pub struct Seen {
+    pub generate: Mutex<Vec<GenerateRequest>>,
+    pub load: Mutex<Vec<LoadRequest>>,
+    /// A stream without end was dropped by its reader.
+    pub cancelled: AtomicBool,
+    /// A long stream had to wait for its reader.
+    pub paused: AtomicBool,
+}
+
+/// Dropping it is the daemon's sudden death.
+pub struct Fake {
+    runtime: Option<tokio::runtime::Runtime>,
+    pub seen: Arc<Seen>,
+}
+
+impl Fake {
+    pub fn start(socket: &Path, protocol: u32) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let (listener, bound) = socket::bind(socket).expect("a socket");
+        let seen = Arc::new(Seen::default());
+        let script = Script { seen: Arc::clone(&seen), protocol };
+        runtime.spawn(async move {
+            let _bound = bound;
+            let listener = tokio::net::UnixListener::from_std(listener).expect("a listener");
+            let server = Server::builder().add_service(AdminServer::new(script.clone()));
+            let server = server.add_service(GenerateServer::new(script.clone())).add_service(ModelsServer::new(script));
+            server.serve_with_incoming(UnixListenerStream::new(listener)).await.expect("served");
+        });
+        Self { runtime: Some(runtime), seen }
+    }
+
+    pub fn ours(socket: &Path) -> Self {
+        Self::start(socket, PROTOCOL_VERSION)
+    }
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Script {
+    seen: Arc<Seen>,
+    protocol: u32,
+}
+
+fn conversation(chat: &Chat) -> String {
+    chat.messages.iter().map(|message| message.content.as_str()).collect::<Vec<_>>().join(" ")
+}
+
+fn words(text: &str) -> u32 {
+    text.split_whitespace().count() as u32
+}
+
+fn event(event: Event) -> Result<GenerateEvent, Status> {
+    Ok(GenerateEvent { event: Some(event) })
+}
+
+fn text(text: &str) -> Result<GenerateEvent, Status> {
+    event(Event::Text(Text { text: text.into(), logprobs: vec![] }))
+}
+
+fn done(prompt_tokens: u32, completion_tokens: u32) -> Result<GenerateEvent, Status> {
+    let usage = Usage { prompt_tokens, cached_tokens: 0, completion_tokens };
+    let timing = Timing { ttft_ms: 50.0, decode_ms: 20.0, expert_hits: 3, expert_misses: 1, ssd_bytes: 1_000_000, ..Timing::default() };
+    event(Event::Done(Done { usage: Some(usage), timing: Some(timing), ..Done::default() }))
+}
+
+#[tonic::async_trait]
+impl Generate for Script {
+    type GenerateStream = Events<GenerateEvent>;
+
+    async fn generate(&self, request: Request<GenerateRequest>) -> Answer<Self::GenerateStream> {
+        let request = request.into_inner();
+        self.seen.generate.lock().expect("no panic").push(request.clone());
+        let (prompt, last) = match request.prompt {
+            Some(generate_request::Prompt::Chat(chat)) => {
+                (conversation(&chat), chat.messages.last().map(|message| message.content.clone()).unwrap_or_default())
+            }
+            Some(generate_request::Prompt::Text(text)) => (text.clone(), text),
+            _ => return Err(code::status(code::INVALID_VALUE, "no prompt")),
+        };
+        let prompt_tokens = words(&prompt);
+        let accepted = Accepted { model: "tiny".into(), prompt_tokens, context_length: CONTEXT, ..Accepted::default() };
+        let mut events = vec![event(Event::Accepted(accepted)), event(Event::Progress(Progress::default()))];
+        match last.trim() {
+            "refuse" => return Err(code::with_retry_after(code::status(code::QUEUE_FULL, "64 requests are waiting already"), 7)),
+            "fail" => {
+                let failed = Failed { code: code::ENGINE.into(), message: "layer 3 expert 7: read failed".into() };
+                events.extend([text("Once"), event(Event::Failed(failed))]);
+            }
+            endless @ ("forever" | "until I pause") => {
+                let (sender, receiver) = mpsc::channel(1);
+                let seen = Arc::clone(&self.seen);
+                let ends = endless != "forever";
+                tokio::spawn(async move {
+                    while !(ends && seen.paused.load(SeqCst)) {
+                        match timeout(PAUSE, sender.reserve()).await {
+                            Ok(Ok(room)) => room.send(text("tick ")),
+                            Ok(Err(_)) => return seen.cancelled.store(true, SeqCst),
+                            Err(_) => seen.paused.store(true, SeqCst),
+                        }
+                    }
+                    // A reader that never comes back is the test's failure, not this one's.
+                    let _ = sender.send(done(prompt_tokens, 1)).await;
+                });
+                return Ok(Response::new(Box::pin(tokio_stream::iter(events).chain(ReceiverStream::new(receiver)))));
+            }
+            _ => events.extend([text("Once "), text(""), text("upon a time."), done(prompt_tokens, 4)]),
+        }
+        Ok(Response::new(Box::pin(tokio_stream::iter(events))))
+    }
+
+    async fn tokenize(&self, request: Request<TokenizeRequest>) -> Answer<TokenizeResponse> {
+        let text = match request.into_inner().prompt {
+            Some(tokenize_request::Prompt::Chat(chat)) => conversation(&chat),
+            Some(tokenize_request::Prompt::Text(text)) => text,
+            None => String::new(),
+        };
+        Ok(Response::new(TokenizeResponse { model: "tiny".into(), ids: (0..words(&text)).collect(), context_length: CONTEXT }))
+    }
+}
+
+fn model() -> Model {
+    Model {
+        id: "tiny".into(),
+        arch: "qwen3_moe".into(),
+        params: 24_500_000,
+        active_params: 6_100_000,
+        quantization: "4-bit g64".into(),
+        size_bytes: 53_000_000,
+        context_length: CONTEXT,
+        experts: 64,
+        ..Model::default()
+    }
+}
+
+fn cache() -> Cache {
+    Cache {
+        slots_per_layer: 16,
+        slots_wanted: 16,
+        slot_bytes: 1000,
+        budget_bytes: 128_000,
+        resident_bytes: 64_000,
+        working_set_bytes: 64_000,
+    }
+}
+
+#[tonic::async_trait]
+impl Models for Script {
+    async fn list(&self, _: Request<ListRequest>) -> Answer<ListResponse> {
+        let broken = Model { id: "broken".into(), problem: "model.safetensors is truncated".into(), ..Model::default() };
+        Ok(Response::new(ListResponse { models: vec![model(), broken], default_model: "tiny".into() }))
+    }
+
+    async fn load(&self, request: Request<LoadRequest>) -> Answer<LoadResponse> {
+        let request = request.into_inner();
+        self.seen.load.lock().expect("no panic").push(request.clone());
+        if request.model == "nope" {
+            return Err(code::with_param(code::status(code::MODEL_NOT_FOUND, "no model `nope`; installed: tiny"), "model"));
+        }
+        let warnings = if request.expert_cache.as_deref() == Some("1%") { vec!["the cache is below a working set".into()] } else { vec![] };
+        Ok(Response::new(LoadResponse { model: Some(model()), loaded_now: true, load_ms: 12.0, cache: Some(cache()), warnings }))
+    }
+
+    async fn unload(&self, _: Request<UnloadRequest>) -> Answer<UnloadResponse> {
+        Ok(Response::new(UnloadResponse { was_loaded: true }))
+    }
+}
+
+fn snapshot() -> Snapshot {
+    let model =
+        LoadedModel { id: "tiny".into(), state: loaded_model::State::Ready.into(), context_length: CONTEXT, ..LoadedModel::default() };
+    let experts = Experts { cache: Some(cache()), hits: 3, misses: 1, ..Experts::default() };
+    Snapshot { model: Some(model), experts: Some(experts), memory: Some(Memory::default()), ..Snapshot::default() }
+}
+
+#[tonic::async_trait]
+impl Admin for Script {
+    type WatchStatsStream = Events<Snapshot>;
+
+    async fn version(&self, _: Request<VersionRequest>) -> Answer<VersionResponse> {
+        let version =
+            VersionResponse { version: "9.9.9".into(), protocol: self.protocol, pid: std::process::id(), ..VersionResponse::default() };
+        Ok(Response::new(version))
+    }
+
+    async fn stats(&self, _: Request<StatsRequest>) -> Answer<Snapshot> {
+        Ok(Response::new(snapshot()))
+    }
+
+    async fn watch_stats(&self, _: Request<WatchStatsRequest>) -> Answer<Self::WatchStatsStream> {
+        Ok(Response::new(Box::pin(tokio_stream::iter([Ok(snapshot()), Ok(snapshot())]).chain(tokio_stream::pending()))))
+    }
+
+    async fn doctor(&self, _: Request<DoctorRequest>) -> Answer<DoctorResponse> {
+        let setting = Setting { name: "memory".into(), value: "auto".into(), origin: "default".into() };
+        let check = Check { name: "simd".into(), ok: true, finding: "avx2".into(), fix: String::new() };
+        Ok(Response::new(DoctorResponse { settings: vec![setting], checks: vec![check] }))
+    }
+
+    async fn shutdown(&self, _: Request<ShutdownRequest>) -> Answer<ShutdownResponse> {
+        Ok(Response::new(ShutdownResponse {}))
+    }
+}
