@@ -5,10 +5,10 @@ use std::{
     io,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker},
 };
 
 use tokio::{
@@ -23,14 +23,31 @@ use crate::config::Timing;
 #[derive(Debug, Default)]
 pub(crate) struct Activity {
     /// Requests whose response is not finished.
-    pub(crate) open: AtomicUsize,
+    open: AtomicUsize,
     /// Requests ever begun.
-    pub(crate) begun: AtomicUsize,
+    begun: AtomicUsize,
     /// HTTP/2 frames arrive outside of requests too, so a byte is no sign of a header there.
-    pub(crate) multiplexed: AtomicBool,
+    multiplexed: AtomicBool,
+    /// The task that waits for bytes: its clock is another one once the last request is answered.
+    reader: Mutex<Option<Waker>>,
 }
 
-#[derive(Clone, Copy, PartialEq)]
+impl Activity {
+    pub(crate) fn begin(&self, multiplexed: bool) {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        self.begun.fetch_add(1, Ordering::Relaxed);
+        self.multiplexed.fetch_or(multiplexed, Ordering::Relaxed);
+    }
+
+    pub(crate) fn end(&self) {
+        self.open.fetch_sub(1, Ordering::Relaxed);
+        if let Some(reader) = self.reader.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            reader.wake();
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Phase {
     Idle,
     Header,
@@ -44,7 +61,7 @@ pub(crate) struct Timed {
     timing: Timing,
     reading: Clock,
     writing: Clock,
-    /// Requests begun when the last byte of a new header came.
+    /// Requests that had begun when the first byte of the latest header came.
     header_of: Option<usize>,
 }
 
@@ -53,16 +70,6 @@ pub(crate) struct Timed {
 struct Clock {
     sleep: Pin<Box<Sleep>>,
     armed: Option<Phase>,
-}
-
-impl std::fmt::Debug for Phase {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str(match self {
-            Self::Idle => "idle",
-            Self::Header => "header",
-            Self::Busy => "busy",
-        })
-    }
 }
 
 impl Clock {
@@ -113,9 +120,11 @@ impl AsyncRead for Timed {
             let multiplexed = this.activity.multiplexed.load(Ordering::Relaxed);
             if buffer.filled().len() > before && !multiplexed && this.phase() == Phase::Idle {
                 this.header_of = Some(this.activity.begun.load(Ordering::Relaxed));
+                this.reading.armed = None;
             }
             return Poll::Ready(result);
         }
+        *this.activity.reader.lock().unwrap_or_else(PoisonError::into_inner) = Some(context.waker().clone());
         loop {
             let phase = this.phase();
             let limit = if phase == Phase::Header { this.timing.header } else { this.timing.keep_alive };
@@ -151,6 +160,6 @@ impl AsyncWrite for Timed {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(ready!(Pin::new(&mut self.stream).poll_shutdown(context)))
+        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }

@@ -188,14 +188,6 @@ fn method_label(method: &Method) -> &'static str {
     }
 }
 
-impl Activity {
-    fn begin(&self, multiplexed: bool) {
-        self.open.fetch_add(1, Ordering::Relaxed);
-        self.begun.fetch_add(1, Ordering::Relaxed);
-        self.multiplexed.fetch_or(multiplexed, Ordering::Relaxed);
-    }
-}
-
 /// A request until its last byte is out; logged and counted when dropped, as 499 if nothing said otherwise.
 #[derive(Debug)]
 struct Account {
@@ -210,7 +202,7 @@ struct Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
-        self.connection.activity.open.fetch_sub(1, Ordering::Relaxed);
+        self.connection.activity.end();
         let elapsed = self.arrived.elapsed();
         self.app.metrics.answered(&self.route, self.method, self.code, elapsed.as_secs_f64());
         let ms = elapsed.as_millis();

@@ -1,0 +1,258 @@
+//! A daemon without a model: the generated services over a Unix socket, answering from scripts. It runs on a runtime of
+//! its own, so that dropping it is as sudden as kill -9.
+
+use std::{
+    collections::VecDeque,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+};
+
+use flash_proto::v1::{
+    self,
+    admin_server::{Admin, AdminServer},
+    generate_event::Event,
+    generate_server::{Generate, GenerateServer},
+    models_server::{Models, ModelsServer},
+};
+use tempfile::TempDir;
+use tokio::{
+    net::UnixListener,
+    runtime::Runtime,
+    sync::{mpsc, watch},
+};
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tonic::{Request, Response, Status, transport::Server};
+
+#[derive(Clone, Debug)]
+pub(crate) enum Step {
+    Send(Event),
+    /// Ends the request with a status; as a first step, instead of a stream.
+    Refuse(Status),
+    /// Nothing more until the client goes away; as a first step, not even the head of a stream.
+    Hang,
+    /// Text without end.
+    Flood,
+    /// Goes on when the gate opens.
+    Wait(watch::Receiver<bool>),
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    scripts: Mutex<VecDeque<Vec<Step>>>,
+    requests: Mutex<Vec<v1::GenerateRequest>>,
+    snapshot: Mutex<v1::Snapshot>,
+}
+
+#[derive(Clone, Debug)]
+struct Service {
+    shared: Arc<Shared>,
+    /// Generations whose client went away.
+    gone: watch::Sender<usize>,
+}
+
+pub(crate) struct Fake {
+    directory: TempDir,
+    service: Service,
+    runtime: Option<Runtime>,
+}
+
+impl Fake {
+    pub(crate) fn start() -> Self {
+        let mut fake = Self::absent();
+        fake.resume();
+        fake
+    }
+
+    /// A socket path with nobody behind it.
+    pub(crate) fn absent() -> Self {
+        let service = Service { shared: Arc::default(), gone: watch::Sender::new(0) };
+        Self { directory: tempfile::tempdir().expect("a directory"), service, runtime: None }
+    }
+
+    pub(crate) fn resume(&mut self) {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let listener = {
+            let _inside = runtime.enter();
+            UnixListener::bind(self.socket()).expect("a free socket")
+        };
+        let service = self.service.clone();
+        let server = Server::builder()
+            .add_service(GenerateServer::new(service.clone()))
+            .add_service(ModelsServer::new(service.clone()))
+            .add_service(AdminServer::new(service));
+        runtime.spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
+        self.runtime = Some(runtime);
+    }
+
+    pub(crate) fn kill(&mut self) {
+        self.runtime.take().expect("a running daemon").shutdown_background();
+        std::fs::remove_file(self.socket()).expect("its socket");
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.directory.path().join("s")
+    }
+
+    /// What the next request gets.
+    pub(crate) fn script(&self, steps: impl Into<Vec<Step>>) {
+        self.service.shared.scripts.lock().expect("scripts").push_back(steps.into());
+    }
+
+    pub(crate) fn requests(&self) -> Vec<v1::GenerateRequest> {
+        self.service.shared.requests.lock().expect("requests").clone()
+    }
+
+    pub(crate) fn snapshot(&self, snapshot: v1::Snapshot) {
+        *self.service.shared.snapshot.lock().expect("snapshot") = snapshot;
+    }
+
+    /// Until `count` clients have gone away in the middle.
+    pub(crate) async fn gone(&self, count: usize) {
+        crate::soon("the end of the gRPC stream", self.service.gone.subscribe().wait_for(|gone| *gone >= count))
+            .await
+            .expect("the fake lives");
+    }
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// Counts a call that is dropped before its answer.
+struct Dropped(watch::Sender<usize>);
+
+impl Drop for Dropped {
+    fn drop(&mut self) {
+        self.0.send_modify(|gone| *gone += 1);
+    }
+}
+
+#[tonic::async_trait]
+impl Generate for Service {
+    type GenerateStream = ReceiverStream<Result<v1::GenerateEvent, Status>>;
+
+    async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        self.shared.requests.lock().expect("requests").push(request.into_inner());
+        let script = self.shared.scripts.lock().expect("scripts").pop_front().expect("a script for every request");
+        match script.first() {
+            Some(Step::Refuse(status)) => return Err(status.clone()),
+            Some(Step::Hang) => {
+                let _dropped = Dropped(self.gone.clone());
+                std::future::pending::<()>().await;
+            }
+            _ => {}
+        }
+        let (sender, receiver) = mpsc::channel(1);
+        let gone = self.gone.clone();
+        tokio::spawn(async move {
+            for step in script {
+                let sent = match step {
+                    Step::Send(event) => sender.send(Ok(v1::GenerateEvent { event: Some(event) })).await.is_ok(),
+                    Step::Refuse(status) => sender.send(Err(status)).await.is_ok(),
+                    Step::Wait(mut gate) => gate.wait_for(|open| *open).await.is_ok(),
+                    Step::Hang => {
+                        sender.closed().await;
+                        false
+                    }
+                    Step::Flood => {
+                        let flood = || Ok(v1::GenerateEvent { event: Some(text(&"x".repeat(1 << 16))) });
+                        while sender.send(flood()).await.is_ok() {}
+                        false
+                    }
+                };
+                if !sent {
+                    gone.send_modify(|gone| *gone += 1);
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn tokenize(&self, _: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
+}
+
+#[tonic::async_trait]
+impl Models for Service {
+    async fn list(&self, _: Request<v1::ListRequest>) -> Result<Response<v1::ListResponse>, Status> {
+        let model = |id: &str, state: v1::model::State| v1::Model {
+            id: id.into(),
+            arch: "qwen3_moe".into(),
+            quantization: "4-bit g64".into(),
+            context_length: 2048,
+            modified: 1_760_000_000,
+            state: state.into(),
+            ..Default::default()
+        };
+        let models = vec![model("org/big", v1::model::State::NotLoaded), model("flash-tiny-moe", v1::model::State::Ready)];
+        Ok(Response::new(v1::ListResponse { models, default_model: "flash-tiny-moe".into() }))
+    }
+
+    async fn load(&self, _: Request<v1::LoadRequest>) -> Result<Response<v1::LoadResponse>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
+
+    async fn unload(&self, _: Request<v1::UnloadRequest>) -> Result<Response<v1::UnloadResponse>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
+}
+
+#[tonic::async_trait]
+impl Admin for Service {
+    async fn version(&self, _: Request<v1::VersionRequest>) -> Result<Response<v1::VersionResponse>, Status> {
+        let version = v1::VersionResponse { version: "9.9.9".into(), protocol: flash_proto::PROTOCOL_VERSION, ..Default::default() };
+        Ok(Response::new(version))
+    }
+
+    async fn stats(&self, _: Request<v1::StatsRequest>) -> Result<Response<v1::Snapshot>, Status> {
+        Ok(Response::new(self.shared.snapshot.lock().expect("snapshot").clone()))
+    }
+
+    type WatchStatsStream = ReceiverStream<Result<v1::Snapshot, Status>>;
+
+    async fn watch_stats(&self, _: Request<v1::WatchStatsRequest>) -> Result<Response<Self::WatchStatsStream>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
+
+    async fn doctor(&self, _: Request<v1::DoctorRequest>) -> Result<Response<v1::DoctorResponse>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
+
+    async fn shutdown(&self, _: Request<v1::ShutdownRequest>) -> Result<Response<v1::ShutdownResponse>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
+}
+
+pub(crate) fn accepted() -> Event {
+    let fingerprint = "fp_flash".into();
+    Event::Accepted(v1::Accepted {
+        model: "flash-tiny-moe".into(),
+        prompt_tokens: 11,
+        context_length: 2048,
+        queue_position: 0,
+        fingerprint,
+    })
+}
+
+pub(crate) fn text(text: &str) -> Event {
+    Event::Text(v1::Text { text: text.into(), logprobs: Vec::new() })
+}
+
+pub(crate) fn done(finish: v1::done::Finish) -> Event {
+    let usage = Some(v1::Usage { prompt_tokens: 11, cached_tokens: 3, completion_tokens: 5 });
+    let timing =
+        v1::Timing { queue_ms: 1.0, prefill_ms: 100.0, ttft_ms: 110.0, decode_ms: 40.0, expert_hits: 3, expert_misses: 1, ssd_bytes: 4096 };
+    Event::Done(v1::Done { finish: finish.into(), usage, timing: Some(timing), ..Default::default() })
+}
+
+/// Accepted, the texts, stop.
+pub(crate) fn reply(texts: &[&str]) -> Vec<Step> {
+    let texts = texts.iter().map(|part| text(part));
+    [accepted()].into_iter().chain(texts).chain([done(v1::done::Finish::Stop)]).map(Step::Send).collect()
+}
