@@ -84,6 +84,21 @@ pub struct Request {
     pub client: String,
 }
 
+impl Request {
+    /// `prompt` with greedy sampling and no limits but the context.
+    pub fn greedy(prompt: Vec<u32>) -> Self {
+        Self {
+            prompt,
+            sampling: Sampling::greedy(),
+            stop: Vec::new(),
+            max_tokens: None,
+            top_logprobs: None,
+            ignore_eos: false,
+            client: String::new(),
+        }
+    }
+}
+
 /// Order of application: penalties → logit bias → temperature → top-k → top-p → min-p → seeded draw.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {

@@ -14,6 +14,8 @@ mod load;
 mod slab;
 mod stats;
 mod store;
+#[cfg(test)]
+mod tests;
 
 pub use error::Error;
 pub use experts::{Arrival, Config, Experts, Fetch};

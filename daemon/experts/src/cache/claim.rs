@@ -52,9 +52,4 @@ impl Vacant {
     pub(crate) fn slot(&self) -> Slot {
         self.slot
     }
-
-    #[cfg(test)]
-    pub(crate) fn for_test(slot: Slot) -> Self {
-        Self { slot }
-    }
 }

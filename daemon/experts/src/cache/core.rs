@@ -496,3 +496,70 @@ impl Layer {
         Some(slot)
     }
 }
+
+#[cfg(test)]
+impl Core {
+    /// Everything that must hold between any two calls.
+    pub(crate) fn validate(&self) {
+        for l in 0..self.layers.len() {
+            self.validate_layer(l);
+        }
+        let in_state = |wanted: &dyn Fn(State) -> bool| {
+            (0u32..).map(Slot).zip(&self.slots).filter(|(_, entry)| wanted(entry.state)).map(|(slot, _)| slot).collect::<BTreeSet<_>>()
+        };
+        assert_eq!(self.queue.iter().copied().collect::<BTreeSet<_>>(), in_state(&|state| matches!(state, State::Queued(_))));
+        assert!(in_state(&|state| state == State::Populating).len() <= usize::from(self.populating));
+        let held = in_state(&|state| {
+            matches!(state, State::Queued(_) | State::Loading { wanted: true, .. } | State::Resident { pinned: true, .. })
+        });
+        let Some(demand) = &self.demand else { return assert!(held.is_empty(), "held by no fetch: {held:?}") };
+        let layer = &self.layers[demand.layer.index()];
+        let slots: BTreeSet<Slot> = demand.ids.iter().filter_map(|expert| layer.slot_of[expert.index()]).collect();
+        assert!(held.is_subset(&slots), "{held:?} are held, the fetch asked for {slots:?}");
+        assert!(
+            demand.pending.is_empty() || layer.free.is_empty() && layer.fresh.is_empty() && layer.idle == 0,
+            "pending beside a slot to be had"
+        );
+        let waiting = held.iter().filter(|slot| !matches!(self.slots[slot.index()].state, State::Resident { .. })).count();
+        assert_eq!(demand.undelivered, demand.ready.len() + demand.pending.len() + waiting);
+    }
+
+    fn validate_layer(&self, l: usize) {
+        let (layer, mut free, mut fresh, mut off) = (&self.layers[l], BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        let (mut idle, mut resident, mut busy, mut draining) = (0, BTreeSet::new(), 0, 0);
+        for slot in (l..self.slots.len()).step_by(self.shape.layers).map(|slot| Slot(slot as u32)) {
+            let Entry { state, touched } = self.slots[slot.index()];
+            match state {
+                State::Off => assert!(off.insert(slot) && !touched),
+                State::Free => assert!(if touched { &mut free } else { &mut fresh }.insert(slot)),
+                State::Populating => busy += 1,
+                State::Draining => (busy, draining) = (busy + 1, draining + 1),
+                State::Queued(expert) | State::Loading { expert, .. } => {
+                    assert_eq!(layer.slot_of[expert.index()], Some(slot));
+                    busy += 1;
+                }
+                State::Resident { expert, pinned } => {
+                    assert!(layer.slot_of[expert.index()] == Some(slot) && resident.insert(slot) && touched);
+                    idle += usize::from(!pinned);
+                }
+            }
+        }
+        assert_eq!((layer.idle, layer.busy, layer.resident), (idle, busy, resident.len()));
+        assert_eq!((layer.free.iter().copied().collect(), &layer.fresh, &layer.off), (free, &fresh, &off));
+        assert_eq!(layer.enabled, self.per_layer.min(self.shape.places - draining));
+        assert_eq!(layer.enabled, self.shape.places - off.len() - draining);
+        let held = layer.slot_of.iter().flatten().count();
+        assert_eq!(
+            held + layer.free.len() + layer.fresh.len() + usize::from(self.populates(l)),
+            layer.enabled,
+            "an expert in two slots, or in none"
+        );
+        let ranked = std::cell::RefCell::new(BTreeSet::new());
+        layer.policy.victim(&|slot| !ranked.borrow_mut().insert(slot));
+        assert_eq!(ranked.into_inner(), resident, "the policy ranks what is resident");
+    }
+
+    fn populates(&self, l: usize) -> bool {
+        self.slots.iter().skip(l).step_by(self.shape.layers).any(|entry| entry.state == State::Populating)
+    }
+}

@@ -7,6 +7,8 @@
 
 mod claim;
 mod core;
+#[cfg(test)]
+mod model;
 mod policy;
 
 pub(crate) use self::{

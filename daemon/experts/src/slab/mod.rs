@@ -174,3 +174,125 @@ impl Drop for Slab {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Config, ExpertId, Experts, LayerId, Read, Slice, Source, Storage};
+
+    #[test]
+    fn slots_are_page_aligned_in_memory_aligned_for_huge_pages() {
+        let page = rustix::param::page_size();
+        let check = |bytes: usize, slots: usize, stride: usize| {
+            let slab = Slab::anonymous(bytes, slots).unwrap();
+            let base = slab.slot(Slot(0)).ptr.as_ptr() as usize;
+            let last = slab.slot(Slot(slots as u32 - 1));
+            assert_eq!((slab.slots(), slab.stride_bytes(), base % HUGE), (slots, stride, 0));
+            assert_eq!((last.ptr.as_ptr() as usize - base, last.len), ((slots - 1) * stride, stride));
+        };
+        check(1, 1, page);
+        check(page, 3, page);
+        check(page + 1, 3, 2 * page);
+        check(HUGE + 1, 64, HUGE + page);
+    }
+
+    #[test]
+    fn impossible_sizes_are_errors() {
+        for (bytes, slots) in [(0, 1), (1, 0), (usize::MAX, 1), (1 << 40, 1 << 30), (1, 1 << 33), (1 << 50, 1 << 8)] {
+            assert!(matches!(Slab::anonymous(bytes, slots), Err(Error::Slab { .. })), "{slots} slots of {bytes}");
+        }
+    }
+
+    /// Every byte of every file is 7.
+    #[derive(Debug)]
+    struct Sevens;
+
+    impl Storage for Sevens {
+        fn name(&self) -> &str {
+            "sevens"
+        }
+        fn len(&self) -> u64 {
+            1 << 30
+        }
+        fn read(&self, reads: &mut [Read<'_>]) -> io::Result<()> {
+            reads.iter_mut().for_each(|read| read.into.fill(7));
+            Ok(())
+        }
+    }
+
+    fn open(slab: Slab, layers: usize, slots_per_layer: usize, slices: &[Slice]) -> Experts {
+        let source = Source { files: vec![Box::new(Sevens)], layers: vec![vec![slices.to_vec(); 8]; layers] };
+        Experts::open(source, slab, Config { top_k: 1, slots_per_layer, loaders: 2 }).unwrap()
+    }
+
+    #[test]
+    fn a_backends_regions_are_filled_each_at_its_place() {
+        let mut memory = [vec![0u8; 8 * 100], vec![0u8; 8 * 10]];
+        let [a, b] = memory.each_mut().map(|bytes| NonNull::new(bytes.as_mut_ptr()).unwrap());
+        // SAFETY: two vectors of 8 slots that outlive the slab and are looked at after it only.
+        let slab = unsafe { Slab::from_regions(vec![Region { base: a, stride: 100 }, Region { base: b, stride: 10 }], 8) };
+        let slice = |region: u8, at: u32, len: u32| Slice { file: 0, offset: u64::from(at), len, region, at };
+        let mut experts = open(slab, 1, 3, &[slice(0, 2, 5), slice(1, 8, 2)]);
+        assert_eq!(experts.slot_bytes(), 110);
+        let mut fetch = experts.fetch(LayerId(0), &[ExpertId(4)]);
+        assert_eq!(fetch.next().unwrap().len(), 1);
+        drop(fetch);
+        experts.set_slots(1); // leaves foreign memory alone
+        drop(experts);
+        let sevens = memory.map(|bytes| bytes.iter().enumerate().filter(|(_, byte)| **byte == 7).map(|(i, _)| i).collect::<Vec<_>>());
+        assert_eq!(sevens, [vec![2, 3, 4, 5, 6], vec![8, 9]]);
+    }
+
+    /// How many pages of a slab's slots are in memory, from the kernel's page table.
+    #[cfg(target_os = "linux")]
+    fn present(experts: &Experts, slots: usize) -> usize {
+        use std::os::unix::fs::FileExt;
+        let (page, SlotPtr { ptr, len }) = (rustix::param::page_size(), experts.slot(Slot(0)));
+        let mut entries = vec![0; slots * len / page * 8];
+        let pagemap = std::fs::File::open("/proc/self/pagemap").unwrap();
+        pagemap.read_exact_at(&mut entries, (ptr.as_ptr() as usize / page * 8) as u64).unwrap();
+        entries.chunks(8).filter(|entry| entry[if cfg!(target_endian = "little") { 7 } else { 0 }] & 0x80 != 0).count()
+    }
+
+    #[cfg(target_os = "linux")]
+    fn wait_present(experts: &Experts, slots: usize, expected: usize) {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while present(experts, slots) != expected {
+            assert!(std::time::Instant::now() < deadline, "{} pages of {expected}", present(experts, slots));
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn pages_come_ahead_of_use_and_go_with_the_budget() {
+        let page = rustix::param::page_size();
+        let probe = Slab::anonymous(page, 1).unwrap();
+        // SAFETY: the address of the slab's only page.
+        let probed = unsafe { rustix::mm::madvise(probe.slot(Slot(0)).ptr.as_ptr().cast(), page, rustix::mm::Advice::LinuxPopulateWrite) };
+        // A slot above the size of a huge page, and one below.
+        for slot_pages in [HUGE / page + 3, 3] {
+            let (layers, per_layer) = (2, slot_pages * 2);
+            let slice = Slice { file: 0, offset: 0, len: (slot_pages * page) as u32, region: 0, at: 0 };
+            let slab = Slab::anonymous(slot_pages * page, layers * 8).unwrap();
+            let mut experts = open(slab, layers, 4, &[slice]);
+            if probed.is_ok() {
+                wait_present(&experts, 4 * layers, 4 * per_layer);
+            }
+            // Fill every slot, so that what goes is in use.
+            for layer in [LayerId(0), LayerId(1)] {
+                let ids = [0, 1, 2, 3].map(ExpertId);
+                let mut fetch = experts.fetch(layer, &ids);
+                while fetch.next().is_some() {}
+            }
+            wait_present(&experts, 4 * layers, 4 * per_layer);
+            experts.set_slots(1);
+            assert_eq!(present(&experts, 4 * layers), per_layer, "given back before set_slots returns");
+            assert_eq!(experts.stats().resident_bytes, 2 * experts.slot_bytes());
+            experts.set_slots(3);
+            if probed.is_ok() {
+                wait_present(&experts, 4 * layers, 3 * per_layer);
+            }
+        }
+    }
+}
