@@ -236,9 +236,9 @@ impl Process {
         Ok(Self { child, stderr: stderr.into() })
     }
 
-    /// A child that the caller set up, for those that talk to it.
-    pub fn adopt(child: Child) -> Self {
-        Self { child, stderr: PathBuf::new() }
+    /// A child that the caller set up as leader of its group; its standard error goes to `stderr`, if to a file.
+    pub fn adopt(child: Child, stderr: PathBuf) -> Self {
+        Self { child, stderr }
     }
 
     pub fn child(&mut self) -> &mut Child {
@@ -307,7 +307,7 @@ pub fn finish(mut command: Command, input: Option<&[u8]>) -> Result<Output> {
     };
     let stdout = read(child.stdout.take().map(|pipe| Box::new(pipe) as _));
     let stderr = read(child.stderr.take().map(|pipe| Box::new(pipe) as _));
-    let mut process = Process::adopt(child);
+    let mut process = Process::adopt(child, PathBuf::new());
     let code = process.code().with_context(|| format!("running {command:?}"))?;
     let text = |reader: thread::JoinHandle<String>| reader.join().expect("reading does not panic");
     Ok(Output { code, stdout: text(stdout), stderr: text(stderr) })

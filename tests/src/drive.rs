@@ -8,6 +8,8 @@ use flash_engine::{Delivery, Engine, Event, Finish, Request, RequestId, Sampling
 #[derive(Debug, Default)]
 pub struct Outcome {
     pub ids: Vec<u32>,
+    /// Per token the bits of its log-probability and of its alternatives', if they were asked for.
+    pub bits: Vec<u32>,
     pub text: String,
     pub finish: Option<Finish>,
     pub error: Option<String>,
@@ -26,7 +28,7 @@ pub fn greedy(prompt: &[u32], count: usize) -> Request {
     }
 }
 
-/// As [`greedy`], but drawn at temperature 1: every draw depends on every logit, so that a changed bit shows.
+/// As [`greedy`], but drawn at temperature 1, so that the text does not repeat itself.
 pub fn drawn(prompt: &[u32], count: usize, seed: u64) -> Request {
     Request { sampling: Sampling { temperature: 1.0, seed: Some(seed), ..Sampling::greedy() }, ..greedy(prompt, count) }
 }
@@ -63,7 +65,13 @@ pub fn run_with(engine: &mut Engine, requests: &[Late], between: &mut dyn FnMut(
             let outcome = &mut outcomes[index];
             match event {
                 Event::Prefill { .. } => {}
-                Event::Token { text, .. } => outcome.text.push_str(&text),
+                Event::Token { text, logprobs } => {
+                    outcome.text.push_str(&text);
+                    for token in logprobs {
+                        outcome.bits.push(token.logprob.to_bits());
+                        outcome.bits.extend(token.top.iter().map(|(_, logprob)| logprob.to_bits()));
+                    }
+                }
                 Event::Done(done) => {
                     outcome.ids = done.token_ids;
                     outcome.finish = Some(done.finish);
@@ -82,11 +90,13 @@ pub fn run_with(engine: &mut Engine, requests: &[Late], between: &mut dyn FnMut(
 
 /// The ids of each outcome, or the first error.
 pub fn ids(outcomes: Vec<Outcome>) -> Result<Vec<Vec<u32>>> {
-    outcomes
-        .into_iter()
-        .map(|outcome| match outcome.error {
-            None => Ok(outcome.ids),
-            Some(error) => bail!("a request failed: {error}"),
-        })
-        .collect()
+    Ok(answered(outcomes)?.into_iter().map(|outcome| outcome.ids).collect())
+}
+
+/// The outcomes if all came to an end, else the first error.
+pub fn answered(outcomes: Vec<Outcome>) -> Result<Vec<Outcome>> {
+    match outcomes.iter().find_map(|outcome| outcome.error.as_deref()) {
+        None => Ok(outcomes),
+        Some(error) => bail!("a request failed: {error}"),
+    }
 }

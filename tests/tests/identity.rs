@@ -1,6 +1,6 @@
 //! Exactness: the same request gives the same tokens, bit for bit, whatever the cache budget, the thread count, the order
-//! and delay of loads, budget changes in mid-stream and whoever else is in the batch. Draws at temperature 1 make every
-//! bit of the logits count.
+//! and delay of loads, budget changes in mid-stream and whoever else is in the batch. Log-probabilities are compared too,
+//! bit for bit: a token alone would hide most differences.
 
 use std::path::Path;
 
@@ -8,13 +8,30 @@ use anyhow::{Context, Result};
 use flash_engine::{CacheBudget, Engine, Kernels, Options, Request};
 use flash_tests::{
     daemon::bundled_model,
-    drive::{Late, drawn, greedy, ids, run, run_with},
+    drive::{Late, Outcome, answered, drawn, greedy, run, run_with},
     fault_storage::{Fault, Faults, When},
     golden,
     rng::Rng,
     tiny_model::{Spec, TinyModel},
 };
 use tempfile::TempDir;
+
+/// Ids, and the bits of log-probabilities.
+type Answer = (Vec<u32>, Vec<u32>);
+
+fn answers(outcomes: Vec<Outcome>) -> Result<Vec<Answer>> {
+    Ok(answered(outcomes)?.into_iter().map(|outcome| (outcome.ids, outcome.bits)).collect())
+}
+
+fn same(got: Vec<Outcome>, expected: &[Answer], what: &str) -> Result<()> {
+    let got = answers(got)?;
+    assert_eq!(got.len(), expected.len(), "{what}");
+    for (index, ((ids, bits), (expected_ids, expected_bits))) in got.iter().zip(expected).enumerate() {
+        assert_eq!(ids, expected_ids, "{what}, request {index}: tokens");
+        assert_eq!(bits, expected_bits, "{what}, request {index}: bits of the log-probabilities of equal tokens");
+    }
+    Ok(())
+}
 
 /// What is varied; everything else is equal.
 #[derive(Clone, Copy)]
@@ -47,9 +64,9 @@ impl Subject<'_> {
     }
 
     /// Each request by itself, one thread, everything resident.
-    fn expected(&self, kernels: Kernels) -> Result<Vec<Vec<u32>>> {
+    fn expected(&self, kernels: Kernels) -> Result<Vec<Answer>> {
         let mut engine = self.engine(Setting { slots: self.experts, threads: 1, kernels })?;
-        let alone = |request| ids(run(&mut engine, std::slice::from_ref(request))?)?.pop().context("an answer");
+        let alone = |request| answers(run(&mut engine, std::slice::from_ref(request))?)?.pop().context("an answer");
         self.requests.iter().map(alone).collect()
     }
 
@@ -60,10 +77,9 @@ impl Subject<'_> {
                 let mut engine = self.engine(Setting { slots, threads, kernels })?;
                 assert_eq!(engine.report().experts.slots_per_layer, slots);
                 for (request, expected) in self.requests.iter().zip(&expected) {
-                    let got = ids(run(&mut engine, std::slice::from_ref(request))?)?;
-                    assert_eq!(got, [expected.clone()], "{kernels:?}, {slots} slots, {threads} threads");
+                    let got = run(&mut engine, std::slice::from_ref(request))?;
+                    same(got, std::slice::from_ref(expected), &format!("{kernels:?}, {slots} slots, {threads} threads"))?;
                 }
-                assert_eq!(ids(run(&mut engine, &self.requests)?)?, expected, "{kernels:?}, {slots} slots, {threads} threads, batched");
             }
         }
         Ok(())
@@ -76,7 +92,7 @@ impl Subject<'_> {
             let options = self.options(Setting { slots, threads: 2, kernels });
             let mut engine = Engine::load_from(self.dir, &options, &faults.opener(), &mut |_| {})?;
             faults.shuffle(seed);
-            assert_eq!(ids(run(&mut engine, &self.requests)?)?, expected, "{kernels:?}, loads shuffled with seed {seed}");
+            same(run(&mut engine, &self.requests)?, &expected, &format!("{kernels:?}, loads shuffled with seed {seed}"))?;
             assert!(faults.reads() > 0, "experts were read through the storage");
         }
         Ok(())
@@ -98,7 +114,7 @@ impl Subject<'_> {
                 _ => {}
             }
         })?;
-        assert_eq!(ids(got)?, expected, "{kernels:?}, budgets moving");
+        same(got, &expected, &format!("{kernels:?}, budgets moving"))?;
         assert!(seen.len() > 2, "the budget did move: {seen:?}");
         Ok(())
     }
@@ -107,13 +123,17 @@ impl Subject<'_> {
     fn neighbours(&self, kernels: Kernels) -> Result<()> {
         let expected = self.expected(kernels)?;
         let mut engine = self.engine(Setting { slots: self.experts / 4, threads: 2, kernels })?;
-        for stride in [1, 3, 11] {
+        for stride in [0, 1, 3, 11] {
             let late = |(index, request): (usize, &Request)| Late { at: index * stride, request: request.clone() };
             let requests: Vec<Late> = self.requests.iter().enumerate().map(late).collect();
-            assert_eq!(ids(run_with(&mut engine, &requests, &mut |_, _| {})?)?, expected, "{kernels:?}, one more every {stride} steps");
+            same(run_with(&mut engine, &requests, &mut |_, _| {})?, &expected, &format!("{kernels:?}, one more every {stride} steps"))?;
         }
         Ok(())
     }
+}
+
+fn with_logprobs(request: Request) -> Request {
+    Request { top_logprobs: Some(8), ..request }
 }
 
 fn share(slots: usize, experts: usize) -> CacheBudget {
@@ -126,7 +146,8 @@ fn with_tiny(check: impl Fn(&Subject<'_>, Kernels) -> Result<()>) -> Result<()> 
     TinyModel::generate(Spec { experts: 32, top_k: 4, seed: 3, ..Spec::default() }).write(dir.path())?;
     let mut rng = Rng::new(11);
     let mut prompt = |len: usize| -> Vec<u32> { (0..len).map(|_| rng.below(256) as u32).collect() };
-    let requests = vec![drawn(&prompt(9), 24, 1), greedy(&prompt(700), 12), drawn(&prompt(1), 30, 2), drawn(&prompt(130), 16, 3)];
+    let requests = [drawn(&prompt(9), 24, 1), greedy(&prompt(700), 12), drawn(&prompt(1), 30, 2), drawn(&prompt(130), 16, 3)];
+    let requests = requests.map(with_logprobs).to_vec();
     let subject = Subject { dir: dir.path(), experts: 32, requests };
     check(&subject, Kernels::Reference)?;
     check(&subject, Kernels::Auto)
@@ -157,7 +178,7 @@ fn batch_neighbours() -> Result<()> {
 fn the_bundled_model() -> Result<()> {
     let goldens = golden::read("mlx_4bit_f32")?;
     let dir = bundled_model();
-    let requests = vec![greedy(&goldens[0].prompt, 16), drawn(&goldens[1].prompt, 16, 5)];
+    let requests = [greedy(&goldens[0].prompt, 16), drawn(&goldens[1].prompt, 16, 5)].map(with_logprobs).to_vec();
     let subject = Subject { dir: &dir, experts: 64, requests };
     subject.slots(Kernels::Auto, &[1, 3, 8, 16, 32, 64])?;
     subject.shuffled_loads(Kernels::Auto, 16)?;
@@ -165,17 +186,17 @@ fn the_bundled_model() -> Result<()> {
     subject.neighbours(Kernels::Auto)
 }
 
-/// These tests could fail: one wrong bit in each expert changes what is drawn.
+/// These tests could fail: one wrong bit in each expert shows in the log-probabilities.
 #[test]
 fn a_flipped_bit_is_seen() -> Result<()> {
     let dir = TempDir::new()?;
     TinyModel::generate(Spec::default()).write(dir.path())?;
-    let subject = Subject { dir: dir.path(), experts: 8, requests: vec![drawn(&[72, 101, 108], 24, 1)] };
+    let subject = Subject { dir: dir.path(), experts: 8, requests: vec![with_logprobs(drawn(&[72, 101, 108], 4, 1))] };
     let expected = subject.expected(Kernels::Auto)?;
     let faults = Faults::new();
     let options = subject.options(Setting { slots: 4, threads: 1, kernels: Kernels::Auto });
     let mut engine = Engine::load_from(subject.dir, &options, &faults.opener(), &mut |_| {})?;
     faults.arm(When::Always, Fault::Flip);
-    assert_ne!(ids(run(&mut engine, &subject.requests)?)?, expected);
+    assert_ne!(answers(run(&mut engine, &subject.requests)?)?, expected);
     Ok(())
 }

@@ -23,7 +23,7 @@ fn check(what: &str, spec: Spec) -> Result<()> {
         let options = Options { kernels, expert_cache: CacheBudget::Share(0.5), ..Options::default() };
         let mut engine = Engine::load(dir.path(), &options, &mut |_| {})?;
         let mut positions = 0;
-        engine.score(&prompt, &mut |position, logits| {
+        engine.score(&prompt, 0, &mut |position, logits| {
             positions += 1;
             let off = expected[position].iter().zip(logits).map(|(e, &l)| (e - f64::from(l)).abs()).fold(0.0, f64::max);
             assert!(off <= tolerance * largest, "{what}, {kernels:?}, position {position}: off by {off} of {largest}");
