@@ -1,2 +1,79 @@
-//! x
-fn main() {}
+//! flashctl: parse, call, print. Everything that a model, a cache or a budget means is decided in the daemon; here are
+//! only the words for it. The one place that turns a failure into text and an exit code.
+
+mod args;
+mod commands;
+mod connect;
+mod failure;
+mod json;
+mod load;
+mod log_file;
+mod render;
+mod reply;
+mod term;
+
+use std::{env, process::ExitCode};
+
+use clap::{Parser, error::ErrorKind};
+
+use crate::{
+    args::{Cli, Global},
+    failure::{Failure, exit},
+};
+
+fn main() -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            term::note(&format!("error: cannot start the runtime: {error}"));
+            return ExitCode::from(exit::INTERNAL);
+        }
+    };
+    let code = runtime.block_on(async {
+        match Cli::try_parse() {
+            Ok(cli) => {
+                let json = cli.global.json;
+                commands::dispatch(cli).await.map_or_else(|failure| show(&failure, json), |()| 0)
+            }
+            Err(error) => refuse(&error).await,
+        }
+    });
+    // A thread may still sit in a read of standard input.
+    runtime.shutdown_background();
+    ExitCode::from(code)
+}
+
+fn show(failure: &Failure, json: bool) -> u8 {
+    if failure.message.is_empty() {
+        return failure.exit;
+    }
+    if json {
+        if let Err(unwritable) = term::print_json(&json::failure(failure)) {
+            return unwritable.exit;
+        }
+    } else {
+        term::note(&format!("{} {}", term::Paint::stderr().bad("error:"), failure.message));
+        if let Some(hint) = &failure.hint {
+            term::note(&format!("hint: {hint}"));
+        }
+    }
+    failure.exit
+}
+
+/// clap's own words, for help and for mistakes; `run` without a model also says which there are.
+async fn refuse(error: &clap::Error) -> u8 {
+    // A closed pipe behind `--help | head` is nobody's error.
+    let _ = error.print();
+    let first = env::args().skip(1).find(|arg| !arg.starts_with('-'));
+    if error.kind() == ErrorKind::MissingRequiredArgument && first.is_some_and(|first| first == "run" || first == "tokenize") {
+        if let Ok(Some(daemon)) = connect::running(&Global::default()).await
+            && let Ok(list) = daemon.models().list(flash_proto::v1::ListRequest {}).await
+        {
+            let names: Vec<String> = list.into_inner().models.into_iter().map(|model| model.id).collect();
+            term::note(&format!("hint: installed models: {}", names.join(", ")));
+        } else {
+            term::note("hint: `flashctl models` lists the installed models, `local` is the default one");
+        }
+    }
+    u8::try_from(error.exit_code()).unwrap_or(exit::USAGE)
+}

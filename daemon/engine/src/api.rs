@@ -44,6 +44,8 @@ pub struct Options {
     pub queue: usize,
     /// Threads that read experts.
     pub loaders: usize,
+    /// What [`CacheBudget::Auto`] takes half of; `None` = what the system says is available.
+    pub available: Option<Bytes>,
 }
 
 impl Default for Options {
@@ -57,6 +59,7 @@ impl Default for Options {
             parallel: 2,
             queue: 64,
             loaders: 4,
+            available: None,
         }
     }
 }
@@ -79,6 +82,21 @@ pub struct Request {
     pub ignore_eos: bool,
     /// Fairness key: clients take turns, requests of one client queue behind each other.
     pub client: String,
+}
+
+impl Request {
+    /// `prompt` with greedy sampling and no limits but the context.
+    pub fn greedy(prompt: Vec<u32>) -> Self {
+        Self {
+            prompt,
+            sampling: Sampling::greedy(),
+            stop: Vec::new(),
+            max_tokens: None,
+            top_logprobs: None,
+            ignore_eos: false,
+            client: String::new(),
+        }
+    }
 }
 
 /// Order of application: penalties → logit bias → temperature → top-k → top-p → min-p → seeded draw.

@@ -5,62 +5,19 @@
 //! but for timings.
 
 mod api;
+mod backend;
+mod engine;
 mod error;
+mod forward;
+mod kv;
+mod memory;
 mod model;
+mod moe;
+mod sample;
+mod schedule;
+mod sequence;
 
 pub use api::*;
+pub use engine::Engine;
 pub use error::Error;
 pub use model::{Message, Text, hub};
-
-// ---- skeleton of the façade: bodies follow ----
-use std::{path::Path, sync::Arc};
-/// The engine.
-#[derive(Debug)]
-pub struct Engine {}
-impl Engine {
-    pub fn load(_dir: &Path, _options: &Options, _progress: &mut dyn FnMut(f64)) -> Result<Self, Error> {
-        unimplemented!()
-    }
-    pub fn text(&self) -> Arc<Text> {
-        unimplemented!()
-    }
-    pub fn info(&self) -> &ModelInfo {
-        unimplemented!()
-    }
-    pub fn context(&self) -> usize {
-        unimplemented!()
-    }
-    pub fn fingerprint(&self) -> String {
-        unimplemented!()
-    }
-    pub fn warnings(&self) -> Vec<String> {
-        unimplemented!()
-    }
-    /// Err: refused (context, queue, memory, empty prompt …). usize = requests ahead of it.
-    pub fn admit(&mut self, _request: Request) -> Result<(RequestId, usize), Error> {
-        unimplemented!()
-    }
-    pub fn cancel(&mut self, _id: RequestId) {
-        unimplemented!()
-    }
-    pub fn resume(&mut self, _id: RequestId) {
-        unimplemented!()
-    }
-    pub fn step(&mut self, _deliver: &mut dyn FnMut(RequestId, Event) -> Delivery) -> Step {
-        unimplemented!()
-    }
-    /// The configured budget (live).
-    pub fn set_cache(&mut self, _budget: CacheBudget) {
-        unimplemented!()
-    }
-    pub fn set_memory(&mut self, _cap: Option<Bytes>) {
-        unimplemented!()
-    }
-    /// Pressure's ceiling on the slab (live); None = as configured.
-    pub fn set_ceiling(&mut self, _bytes: Option<Bytes>) {
-        unimplemented!()
-    }
-    pub fn report(&self) -> Report {
-        unimplemented!()
-    }
-}

@@ -1,29 +1,25 @@
-//! Bytes and residency of experts. (façade skeleton)
+//! Bytes and residency of routed experts: where each lies on disk, which are in memory, who loads the next. No tensors,
+//! no async, no serde, no RPC; `flash-engine` is the caller.
+//!
+//! The life of an expert: [`Source`] says which file bytes it is made of. The engine asks for it with [`Experts::fetch`].
+//! If a slot of the [`Slab`] holds it, the slot is pinned and handed out. If not, the cache takes a free slot or the
+//! policy's victim, and a loader thread reads the bytes through [`Storage`] straight into the slot. [`Fetch::next`]
+//! hands it out, [`Fetch::done`] unpins it, and it stays until its slot is wanted for another.
+
+mod cache;
 mod error;
+mod experts;
+mod key;
+mod load;
+mod slab;
+mod stats;
+mod store;
+#[cfg(test)]
+mod tests;
+
 pub use error::Error;
-/// Counters.
-#[derive(Clone, Debug, Default)]
-pub struct Stats {
-    pub slots_per_layer: usize,
-    /// What the configured budget asks for, before pressure.
-    pub slots_wanted: usize,
-    pub slot_bytes: u64,
-    pub resident_bytes: u64,
-    pub hits: u64,
-    pub misses: u64,
-    pub joined: u64,
-    pub evictions: u64,
-    pub loads: u64,
-    pub load_errors: u64,
-    pub bad_records: usize,
-    pub bytes_read: u64,
-    pub read_time: std::time::Duration,
-    pub wait_time: std::time::Duration,
-    pub layers: Vec<LayerStats>,
-}
-#[derive(Clone, Copy, Debug, Default)]
-pub struct LayerStats {
-    pub hits: u64,
-    pub misses: u64,
-    pub resident: usize,
-}
+pub use experts::{Arrival, Config, Experts, Fetch};
+pub use key::{ExpertId, ExpertKey, LayerId, Slot};
+pub use slab::{Region, Slab, SlotPtr};
+pub use stats::{LayerStats, Stats};
+pub use store::{Pread, Read, Slice, Source, Storage};

@@ -1,0 +1,163 @@
+//! What has been said, and the settings it is said with. Pure: no daemon, no terminal. All of it is sent with every
+//! message; nothing is ever left out but by the commands that say so.
+
+use flash_proto::v1::Message;
+
+use crate::{
+    args::{Generation, Settings},
+    reply::message,
+};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Turn {
+    pub(super) user: String,
+    /// What came, stopped or not.
+    pub(super) assistant: String,
+}
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct Conversation {
+    pub(super) system: Option<String>,
+    pub(super) turns: Vec<Turn>,
+    /// A message that was not answered: it did not fit, or the daemon failed. /retry sends it.
+    pub(super) unsent: Option<String>,
+}
+
+impl Conversation {
+    /// The conversation, with `next` as the message to answer.
+    pub(super) fn messages(&self, next: Option<&str>) -> Vec<Message> {
+        let system = self.system.iter().map(|text| message("system", text));
+        let turns = self.turns.iter().flat_map(|turn| [message("user", &turn.user), message("assistant", &turn.assistant)]);
+        system.chain(turns).chain(next.map(|text| message("user", text))).collect()
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.turns.clear();
+        self.unsent = None;
+    }
+
+    /// How many turns were there to forget.
+    pub(super) fn drop_oldest(&mut self, turns: usize) -> usize {
+        self.turns.drain(..turns.min(self.turns.len())).count()
+    }
+
+    /// Forgets the last message: the unanswered one, else the last turn.
+    pub(super) fn undo(&mut self) -> Option<String> {
+        self.unsent.take().or_else(|| Some(self.turns.pop()?.user))
+    }
+}
+
+/// Sets one parameter by its name; `default` unsets it. True if it is a setting of the daemon.
+pub(super) fn set(generation: &mut Generation, settings: &mut Settings, name: &str, value: &str) -> Result<bool, String> {
+    fn to<T: std::str::FromStr>(target: &mut Option<T>, name: &str, value: &str) -> Result<bool, String> {
+        *target = match value {
+            "default" => None,
+            _ => Some(value.parse().map_err(|_| format!("`{value}` is no value for {name}"))?),
+        };
+        Ok(false)
+    }
+    match name.replace('-', "_").as_str() {
+        "temperature" => to(&mut generation.temperature, name, value),
+        "top_p" => to(&mut generation.top_p, name, value),
+        "top_k" => to(&mut generation.top_k, name, value),
+        "min_p" => to(&mut generation.min_p, name, value),
+        "repeat_penalty" => to(&mut generation.repeat_penalty, name, value),
+        "frequency_penalty" => to(&mut generation.frequency_penalty, name, value),
+        "presence_penalty" => to(&mut generation.presence_penalty, name, value),
+        "seed" => to(&mut generation.seed, name, value),
+        "max_tokens" => to(&mut generation.max_tokens, name, value),
+        "stop" => {
+            generation.stop = if value == "default" { vec![] } else { vec![value.into()] };
+            Ok(false)
+        }
+        "expert_cache" => to(&mut settings.expert_cache, name, value).map(|_| true),
+        "memory" => to(&mut settings.memory, name, value).map(|_| true),
+        "ctx" => to(&mut settings.ctx, name, value).map(|_| true),
+        "keep_alive" => to(&mut settings.keep_alive, name, value).map(|_| true),
+        _ => Err(format!("there is no parameter {name}; /set alone lists them")),
+    }
+}
+
+/// Every parameter with its value, one per line.
+pub(super) fn parameters(generation: &Generation, settings: &Settings) -> String {
+    fn shown<T: ToString>(value: &Option<T>) -> String {
+        value.as_ref().map_or("default".into(), T::to_string)
+    }
+    let stop = if generation.stop.is_empty() { "default".into() } else { generation.stop.join(", ") };
+    let rows = [
+        ("temperature", shown(&generation.temperature)),
+        ("top_p", shown(&generation.top_p)),
+        ("top_k", shown(&generation.top_k)),
+        ("min_p", shown(&generation.min_p)),
+        ("repeat_penalty", shown(&generation.repeat_penalty)),
+        ("frequency_penalty", shown(&generation.frequency_penalty)),
+        ("presence_penalty", shown(&generation.presence_penalty)),
+        ("seed", shown(&generation.seed)),
+        ("max_tokens", shown(&generation.max_tokens)),
+        ("stop", stop),
+        ("expert_cache", shown(&settings.expert_cache)),
+        ("memory", shown(&settings.memory)),
+        ("ctx", shown(&settings.ctx)),
+        ("keep_alive", shown(&settings.keep_alive)),
+    ];
+    rows.map(|(name, value)| format!("  {name:20}{value}")).join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn talk(turns: usize) -> Conversation {
+        let turns = (0..turns).map(|n| Turn { user: format!("q{n}"), assistant: format!("a{n}") }).collect();
+        Conversation { system: Some("s".into()), turns, unsent: None }
+    }
+
+    fn texts(messages: &[Message]) -> Vec<String> {
+        messages.iter().map(|message| format!("{}:{}", message.role, message.content)).collect()
+    }
+
+    #[test]
+    fn everything_is_sent_and_only_dropping_forgets() {
+        let mut talk = talk(2);
+        assert_eq!(texts(&talk.messages(Some("q2"))), ["system:s", "user:q0", "assistant:a0", "user:q1", "assistant:a1", "user:q2"]);
+        assert_eq!(talk.drop_oldest(1), 1);
+        assert_eq!(texts(&talk.messages(None)), ["system:s", "user:q1", "assistant:a1"]);
+        assert_eq!(talk.drop_oldest(9), 1);
+        assert_eq!(texts(&talk.messages(None)), ["system:s"]);
+    }
+
+    #[test]
+    fn undo_takes_the_unanswered_message_first() {
+        let mut talk = talk(1);
+        talk.unsent = Some("too long".into());
+        assert_eq!(talk.undo().as_deref(), Some("too long"));
+        assert_eq!(talk.undo().as_deref(), Some("q0"));
+        assert_eq!(talk.undo(), None);
+    }
+
+    #[test]
+    fn parameters_are_set_by_name() {
+        let (mut generation, mut settings) = (Generation::default(), Settings::default());
+        let mut check = |name, value, expected: Result<bool, &str>| {
+            let set = set(&mut generation, &mut settings, name, value);
+            assert_eq!(
+                set.as_ref().map_err(|why| expected.is_err_and(|part| why.contains(part))),
+                expected.as_ref().map_err(|_| true),
+                "{set:?}"
+            );
+        };
+        check("temperature", "0.5", Ok(false));
+        check("top-k", "40", Ok(false));
+        check("stop", "END", Ok(false));
+        check("expert_cache", "25%", Ok(true));
+        check("seed", "-1", Err("no value for seed"));
+        check("seed", "default", Ok(false));
+        check("temprature", "1", Err("no parameter"));
+        assert_eq!((generation.temperature, generation.top_k, generation.seed), (Some(0.5), Some(40), None));
+        let listed = parameters(&generation, &settings);
+        for line in listed.lines() {
+            let (name, value) = line.trim().split_once(' ').expect("name and value");
+            assert!(set(&mut generation, &mut settings, name, value.trim()).is_ok(), "{line}");
+        }
+    }
+}

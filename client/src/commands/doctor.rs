@@ -1,0 +1,102 @@
+//! `flashctl doctor`: what this side can see (programs, folder, socket), then the daemon's own checks and settings.
+
+use std::os::unix::fs::PermissionsExt;
+
+use flash_proto::{
+    socket,
+    v1::{Check, DoctorRequest, DoctorResponse},
+};
+
+use crate::{
+    args::Global,
+    connect,
+    failure::{Failure, exit},
+    json, render,
+    term::{self, Paint},
+};
+
+pub(crate) async fn run(global: &Global) -> Result<(), Failure> {
+    let mut report = DoctorResponse { checks: vec![home(), program("flashd"), program("flash-gateway")], settings: vec![] };
+    match ask_daemon(global).await {
+        Ok((check, theirs)) => {
+            report.checks.push(check);
+            report.checks.extend(theirs.checks);
+            report.settings = theirs.settings;
+        }
+        Err(failure) => report.checks.push(Check {
+            name: "daemon".into(),
+            ok: false,
+            finding: failure.message,
+            fix: failure.hint.unwrap_or_else(|| "see `flashctl daemon logs`".into()),
+        }),
+    }
+    if global.json {
+        term::print_json(&json::doctor(&report))?
+    } else {
+        term::println(&text(&report, Paint::stdout()))?
+    }
+    if report.checks.iter().all(|check| check.ok) { Ok(()) } else { Err(Failure::silent(exit::GENERIC)) }
+}
+
+async fn ask_daemon(global: &Global) -> Result<(Check, DoctorResponse), Failure> {
+    let daemon = connect::connect(global).await?;
+    let version = &daemon.version;
+    let started = if daemon.started { ", started just now" } else { "" };
+    let finding =
+        format!("flashd {} answers on {} (pid {}{started})", version.version, connect::socket_path(global)?.display(), version.pid);
+    let check = Check { name: "daemon".into(), ok: true, finding, fix: String::new() };
+    let report = daemon.admin().doctor(DoctorRequest {}).await.map_err(|status| daemon.failure(&status, "being examined"))?;
+    Ok((check, report.into_inner()))
+}
+
+fn home() -> Check {
+    let (ok, finding, fix) = match socket::home() {
+        Err(error) => (false, error.to_string(), "set HOME or FLASH_HOME".into()),
+        Ok(home) => match std::fs::metadata(&home) {
+            Err(_) => (true, format!("{} (made at the daemon's first start)", home.display()), String::new()),
+            Ok(found) if found.permissions().mode() & 0o022 != 0 => {
+                (false, format!("{} can be changed by other users", home.display()), format!("chmod go-w {}", home.display()))
+            }
+            Ok(_) => (true, home.display().to_string(), String::new()),
+        },
+    };
+    Check { name: "home".into(), ok, finding, fix }
+}
+
+fn program(name: &str) -> Check {
+    match connect::program(name) {
+        Ok(path) => Check { name: name.into(), ok: true, finding: path.display().to_string(), fix: String::new() },
+        Err(failure) => Check { name: name.into(), ok: false, finding: failure.message, fix: failure.hint.unwrap_or_default() },
+    }
+}
+
+fn text(report: &DoctorResponse, paint: Paint) -> String {
+    let mut lines = Vec::new();
+    for check in &report.checks {
+        let mark = if check.ok { paint.good("ok ") } else { paint.bad("BAD") };
+        lines.push(format!("{mark}  {}: {}", check.name, check.finding));
+        if !check.fix.is_empty() {
+            lines.push(format!("     fix: {}", check.fix));
+        }
+    }
+    if !report.settings.is_empty() {
+        let rows: Vec<_> = report.settings.iter().map(|s| [s.name.clone(), s.value.clone(), s.origin.clone()]).collect();
+        lines.push(format!("\n{}", render::table(["SETTING", "VALUE", "FROM"], &rows, paint)));
+    }
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use flash_proto::v1::Setting;
+
+    use super::*;
+
+    #[test]
+    fn a_failed_check_says_what_to_do() {
+        let bad = Check { name: "fds".into(), ok: false, finding: "limit 64".into(), fix: "ulimit -n 1024".into() };
+        let setting = Setting { name: "memory".into(), value: "auto".into(), origin: "default".into() };
+        let text = text(&DoctorResponse { checks: vec![bad], settings: vec![setting] }, Paint::plain());
+        assert_eq!(text, "BAD  fds: limit 64\n     fix: ulimit -n 1024\n\nSETTING  VALUE  FROM\nmemory   auto   default");
+    }
+}

@@ -1,0 +1,129 @@
+//! `flashctl run`: one prompt, one answer. The prompt is put together here; without any, at a terminal, it is a chat.
+
+use std::{
+    fs,
+    io::{self, IsTerminal},
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use flash_proto::v1::{LoadResponse, generate_request::Prompt};
+
+use super::{not_text, piped_input};
+use crate::{
+    args::{ChatArgs, Global, RunArgs},
+    connect::connect,
+    failure::{Failure, exit},
+    json, load, render,
+    reply::{self, Reply},
+    term::{self, Paint},
+};
+
+pub(crate) fn is_chat(args: &RunArgs) -> bool {
+    args.prompt.is_empty() && args.file.is_empty() && io::stdin().is_terminal()
+}
+
+impl From<RunArgs> for ChatArgs {
+    fn from(run: RunArgs) -> Self {
+        let RunArgs { model, system, generation, settings, stats, .. } = run;
+        Self { model, system, generation, settings, stats, no_history: false }
+    }
+}
+
+pub(crate) async fn run(args: RunArgs, global: &Global) -> Result<(), Failure> {
+    let Some(limit) = args.timeout else { return answer(args, global).await };
+    let late = |_| Failure::new(exit::TIMEOUT, "timeout", format!("no complete answer within {}", render::seconds(limit.as_secs_f64())));
+    tokio::time::timeout(limit, answer(args, global)).await.map_err(late)?
+}
+
+async fn answer(args: RunArgs, global: &Global) -> Result<(), Failure> {
+    let files = args.file.iter().map(|path| read_file(path)).collect::<Result<Vec<_>, _>>()?;
+    let stdin = piped_input().await?;
+    let prompt = join_prompt(&args.prompt, &files, stdin.as_deref()).ok_or_else(|| {
+        Failure::new(exit::USAGE, "usage", "there is no prompt: no arguments, and nothing on standard input")
+            .hint("flashctl run MODEL \"…\", or `flashctl chat` to talk in turns")
+    })?;
+    let daemon = connect(global).await?;
+    let loaded = load::load(&daemon, &args.model, &args.settings, global).await?;
+    let prompt = if args.raw {
+        Prompt::Text(prompt)
+    } else {
+        let system = args.system.as_deref().map(|system| reply::message("system", system));
+        Prompt::Chat(reply::chat(system.into_iter().chain([reply::message("user", &prompt)]).collect()))
+    };
+    let request = reply::request(&load::model_name(&args.model), prompt, &args.generation);
+    let mut reply = Reply::default();
+    let streaming = !args.no_stream && !global.json;
+    let mut sink = |text: &str| if streaming { term::print(text) } else { Ok(()) };
+    let outcome = reply::receive(&daemon, request, global, &mut reply, &mut sink).await;
+    if outcome.is_err() && streaming && !reply.text.is_empty() && !reply.text.ends_with('\n') {
+        // The partial answer stays; what follows on the terminal begins on a line of its own.
+        term::note("");
+    }
+    outcome?;
+    finish(&args, &reply, &loaded, global)
+}
+
+fn finish(args: &RunArgs, reply: &Reply, loaded: &LoadResponse, global: &Global) -> Result<(), Failure> {
+    if global.json {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+        term::print_json(&json::completion(reply, args.raw, now, loaded.cache.as_ref()))?;
+    } else {
+        if args.no_stream {
+            term::print(&reply.text)?;
+        }
+        if !reply.text.ends_with('\n') {
+            term::print("\n")?;
+        }
+    }
+    if args.stats || (io::stderr().is_terminal() && !global.quiet && !global.json) {
+        let paint = Paint::stderr();
+        for line in render::summary(reply, loaded).lines() {
+            term::note(&paint.dim(line));
+        }
+    }
+    Ok(())
+}
+
+fn read_file(path: &Path) -> Result<String, Failure> {
+    let bytes =
+        fs::read(path).map_err(|error| Failure::new(exit::NO_INPUT, "input", format!("cannot read {}: {error}", path.display())))?;
+    String::from_utf8(bytes).map_err(|error| not_text(&path.display().to_string(), error.utf8_error()))
+}
+
+/// Arguments, files, standard input, with a blank line between them; what is empty counts as not given.
+fn join_prompt(words: &[String], files: &[String], stdin: Option<&str>) -> Option<String> {
+    let words = words.join(" ");
+    let parts = [words.as_str()].into_iter().chain(files.iter().map(String::as_str)).chain(stdin);
+    // A lone part goes as it is; between parts the final newline of a file would make two blank lines.
+    let parts: Vec<&str> = parts.filter(|part| !part.trim().is_empty()).collect();
+    match parts.as_slice() {
+        [] => None,
+        [only] => Some((*only).into()),
+        [.., last] => {
+            let trimmed: Vec<&str> = parts[..parts.len() - 1].iter().map(|part| part.trim_end_matches('\n')).collect();
+            Some(format!("{}\n\n{last}", trimmed.join("\n\n")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompts_are_put_together() {
+        let check = |words: &[&str], files: &[&str], stdin: Option<&str>, expected: Option<&str>| {
+            let own = |list: &[&str]| list.iter().map(|&text| text.to_owned()).collect::<Vec<_>>();
+            assert_eq!(join_prompt(&own(words), &own(files), stdin).as_deref(), expected);
+        };
+        check(&[], &[], None, None);
+        check(&[], &[], Some(""), None);
+        check(&["", " "], &[], Some("\n"), None);
+        check(&["Tell", "me"], &[], None, Some("Tell me"));
+        check(&["Tell", "me"], &[], Some(""), Some("Tell me"));
+        check(&[], &[], Some("once\n"), Some("once\n"));
+        check(&["Shorten:"], &[], Some("a diff\n"), Some("Shorten:\n\na diff\n"));
+        check(&["Shorten:"], &["one\n", "", "two\n"], Some("three"), Some("Shorten:\n\none\n\ntwo\n\nthree"));
+    }
+}

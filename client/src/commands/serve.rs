@@ -1,0 +1,92 @@
+//! `flashctl serve`: the gateway in the foreground, on a daemon that runs already or is started for as long as this lasts.
+
+use std::{os::unix::process::CommandExt, process::Command};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::{
+    process::Child,
+    signal::unix::{SignalKind, signal},
+};
+
+use super::{daemon, terminations};
+use crate::{
+    args::{Global, ServeArgs, Settings},
+    connect,
+    failure::{Failure, exit},
+    load, term,
+};
+
+const GRACE_S: f64 = 30.0;
+
+pub(crate) async fn run(args: ServeArgs, global: &Global) -> Result<(), Failure> {
+    let gateway = connect::program("flash-gateway")?;
+    let daemon = connect::connect(global).await?;
+    let outcome = serve(&args, &gateway, &daemon, global).await;
+    if daemon.started {
+        daemon::stop(GRACE_S, global).await?;
+    }
+    outcome
+}
+
+async fn serve(args: &ServeArgs, gateway: &std::path::Path, daemon: &connect::Daemon, global: &Global) -> Result<(), Failure> {
+    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, terminations()?);
+    if args.model.is_some() || args.settings != Settings::default() {
+        let model = args.model.as_deref().unwrap_or("local");
+        tokio::select! {
+            loaded = load::load(daemon, model, &args.settings, global) => { loaded?; }
+            _ = interrupt.recv() => return Err(Failure::silent(exit::SIGINT)),
+            _ = terminate.recv() => return Err(Failure::silent(exit::SIGTERM)),
+        }
+    }
+    let mut child = spawn(args, gateway, global)?;
+    loop {
+        tokio::select! {
+            status = child.wait() => return ended(status),
+            _ = interrupt.recv() => forward(&child, Signal::INT),
+            _ = terminate.recv() => forward(&child, Signal::TERM),
+        }
+    }
+}
+
+fn listen(kind: SignalKind) -> Result<tokio::signal::unix::Signal, Failure> {
+    signal(kind).map_err(|error| Failure::new(exit::INTERNAL, "signals", format!("cannot listen for signals: {error}")))
+}
+
+/// In a process group of its own, so that Ctrl-C reaches it once, through us. The key goes by environment: arguments can
+/// be read by every user of the machine. Its ready line and its log appear on our stderr.
+fn spawn(args: &ServeArgs, gateway: &std::path::Path, global: &Global) -> Result<Child, Failure> {
+    let mut command = Command::new(gateway);
+    command.process_group(0).arg("--host").arg(&args.host).arg("--port").arg(args.port.to_string());
+    command.arg("--socket").arg(connect::socket_path(global)?);
+    let repeated = |flag: &str, values: &[String]| values.iter().flat_map(|value| [flag.to_owned(), value.clone()]).collect::<Vec<_>>();
+    command.args(repeated("--allowed-host", &args.allowed_host)).args(repeated("--cors-origin", &args.cors_origin));
+    if args.insecure_no_auth {
+        command.arg("--insecure-no-auth");
+    }
+    if let Some(key) = &args.api_key {
+        command.env("FLASH_API_KEY", key);
+    }
+    let mut command = tokio::process::Command::from(command);
+    let child = command.stdin(std::process::Stdio::null()).kill_on_drop(true).spawn();
+    child.map_err(|error| Failure::new(exit::GENERIC, "gateway_start", format!("cannot start {}: {error}", gateway.display())))
+}
+
+fn forward(child: &Child, signal: Signal) {
+    if let Some(pid) = child.id().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) {
+        // It may have ended this moment, which `wait` is about to tell.
+        let _ = kill_process(pid, signal);
+    }
+}
+
+/// The gateway has said why; its exit code is ours.
+fn ended(status: std::io::Result<std::process::ExitStatus>) -> Result<(), Failure> {
+    let status = status.map_err(|error| Failure::new(exit::INTERNAL, "gateway", format!("cannot wait for the gateway: {error}")))?;
+    match status.code() {
+        Some(0) => Ok(()),
+        Some(code) => Err(Failure::silent(u8::try_from(code).unwrap_or(exit::GENERIC))),
+        None => {
+            term::note("");
+            Err(Failure::new(exit::GENERIC, "gateway", format!("the gateway ended: {status}")))
+        }
+    }
+}

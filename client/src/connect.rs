@@ -1,0 +1,214 @@
+//! Reaches the daemon: connects, starts one if none listens, and refuses to talk to another protocol. It does not keep
+//! the daemon alive; that is launchd's or systemd's part.
+
+use std::{
+    env,
+    ffi::OsString,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf, absolute},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use flash_proto::{
+    PROTOCOL_VERSION, socket,
+    v1::{VersionRequest, VersionResponse, admin_client::AdminClient, generate_client::GenerateClient, models_client::ModelsClient},
+};
+use tokio::time::{sleep, timeout};
+use tonic::{Status, transport::Channel};
+
+use crate::{
+    args::Global,
+    failure::{Failure, exit, is_disconnect},
+    log_file,
+    term::StatusLine,
+};
+
+/// From the spawn to the first answer.
+const START_DEADLINE: Duration = Duration::from_secs(30);
+/// A daemon answers Version from memory.
+const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+const RETRY_EVERY: Duration = Duration::from_millis(10);
+
+/// A daemon that answered.
+#[derive(Clone, Debug)]
+pub(crate) struct Daemon {
+    channel: Channel,
+    pub(crate) version: VersionResponse,
+    /// This call started it.
+    pub(crate) started: bool,
+}
+
+impl Daemon {
+    pub(crate) fn admin(&self) -> AdminClient<Channel> {
+        AdminClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn models(&self) -> ModelsClient<Channel> {
+        ModelsClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn generate(&self) -> GenerateClient<Channel> {
+        GenerateClient::new(self.channel.clone())
+    }
+
+    pub(crate) fn log(&self) -> String {
+        match (self.version.log_path.is_empty(), log_file::path()) {
+            (true, Ok(path)) => path.display().to_string(),
+            _ => self.version.log_path.clone(),
+        }
+    }
+
+    /// A status of this daemon, for the user; `doing` completes "the daemon went away while it was …".
+    pub(crate) fn failure(&self, status: &Status, doing: &str) -> Failure {
+        Failure::from_status(status, doing, &self.log())
+    }
+}
+
+/// The running daemon, of whatever version; `None` if nobody listens.
+pub(crate) async fn find(global: &Global) -> Result<Option<Daemon>, Failure> {
+    hello(&socket_path(global)?).await
+}
+
+/// The running daemon, if it speaks our protocol.
+pub(crate) async fn running(global: &Global) -> Result<Option<Daemon>, Failure> {
+    find(global).await?.map(same_protocol).transpose()
+}
+
+/// The running daemon, or a new one.
+pub(crate) async fn connect(global: &Global) -> Result<Daemon, Failure> {
+    if let Some(daemon) = running(global).await? {
+        return Ok(daemon);
+    }
+    let socket = socket_path(global)?;
+    if global.no_autostart {
+        let failure = Failure::new(exit::UNAVAILABLE, "daemon_unavailable", format!("no daemon is listening on {}", socket.display()));
+        return Err(failure.hint("start it with `flashctl daemon start`, or leave out --no-autostart"));
+    }
+    let mut line = StatusLine::new(global.quiet);
+    line.show("starting the daemon");
+    same_protocol(start(&socket).await?)
+}
+
+pub(crate) fn socket_path(global: &Global) -> Result<PathBuf, Failure> {
+    let path = match &global.socket {
+        Some(path) => Ok(path.clone()),
+        None => socket::default_path(),
+    };
+    let path = path.map_err(|error| socket_failure(&error))?;
+    Ok(absolute(&path).unwrap_or(path))
+}
+
+/// A program of ours: beside this executable, else on PATH.
+pub(crate) fn program(name: &str) -> Result<PathBuf, Failure> {
+    let beside = env::current_exe().and_then(|exe| exe.canonicalize()).ok().and_then(|exe| Some(exe.parent()?.join(name)));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let candidates = beside.into_iter().chain(env::split_paths(&path).map(|folder| folder.join(name)));
+    let executable = |path: &PathBuf| path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok();
+    candidates.into_iter().find(executable).ok_or_else(|| {
+        let message = format!("{name} is neither beside flashctl nor on PATH");
+        Failure::new(exit::UNAVAILABLE, "program_not_found", message).hint(format!("build or install {name} next to flashctl"))
+    })
+}
+
+fn socket_failure(error: &socket::Error) -> Failure {
+    let exit = match error {
+        socket::Error::NotListening { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => exit::PERMISSION,
+        socket::Error::NotListening { .. } => exit::UNAVAILABLE,
+        socket::Error::NotOurs { .. } => exit::PERMISSION,
+        _ => exit::CONFIG,
+    };
+    Failure::new(exit, "socket", error.to_string())
+}
+
+async fn hello(socket: &Path) -> Result<Option<Daemon>, Failure> {
+    let channel = match socket::connect(socket).await {
+        Ok(channel) => channel,
+        Err(socket::Error::NotListening { source, .. }) if source.kind() != std::io::ErrorKind::PermissionDenied => return Ok(None),
+        Err(error) => return Err(socket_failure(&error)),
+    };
+    let mut admin = AdminClient::new(channel.clone());
+    match timeout(HELLO_DEADLINE, admin.version(VersionRequest {})).await {
+        Ok(Ok(version)) => Ok(Some(Daemon { channel, version: version.into_inner(), started: false })),
+        // It was on its way out.
+        Ok(Err(status)) if is_disconnect(&status) => Ok(None),
+        Ok(Err(status)) => Err(Failure::from_status(&status, "greeting", &log_path_text())),
+        Err(_) => {
+            let message = format!("the daemon on {} does not answer", socket.display());
+            Err(Failure::new(exit::UNAVAILABLE, "daemon_silent", message).hint("end it by hand and try again; see `flashctl daemon logs`"))
+        }
+    }
+}
+
+fn same_protocol(daemon: Daemon) -> Result<Daemon, Failure> {
+    let VersionResponse { version, protocol, pid, .. } = &daemon.version;
+    if *protocol == PROTOCOL_VERSION {
+        return Ok(daemon);
+    }
+    let ours = env!("CARGO_PKG_VERSION");
+    let message =
+        format!("flashctl {ours} speaks protocol {PROTOCOL_VERSION}, the daemon (flashd {version}, pid {pid}) speaks protocol {protocol}");
+    Err(Failure::new(exit::UNAVAILABLE, "protocol_mismatch", message).hint("`flashctl daemon restart` replaces the daemon"))
+}
+
+/// Spawns flashd and waits until somebody answers: it, or the daemon of whoever was quicker.
+pub(crate) async fn start(socket: &Path) -> Result<Daemon, Failure> {
+    let (child, log, from) = spawn(socket)?;
+    let mut child = Some(child);
+    let deadline = Instant::now() + START_DEADLINE;
+    loop {
+        if let Some(daemon) = hello(socket).await? {
+            return Ok(Daemon { started: child.as_ref().is_some_and(|child| child.id() == daemon.version.pid), ..daemon });
+        }
+        match child.as_mut().map(Child::try_wait) {
+            // Another daemon took the socket first and is about to answer.
+            Some(Ok(Some(status))) if status.code() == Some(i32::from(exit::BUSY)) => child = None,
+            Some(Ok(Some(status))) => return Err(died(status.code(), &status.to_string(), &log, from)),
+            _ if Instant::now() > deadline => return Err(died(None, "it did not answer in time", &log, from)),
+            _ => sleep(RETRY_EVERY).await,
+        }
+    }
+}
+
+/// Detached: own process group, no terminal input, output to the log, so that neither Ctrl-C here nor the end of
+/// this program touches it.
+fn spawn(socket: &Path) -> Result<(Child, PathBuf, u64), Failure> {
+    let program = program("flashd")?;
+    let log = log_file::path().map_err(|error| socket_failure(&error))?;
+    let log = absolute(&log).unwrap_or(log);
+    let cannot = |what: &str, path: &Path, error: std::io::Error| {
+        Failure::new(exit::CANNOT_CREATE, "daemon_start", format!("cannot {what} {}: {error}", path.display()))
+    };
+    let (file, from) = log_file::open(&log).map_err(|error| cannot("open the log", &log, error))?;
+    let second = file.try_clone().map_err(|error| cannot("open the log", &log, error))?;
+    let mut command = Command::new(&program);
+    command.stdin(Stdio::null()).stdout(file).stderr(second).current_dir("/").process_group(0);
+    command.env("FLASH_SOCKET", socket).envs(absolute_settings());
+    let child = command.spawn().map_err(|error| cannot("start", &program, error))?;
+    Ok((child, log, from))
+}
+
+/// Settings that hold paths, which must mean the same from another working directory.
+fn absolute_settings() -> Vec<(&'static str, OsString)> {
+    let whole = |path: PathBuf| absolute(&path).unwrap_or(path);
+    let set = |name| env::var_os(name).filter(|value| !value.is_empty());
+    let home = set("FLASH_HOME").map(|home| ("FLASH_HOME", whole(home.into()).into_os_string()));
+    let models = set("FLASH_MODELS").and_then(|list| {
+        let list: Vec<PathBuf> = env::split_paths(&list).filter(|path| !path.as_os_str().is_empty()).map(whole).collect();
+        Some(("FLASH_MODELS", env::join_paths(list).ok()?))
+    });
+    home.into_iter().chain(models).collect()
+}
+
+/// flashd's own exit code says whether it was the configuration or the disk; the last lines of its log say the rest.
+fn died(code: Option<i32>, how: &str, log: &Path, from: u64) -> Failure {
+    let exit = [exit::CONFIG, exit::CANNOT_CREATE, exit::PERMISSION].into_iter().find(|&exit| code == Some(i32::from(exit)));
+    let said = log_file::tail(log, from, 8).map(|(text, _)| text).unwrap_or_default();
+    let said = if said.trim().is_empty() { String::new() } else { format!("\n{}", said.trim_end()) };
+    Failure::new(exit.unwrap_or(exit::UNAVAILABLE), "daemon_start", format!("flashd did not start ({how}){said}"))
+        .hint(format!("its log: {}", log.display()))
+}
+
+fn log_path_text() -> String {
+    log_file::path().map_or_else(|_| "flashd.log".into(), |path| path.display().to_string())
+}

@@ -1,0 +1,158 @@
+//! What went wrong, as the caller of flashctl sees it: an exit code, a machine-readable code, a message and what to do.
+//! Every command returns it; only main.rs shows it.
+
+use std::error::Error;
+
+use flash_proto::code;
+use tonic::{Code, Status};
+
+/// The exit codes that scripts may rely on.
+pub(crate) mod exit {
+    pub(crate) const GENERIC: u8 = 1;
+    pub(crate) const USAGE: u8 = 2;
+    /// A value the daemon refuses, input that is not text.
+    pub(crate) const BAD_DATA: u8 = 64;
+    pub(crate) const NO_INPUT: u8 = 66;
+    pub(crate) const UNAVAILABLE: u8 = 69;
+    pub(crate) const INTERNAL: u8 = 70;
+    pub(crate) const CANNOT_CREATE: u8 = 73;
+    pub(crate) const BUSY: u8 = 75;
+    pub(crate) const PERMISSION: u8 = 77;
+    pub(crate) const CONFIG: u8 = 78;
+    pub(crate) const TIMEOUT: u8 = 124;
+    pub(crate) const SIGINT: u8 = 130;
+    pub(crate) const SIGTERM: u8 = 143;
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Failure {
+    pub(crate) exit: u8,
+    pub(crate) code: String,
+    /// Empty: everything worth saying has been said.
+    pub(crate) message: String,
+    pub(crate) hint: Option<String>,
+}
+
+impl Failure {
+    pub(crate) fn new(exit: u8, code: &str, message: impl Into<String>) -> Self {
+        Self { exit, code: code.into(), message: message.into(), hint: None }
+    }
+
+    /// Ends the program with `exit` and without a word.
+    pub(crate) fn silent(exit: u8) -> Self {
+        Self::new(exit, "", "")
+    }
+
+    pub(crate) fn hint(self, hint: impl Into<String>) -> Self {
+        Self { hint: Some(hint.into()), ..self }
+    }
+
+    /// A status of the daemon; `doing` completes "the daemon went away while it was …".
+    pub(crate) fn from_status(status: &Status, doing: &str, log: &str) -> Self {
+        match code::of(status) {
+            Some(code) => Self::coded(code, status),
+            None if is_disconnect(status) => Self::went_away(doing, log),
+            None => Self::uncoded(status, log),
+        }
+    }
+
+    /// The connection broke, or a stream ended before its last event.
+    pub(crate) fn went_away(doing: &str, log: &str) -> Self {
+        let message = format!("the daemon went away while it was {doing}");
+        Self::new(exit::UNAVAILABLE, "daemon_gone", message).hint(format!("its log may say why: {log}; the next command starts it again"))
+    }
+
+    /// A request that failed after it was accepted.
+    pub(crate) fn from_failed(failed: &flash_proto::v1::Failed, log: &str) -> Self {
+        let failure = Self::new(exit_of(&failed.code), &failed.code, failed.message.clone());
+        let hint = hint_of(&failed.code, None).unwrap_or_else(|| format!("the daemon's log may say more: {log}"));
+        failure.hint(hint)
+    }
+
+    fn coded(code: &str, status: &Status) -> Self {
+        let mut failure = Self::new(exit_of(code), code, status.message());
+        if let Some(param) = code::param(status) {
+            failure.message = format!("{param}: {}", failure.message);
+        }
+        failure.hint = hint_of(code, code::retry_after(status));
+        failure
+    }
+
+    fn uncoded(status: &Status, log: &str) -> Self {
+        let (exit, code) = match status.code() {
+            Code::Unimplemented => (exit::UNAVAILABLE, "unimplemented"),
+            Code::PermissionDenied | Code::Unauthenticated => (exit::PERMISSION, "permission_denied"),
+            Code::DeadlineExceeded => (exit::UNAVAILABLE, "daemon_silent"),
+            Code::ResourceExhausted | Code::OutOfRange => (exit::BAD_DATA, "too_large"),
+            _ => (exit::INTERNAL, "internal"),
+        };
+        let hint = match status.code() {
+            Code::Unimplemented => "the daemon is of another version: `flashctl daemon restart`".into(),
+            _ => format!("the daemon's log may say more: {log}"),
+        };
+        Self::new(exit, code, format!("the daemon answered {:?}: {}", status.code(), status.message())).hint(hint)
+    }
+}
+
+/// tonic reports a broken connection as a status of its own making, with the transport's error as its source.
+pub(crate) fn is_disconnect(status: &Status) -> bool {
+    code::of(status).is_none() && (status.source().is_some() || matches!(status.code(), Code::Unavailable | Code::Unknown))
+}
+
+fn exit_of(code: &str) -> u8 {
+    match code {
+        code::INVALID_VALUE => exit::BAD_DATA,
+        code::MODEL_LOADING | code::QUEUE_FULL | code::DRAINING => exit::BUSY,
+        _ => exit::GENERIC,
+    }
+}
+
+fn hint_of(code: &str, retry_after: Option<u64>) -> Option<String> {
+    let hint = match (code, retry_after) {
+        (code::MODEL_NOT_FOUND, _) => "`flashctl models` lists what is installed; a path to a checkpoint is accepted too",
+        (code::MODEL_INVALID, _) => "`flashctl models` shows what is wrong with the checkpoint",
+        (code::CONTEXT_LENGTH, _) => "shorten the prompt, or raise --ctx if the model allows it",
+        (code::INSUFFICIENT_MEMORY, _) => "raise --memory, or lower --ctx or --expert-cache",
+        (code::QUEUE_FULL | code::MODEL_LOADING, Some(seconds)) => return Some(format!("try again in {seconds} s")),
+        (code::QUEUE_FULL | code::MODEL_LOADING, None) => "try again in a moment",
+        (code::DRAINING, _) => "the daemon is shutting down; the next command starts it again",
+        _ => return None,
+    };
+    Some(hint.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statuses_become_exit_codes() {
+        let check = |status: Status, exit: u8, code: &str| {
+            let failure = Failure::from_status(&status, "answering", "/log");
+            assert_eq!((failure.exit, failure.code.as_str()), (exit, code), "{status:?}");
+        };
+        check(code::status(code::MODEL_NOT_FOUND, "no"), 1, "model_not_found");
+        check(code::status(code::CONTEXT_LENGTH, "no"), 1, "context_length_exceeded");
+        check(code::status(code::INVALID_VALUE, "no"), 64, "invalid_value");
+        check(code::status(code::QUEUE_FULL, "no"), 75, "queue_full");
+        check(code::status(code::DRAINING, "no"), 75, "draining");
+        check(code::status(code::ENGINE, "no"), 1, "engine_error");
+        check(Status::unavailable("connection refused"), 69, "daemon_gone");
+        check(Status::unknown("h2 protocol error"), 69, "daemon_gone");
+        check(Status::from_error(Box::new(std::io::Error::other("broken pipe"))), 69, "daemon_gone");
+        check(Status::unimplemented("Fit"), 69, "unimplemented");
+        check(Status::permission_denied("uid"), 77, "permission_denied");
+        check(Status::internal("?"), 70, "internal");
+    }
+
+    #[test]
+    fn a_refusal_names_the_field_and_when_to_come_back() {
+        let refused = code::with_param(code::status(code::INVALID_VALUE, "must be at most 2"), "temperature");
+        assert_eq!(Failure::from_status(&refused, "", "").message, "temperature: must be at most 2");
+        let full = code::with_retry_after(code::status(code::QUEUE_FULL, "64 requests are waiting"), 7);
+        assert_eq!(Failure::from_status(&full, "", "").hint.as_deref(), Some("try again in 7 s"));
+        let gone = Failure::went_away("answering", "/home/you/log");
+        assert_eq!(gone.message, "the daemon went away while it was answering");
+        assert!(gone.hint.is_some_and(|hint| hint.contains("/home/you/log")));
+    }
+}

@@ -1,0 +1,175 @@
+//! The JSON that flashctl prints: protobuf messages as snake_case objects whose keys stay. Written by hand, so that a field
+//! renamed on the wire does not rename what scripts read.
+
+use flash_proto::v1::{Cache, DoctorResponse, LoadedModel, Model, Snapshot, VersionResponse, loaded_model, model, pressure};
+use serde_json::{Value, json};
+
+use crate::{failure::Failure, reply::Reply};
+
+pub(crate) fn failure(failure: &Failure) -> Value {
+    json!({"error": {"code": failure.code, "message": failure.message, "hint": failure.hint}})
+}
+
+pub(crate) fn version(version: &VersionResponse) -> Value {
+    json!({
+        "version": version.version, "protocol": version.protocol, "pid": version.pid, "uptime_s": version.uptime_s,
+        "kernels": version.kernels, "home": version.home, "log_path": version.log_path,
+    })
+}
+
+pub(crate) fn model(model: &Model, fits: &str) -> Value {
+    let state = match model.state() {
+        model::State::NotLoaded => "not_loaded",
+        model::State::Loading => "loading",
+        model::State::Ready => "ready",
+    };
+    json!({
+        "name": model.id, "aliases": model.aliases, "path": model.path, "state": state, "fits": fits,
+        "problem": (!model.problem.is_empty()).then_some(&model.problem),
+        "arch": model.arch, "params": model.params, "active_params": model.active_params, "quantization": model.quantization,
+        "size_bytes": model.size_bytes, "expert_bytes": model.expert_bytes, "trunk_bytes": model.trunk_bytes,
+        "context_length": model.context_length, "context_max": model.context_max, "layers": model.layers, "experts": model.experts,
+        "top_k": model.top_k, "vocab_size": model.vocab_size, "modified": model.modified,
+    })
+}
+
+pub(crate) fn loaded_state(model: &LoadedModel) -> &'static str {
+    match model.state() {
+        loaded_model::State::Loading => "loading",
+        loaded_model::State::Ready => "ready",
+        loaded_model::State::Busy => "busy",
+    }
+}
+
+pub(crate) fn loaded(model: &LoadedModel) -> Value {
+    json!({
+        "name": model.id, "state": loaded_state(model), "progress": model.progress, "context_length": model.context_length,
+        "context_used": model.context_used, "unload_in_s": model.unload_in_s, "kernels": model.kernels, "threads": model.threads,
+    })
+}
+
+pub(crate) fn cache(cache: &Cache) -> Value {
+    json!({
+        "slots_per_layer": cache.slots_per_layer, "slots_wanted": cache.slots_wanted, "slot_bytes": cache.slot_bytes,
+        "budget_bytes": cache.budget_bytes, "resident_bytes": cache.resident_bytes, "working_set_bytes": cache.working_set_bytes,
+    })
+}
+
+pub(crate) fn snapshot(snapshot: &Snapshot) -> Value {
+    let requests = snapshot.requests.map(|r| {
+        json!({
+            "running": r.running, "waiting": r.waiting, "finished": r.finished, "cancelled": r.cancelled, "failed": r.failed,
+            "refused": r.refused, "prompt_tokens": r.prompt_tokens, "completion_tokens": r.completion_tokens,
+        })
+    });
+    let speed = snapshot.speed.map(|s| {
+        json!({
+            "decode_tok_s": s.decode_tok_s, "prefill_tok_s": s.prefill_tok_s, "ttft_ms_p50": s.ttft_ms_p50, "ttft_ms_p95": s.ttft_ms_p95,
+        })
+    });
+    let experts = snapshot.experts.as_ref().map(|e| {
+        let layers = e.layers.iter().map(|l| json!({"layer": l.layer, "hits": l.hits, "misses": l.misses, "resident": l.resident}));
+        json!({
+            "cache": e.cache.as_ref().map(cache), "hits": e.hits, "misses": e.misses, "joined": e.joined, "evictions": e.evictions,
+            "loads": e.loads, "load_errors": e.load_errors, "bytes_read": e.bytes_read, "read_s": e.read_s, "wait_s": e.wait_s,
+            "bad_records": e.bad_records, "layers": layers.collect::<Vec<_>>(),
+        })
+    });
+    let memory = snapshot.memory.map(|m| {
+        json!({
+            "process_bytes": m.process_bytes, "trunk_bytes": m.trunk_bytes, "slab_bytes": m.slab_bytes, "kv_bytes": m.kv_bytes,
+            "kv_reserved_bytes": m.kv_reserved_bytes, "scratch_bytes": m.scratch_bytes, "cap_bytes": m.cap_bytes,
+        })
+    });
+    let pressure = snapshot.pressure.as_ref().map(|p| {
+        let level = match p.level() {
+            pressure::Level::Normal => "normal",
+            pressure::Level::Warn => "warn",
+            pressure::Level::Critical => "critical",
+        };
+        let readings = p.readings.iter().map(|r| json!({"name": r.name, "value": r.value}));
+        let decisions = p.decisions.iter().map(|d| json!({"at_s": d.at_s, "what": d.what}));
+        json!({
+            "level": level, "budget_bytes": p.budget_bytes, "readings": readings.collect::<Vec<_>>(),
+            "decisions": decisions.collect::<Vec<_>>(),
+        })
+    });
+    json!({
+        "uptime_s": snapshot.uptime_s, "model": snapshot.model.as_ref().map(loaded), "requests": requests, "speed": speed,
+        "experts": experts, "memory": memory, "pressure": pressure,
+    })
+}
+
+pub(crate) fn doctor(report: &DoctorResponse) -> Value {
+    let settings = report.settings.iter().map(|s| json!({"name": s.name, "value": s.value, "origin": s.origin}));
+    let checks = report.checks.iter().map(|c| json!({"name": c.name, "ok": c.ok, "finding": c.finding, "fix": c.fix}));
+    json!({
+        "ok": report.checks.iter().all(|check| check.ok), "checks": checks.collect::<Vec<_>>(), "settings": settings.collect::<Vec<_>>(),
+    })
+}
+
+/// The object that /v1/chat/completions answers (/v1/completions for a raw prompt), with our figures under `flash`.
+pub(crate) fn completion(reply: &Reply, raw: bool, created: u64, cache_now: Option<&Cache>) -> Value {
+    let accepted = reply.accepted.clone().unwrap_or_default();
+    let done = reply.done.clone().unwrap_or_default();
+    let (usage, timing) = (done.usage.unwrap_or_default(), done.timing.unwrap_or_default());
+    let finish = if done.finish() == flash_proto::v1::done::Finish::Length { "length" } else { "stop" };
+    let (object, choice) = match raw {
+        true => ("text_completion", json!({"index": 0, "text": reply.text, "logprobs": null, "finish_reason": finish})),
+        false => {
+            let message = json!({"role": "assistant", "content": reply.text});
+            ("chat.completion", json!({"index": 0, "message": message, "logprobs": null, "finish_reason": finish}))
+        }
+    };
+    json!({
+        "id": format!("flashctl-{created}-{}", std::process::id()), "object": object, "created": created, "model": accepted.model,
+        "system_fingerprint": accepted.fingerprint, "choices": [choice],
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens, "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        },
+        "flash": {
+            "queue_ms": timing.queue_ms, "prefill_ms": timing.prefill_ms, "ttft_ms": timing.ttft_ms, "decode_ms": timing.decode_ms,
+            "expert_hits": timing.expert_hits, "expert_misses": timing.expert_misses, "ssd_bytes": timing.ssd_bytes,
+            "expert_cache": cache_now.map(cache),
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use flash_proto::v1::{Accepted, Done, Usage, done::Finish};
+
+    use super::*;
+
+    #[test]
+    fn a_completion_has_the_shape_that_clients_know() {
+        let reply = Reply {
+            text: "Hi.".into(),
+            accepted: Some(Accepted { model: "tiny".into(), ..Accepted::default() }),
+            done: Some(Done {
+                finish: Finish::Length.into(),
+                usage: Some(Usage { prompt_tokens: 5, cached_tokens: 2, completion_tokens: 3 }),
+                ..Done::default()
+            }),
+        };
+        let chat = completion(&reply, false, 7, None);
+        let check = |pointer: &str, expected: Value| assert_eq!(chat.pointer(pointer), Some(&expected), "{pointer}");
+        check("/object", json!("chat.completion"));
+        check("/choices/0/message/content", json!("Hi."));
+        check("/choices/0/finish_reason", json!("length"));
+        check("/usage/total_tokens", json!(8));
+        check("/usage/prompt_tokens_details/cached_tokens", json!(2));
+        check("/flash/expert_cache", Value::Null);
+        assert_eq!(completion(&reply, true, 7, None).pointer("/choices/0/text"), Some(&json!("Hi.")));
+    }
+
+    #[test]
+    fn what_is_unknown_is_null() {
+        let empty = snapshot(&Snapshot::default());
+        for key in ["model", "requests", "speed", "experts", "memory", "pressure"] {
+            assert_eq!(empty[key], Value::Null, "{key}");
+        }
+        assert_eq!(failure(&Failure::new(69, "daemon_gone", "it went"))["error"]["hint"], Value::Null);
+    }
+}

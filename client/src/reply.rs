@@ -1,0 +1,108 @@
+//! One answer: the request built from the command line, the stream of events read to its end. What is done with the text is
+//! the caller's: `run` and `chat` hand in a sink.
+
+use flash_proto::v1::{
+    Accepted, Chat, Done, GenerateEvent, GenerateRequest, Message, Progress, Sampling, generate_event::Event, generate_request::Prompt,
+    progress::Phase,
+};
+use tonic::Streaming;
+
+use crate::{
+    args::{Generation, Global},
+    connect::Daemon,
+    failure::Failure,
+    term::StatusLine,
+};
+
+/// What came back; all but `text` is absent until the daemon said so, which a broken stream may never do.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Reply {
+    pub(crate) text: String,
+    pub(crate) accepted: Option<Accepted>,
+    pub(crate) done: Option<Done>,
+}
+
+pub(crate) fn message(role: &str, content: &str) -> Message {
+    Message { role: role.into(), content: content.into(), name: None }
+}
+
+pub(crate) fn chat(messages: Vec<Message>) -> Chat {
+    Chat { messages, ..Chat::default() }
+}
+
+pub(crate) fn request(model: &str, prompt: Prompt, generation: &Generation) -> GenerateRequest {
+    let sampling = Sampling {
+        temperature: generation.temperature,
+        top_k: generation.top_k,
+        top_p: generation.top_p,
+        min_p: generation.min_p,
+        repetition_penalty: generation.repeat_penalty,
+        frequency_penalty: generation.frequency_penalty,
+        presence_penalty: generation.presence_penalty,
+        seed: generation.seed,
+        ..Sampling::default()
+    };
+    GenerateRequest {
+        model: model.into(),
+        prompt: Some(prompt),
+        sampling: Some(sampling),
+        stop: generation.stop.clone(),
+        max_tokens: generation.max_tokens,
+        client: format!("flashctl-{}", std::process::id()),
+        ..GenerateRequest::default()
+    }
+}
+
+/// Reads the answer into `reply`, which keeps what came even if this fails or is dropped. Dropping it cancels the request.
+pub(crate) async fn receive(
+    daemon: &Daemon,
+    request: GenerateRequest,
+    global: &Global,
+    reply: &mut Reply,
+    sink: &mut (dyn FnMut(&str) -> Result<(), Failure> + Send),
+) -> Result<(), Failure> {
+    let mut line = StatusLine::new(global.quiet);
+    let stream = daemon.generate().generate(request).await;
+    let mut stream: Streaming<GenerateEvent> = stream.map_err(|status| daemon.failure(&status, "answering"))?.into_inner();
+    loop {
+        let event = stream.message().await.map_err(|status| daemon.failure(&status, "answering"))?;
+        let Some(event) = event else { return Err(Failure::went_away("answering", &daemon.log())) };
+        match event.event {
+            Some(Event::Accepted(accepted)) => reply.accepted = Some(accepted),
+            Some(Event::Progress(progress)) => line.show(&progress_text(&progress)),
+            Some(Event::Text(text)) if text.text.is_empty() => {}
+            Some(Event::Text(text)) => {
+                line.clear();
+                reply.text += &text.text;
+                sink(&text.text)?;
+            }
+            Some(Event::Done(done)) => {
+                reply.done = Some(done);
+                return Ok(());
+            }
+            Some(Event::Failed(failed)) => return Err(Failure::from_failed(&failed, &daemon.log())),
+            // An event of a newer daemon.
+            None => {}
+        }
+    }
+}
+
+fn progress_text(progress: &Progress) -> String {
+    match progress.phase() {
+        Phase::Queued => "waiting for other requests".into(),
+        Phase::Prefill => format!("reading the prompt {}/{} tokens", progress.done_tokens, progress.total_tokens),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn absent_flags_stay_absent() {
+        let request = request("m", Prompt::Text("p".into()), &Generation { temperature: Some(0.0), ..Generation::default() });
+        let sampling = request.sampling.expect("always sent");
+        assert_eq!((sampling.temperature, sampling.top_p, sampling.seed), (Some(0.0), None, None));
+        assert_eq!(request.max_tokens, None);
+    }
+}

@@ -1,0 +1,73 @@
+//! AVX2 + FMA + F16C primitives (x86-64-v3).
+
+use std::arch::x86_64::*;
+
+type V = __m256;
+const LANES: usize = 8;
+
+super::kernels!("avx2,fma,f16c", "avx2");
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn splat(x: f32) -> V {
+    _mm256_set1_ps(x)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn fma(a: V, b: V, c: V) -> V {
+    _mm256_fmadd_ps(a, b, c)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn load(from: *const f32) -> V {
+    // SAFETY: the caller promises eight readable floats.
+    unsafe { _mm256_loadu_ps(from) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn store(to: *mut f32, v: V) {
+    // SAFETY: the caller promises eight writable floats.
+    unsafe { _mm256_storeu_ps(to, v) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn load_f16(from: *const u8) -> V {
+    // SAFETY: the caller promises 16 readable bytes.
+    _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn load_bf16(from: *const u8) -> V {
+    // SAFETY: the caller promises 16 readable bytes.
+    let half = unsafe { _mm_loadu_si128(from.cast()) };
+    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))
+}
+
+/// Eight codes of 4 bits (one u32) or 8 bits (one u64) as floats, in column order.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn codes<const BITS: usize>(from: *const u8) -> V {
+    // SAFETY: the caller promises BITS readable bytes.
+    unsafe {
+        if BITS == 4 {
+            let word = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
+            let shifted = _mm256_srlv_epi32(word, _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+            _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(15)))
+        } else {
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast())))
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn total(v: V) -> f32 {
+    let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}

@@ -1,0 +1,73 @@
+//! AVX-512 (F, BW, VL) primitives.
+
+use std::arch::x86_64::*;
+
+type V = __m512;
+const LANES: usize = 16;
+
+super::kernels!("avx512f,avx512bw,avx512vl,fma,f16c", "avx512");
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+fn splat(x: f32) -> V {
+    _mm512_set1_ps(x)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+fn fma(a: V, b: V, c: V) -> V {
+    _mm512_fmadd_ps(a, b, c)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+unsafe fn load(from: *const f32) -> V {
+    // SAFETY: the caller promises 16 readable floats.
+    unsafe { _mm512_loadu_ps(from) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+unsafe fn store(to: *mut f32, v: V) {
+    // SAFETY: the caller promises 16 writable floats.
+    unsafe { _mm512_storeu_ps(to, v) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+unsafe fn load_f16(from: *const u8) -> V {
+    // SAFETY: the caller promises 32 readable bytes.
+    _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+unsafe fn load_bf16(from: *const u8) -> V {
+    // SAFETY: the caller promises 32 readable bytes.
+    let half = unsafe { _mm256_loadu_si256(from.cast()) };
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))
+}
+
+/// Sixteen codes of 4 bits (one u64) or 8 bits as floats, in column order.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+unsafe fn codes<const BITS: usize>(from: *const u8) -> V {
+    // SAFETY: the caller promises 2 × BITS readable bytes.
+    unsafe {
+        if BITS == 4 {
+            // Bytes widened to 32 bits hold two codes each: move lane i's nibble down by 4·(i mod 2).
+            let bytes = _mm_loadl_epi64(from.cast());
+            let doubled = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, bytes));
+            let shifts = _mm512_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4);
+            _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(doubled, shifts), _mm512_set1_epi32(15)))
+        } else {
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast())))
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+fn total(v: V) -> f32 {
+    _mm512_reduce_add_ps(v)
+}

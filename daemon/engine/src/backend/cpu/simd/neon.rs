@@ -1,0 +1,88 @@
+//! NEON primitives (every aarch64 has them).
+
+use std::arch::aarch64::*;
+
+/// Eight lanes in two registers, so that one u32 of 4-bit codes fills a vector.
+type V = float32x4x2_t;
+const LANES: usize = 8;
+
+super::kernels!("neon", "neon");
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn splat(x: f32) -> V {
+    float32x4x2_t(vdupq_n_f32(x), vdupq_n_f32(x))
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn fma(a: V, b: V, c: V) -> V {
+    float32x4x2_t(vfmaq_f32(c.0, a.0, b.0), vfmaq_f32(c.1, a.1, b.1))
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn load(from: *const f32) -> V {
+    // SAFETY: the caller promises eight readable floats.
+    unsafe { float32x4x2_t(vld1q_f32(from), vld1q_f32(from.add(4))) }
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn store(to: *mut f32, v: V) {
+    // SAFETY: the caller promises eight writable floats.
+    unsafe {
+        vst1q_f32(to, v.0);
+        vst1q_f32(to.add(4), v.1);
+    }
+}
+
+/// Widened by arithmetic on the bit patterns (the f16 vector types are not stable): exponent rebased by a multiply, which
+/// also makes subnormals right; infinities and NaN do not occur in a KV cache or a checkpoint's weights.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn load_f16(from: *const u8) -> V {
+    // SAFETY: the caller promises 16 readable bytes.
+    let half = unsafe { vreinterpretq_u16_u8(vld1q_u8(from)) };
+    let widen = |half: uint16x4_t| {
+        let bits = vmovl_u16(half);
+        let magnitude = vreinterpretq_f32_u32(vshlq_n_u32::<13>(vandq_u32(bits, vdupq_n_u32(0x7fff))));
+        let rebased = vmulq_n_f32(magnitude, f32::from_bits(0x7780_0000)); // 2^112
+        let sign = vshlq_n_u32::<16>(vandq_u32(bits, vdupq_n_u32(0x8000)));
+        vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(rebased), sign))
+    };
+    float32x4x2_t(widen(vget_low_u16(half)), widen(vget_high_u16(half)))
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn load_bf16(from: *const u8) -> V {
+    // SAFETY: the caller promises 16 readable bytes.
+    let half = unsafe { vreinterpretq_u16_u8(vld1q_u8(from)) };
+    let widen = |half: uint16x4_t| vreinterpretq_f32_u32(vshlq_n_u32::<16>(vmovl_u16(half)));
+    float32x4x2_t(widen(vget_low_u16(half)), widen(vget_high_u16(half)))
+}
+
+/// Eight codes of 4 bits (one u32) or 8 bits (one u64) as floats, in column order.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn codes<const BITS: usize>(from: *const u8) -> V {
+    // SAFETY: the caller promises BITS readable bytes.
+    unsafe {
+        if BITS == 4 {
+            let word = vdupq_n_u32(from.cast::<u32>().read_unaligned());
+            let down = |shifts: [i32; 4]| vcvtq_f32_u32(vandq_u32(vshlq_u32(word, vld1q_s32(shifts.as_ptr())), vdupq_n_u32(15)));
+            float32x4x2_t(down([0, -4, -8, -12]), down([-16, -20, -24, -28]))
+        } else {
+            let wide = vmovl_u8(vld1_u8(from));
+            let float = |half: uint16x4_t| vcvtq_f32_u32(vmovl_u16(half));
+            float32x4x2_t(float(vget_low_u16(wide)), float(vget_high_u16(wide)))
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn total(v: V) -> f32 {
+    vaddvq_f32(vaddq_f32(v.0, v.1))
+}

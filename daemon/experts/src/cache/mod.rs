@@ -1,0 +1,179 @@
+//! The cache's shell: one lock around the state machine of `core.rs`, and who wakes whom. The engine thread asks, pins and
+//! evicts; loader threads only fill. No policy and no bytes here; `experts.rs` and `load.rs` are the callers.
+//!
+//! Lock order: there is one lock, `inner`, and nothing is read, discarded or populated under it. A slot's bytes need no
+//! lock: whoever holds its claim (`claim.rs`) is alone. The state machine checks before it changes anything, so a panic
+//! leaves it whole and poison is passed over.
+
+mod claim;
+mod core;
+#[cfg(test)]
+mod model;
+mod policy;
+
+pub(crate) use self::{
+    claim::{Load, Pin, Vacant},
+    core::{Found, Shape},
+};
+
+use std::{
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use self::core::{Core, Taken};
+use crate::{
+    Error, Stats,
+    key::{ExpertId, LayerId, Slot},
+};
+
+#[derive(Debug)]
+pub(crate) struct Cache {
+    inner: Mutex<Inner>,
+    /// Loaders wait here for something to do.
+    work: Condvar,
+    /// The engine thread waits here for what it asked for.
+    arrived: Condvar,
+}
+
+#[derive(Debug)]
+struct Inner {
+    core: Core,
+    /// Loaders go home.
+    stop: bool,
+}
+
+/// What a loader is to do next.
+#[derive(Debug)]
+pub(crate) enum Job {
+    Load(Load),
+    Populate(Slot),
+}
+
+impl Cache {
+    pub(crate) fn new(shape: Shape) -> Self {
+        Self { inner: Mutex::new(Inner { core: Core::new(shape), stop: false }), work: Condvar::new(), arrived: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // ---- the engine thread ----
+
+    pub(crate) fn begin(&self, layer: LayerId, ids: &[ExpertId]) {
+        let mut inner = self.lock();
+        inner.core.begin(layer, ids);
+        self.wake(inner);
+    }
+
+    /// Blocks until something is found; `None` when everything has been handed out.
+    pub(crate) fn take(&self) -> Option<Vec<Found>> {
+        let mut inner = self.lock();
+        let mut since = None;
+        let found = loop {
+            match inner.core.take() {
+                Taken::Found(found) => break Some(found),
+                Taken::End => break None,
+                Taken::Stuck => {
+                    drop(inner);
+                    panic!(
+                        "Fetch::next would wait for ever: every slot is held by an expert that was handed out; call Fetch::done for those"
+                    );
+                }
+                Taken::Wait => {
+                    since.get_or_insert_with(Instant::now);
+                    inner = self.arrived.wait(inner).unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        };
+        if let Some(since) = since {
+            inner.core.waited(since.elapsed());
+        }
+        found
+    }
+
+    pub(crate) fn done(&self, pins: impl Iterator<Item = Pin>) {
+        let mut inner = self.lock();
+        pins.for_each(|pin| inner.core.done(pin));
+        self.wake(inner);
+    }
+
+    pub(crate) fn end(&self) {
+        self.lock().core.end();
+    }
+
+    /// The result's pages are to be given back before the next call.
+    pub(crate) fn resize(&self, per_layer: usize) -> Vec<Vacant> {
+        let mut inner = self.lock();
+        let vacant = inner.core.resize(per_layer);
+        drop(inner);
+        self.work.notify_one(); // to populate what is new
+        vacant
+    }
+
+    pub(crate) fn want(&self, per_layer: usize) {
+        self.lock().core.want(per_layer);
+    }
+
+    pub(crate) fn per_layer(&self) -> usize {
+        self.lock().core.per_layer()
+    }
+
+    pub(crate) fn resident(&self, layer: LayerId) -> Vec<ExpertId> {
+        self.lock().core.resident(layer)
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        self.lock().core.stats()
+    }
+
+    /// Loaders finish what they are at and return.
+    pub(crate) fn stop(&self) {
+        self.lock().stop = true;
+        self.work.notify_all();
+    }
+
+    /// One loader per waiting load; a loader that is busy looks again by itself.
+    fn wake(&self, inner: MutexGuard<'_, Inner>) {
+        let queued = inner.core.queued();
+        drop(inner);
+        (0..queued).for_each(|_| self.work.notify_one());
+    }
+
+    // ---- loader threads ----
+
+    /// Blocks for work, loads first; `None`: stop.
+    pub(crate) fn job(&self) -> Option<Job> {
+        let mut inner = self.lock();
+        loop {
+            if inner.stop {
+                return None;
+            }
+            if let Some(load) = inner.core.start() {
+                return Some(Job::Load(load));
+            }
+            if let Some(slot) = inner.core.populate() {
+                return Some(Job::Populate(slot));
+            }
+            inner = self.work.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Some: discard it, then call [`Cache::drained`].
+    pub(crate) fn loaded(&self, load: Load, result: Result<u64, Error>, time: Duration) -> Option<Vacant> {
+        let vacant = self.lock().core.loaded(load, result, time);
+        self.arrived.notify_one();
+        vacant
+    }
+
+    /// As for [`Cache::loaded`].
+    pub(crate) fn populated(&self, slot: Slot) -> Option<Vacant> {
+        // A fetch that waited for this slot has its load queued by now; the caller is the loader that takes it.
+        self.lock().core.populated(slot)
+    }
+
+    pub(crate) fn drained(&self, vacant: Vacant) {
+        self.lock().core.drained(vacant);
+    }
+}

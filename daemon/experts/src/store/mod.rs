@@ -1,0 +1,224 @@
+//! Where each expert's bytes lie, and reading one into its slot. It knows files and offsets, not tensors, and holds no
+//! cache. `Experts::open` makes a store out of a [`Source`]; loader threads read through it.
+
+mod pread;
+mod storage;
+
+pub use pread::Pread;
+pub use storage::{Read, Storage};
+
+use crate::{Error, cache::Load, key::ExpertKey, slab::Slab};
+use std::io;
+
+/// File bytes `[offset, offset + len)` go to slot bytes `[at, at + len)` of region `region`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slice {
+    pub file: u32,
+    pub offset: u64,
+    pub len: u32,
+    pub region: u8,
+    pub at: u32,
+}
+
+/// The experts of a model on disk.
+#[derive(Debug)]
+pub struct Source {
+    pub files: Vec<Box<dyn Storage>>,
+    /// `[layer][expert]` → what it is made of; all layers have as many experts.
+    pub layers: Vec<Vec<Vec<Slice>>>,
+}
+
+/// A checked source whose slices are in reading order, neighbours joined.
+#[derive(Debug)]
+pub(crate) struct Store {
+    source: Source,
+    experts: usize,
+}
+
+impl Store {
+    /// Checks everything that [`Store::load`] relies on.
+    pub(crate) fn new(mut source: Source, slab: &Slab) -> Result<Self, Error> {
+        let experts = source.layers.first().map_or(0, Vec::len);
+        if experts == 0 || source.layers.len() > usize::from(u16::MAX) || experts > usize::from(u16::MAX) {
+            return Err(Error::Source(format!(
+                "{} layers of {experts} experts; at least one and at most 65535 of each",
+                source.layers.len()
+            )));
+        }
+        let (files, strides): (Vec<u64>, Vec<usize>) = (source.files.iter().map(|file| file.len()).collect(), slab.strides().collect());
+        for (layer, list) in source.layers.iter_mut().enumerate() {
+            if list.len() != experts {
+                return Err(Error::Source(format!("layer {layer} has {} experts and layer 0 has {experts}", list.len())));
+            }
+            for (expert, slices) in list.iter_mut().enumerate() {
+                check(slices, &files, &strides).map_err(|reason| Error::Source(format!("layer {layer} expert {expert}: {reason}")))?;
+                join(slices);
+            }
+        }
+        Ok(Self { source, experts })
+    }
+
+    pub(crate) fn layers(&self) -> usize {
+        self.source.layers.len()
+    }
+
+    pub(crate) fn experts(&self) -> usize {
+        self.experts
+    }
+
+    /// The error for a load that ended without telling which read it was at: names the whole record.
+    pub(crate) fn failed(&self, key: ExpertKey, source: io::Error) -> Error {
+        self.error(key, &self.source.layers[key.layer.index()][key.expert.index()], source)
+    }
+
+    fn error(&self, key: ExpertKey, batch: &[Slice], source: io::Error) -> Error {
+        Error::Read {
+            layer: key.layer.0,
+            expert: key.expert.0,
+            file: self.source.files[batch[0].file as usize].name().to_owned(),
+            offset: batch[0].offset,
+            len: bytes(batch),
+            source,
+        }
+    }
+
+    /// Reads an expert into the slot that `load` holds; returns the bytes read.
+    pub(crate) fn load(&self, load: &Load, slab: &Slab) -> Result<u64, Error> {
+        let key = load.key();
+        let slices = &self.source.layers[key.layer.index()][key.expert.index()];
+        for batch in slices.chunk_by(|a, b| a.file == b.file) {
+            let into = |slice: &Slice| {
+                // SAFETY: `check` has seen that the slice lies in its region's stride and overlaps no other slice, the core
+                // makes slots of this slab only, and `load` says that nobody else reads or writes this one.
+                unsafe {
+                    let part = slab.slot_mut(load.slot(), usize::from(slice.region)).add(slice.at as usize);
+                    std::slice::from_raw_parts_mut(part, slice.len as usize)
+                }
+            };
+            let mut reads: Vec<_> = batch.iter().map(|slice| Read { offset: slice.offset, into: into(slice) }).collect();
+            let file = &self.source.files[batch[0].file as usize];
+            file.read(&mut reads).map_err(|source| self.error(key, batch, source))?;
+        }
+        Ok(bytes(slices))
+    }
+}
+
+fn bytes(slices: &[Slice]) -> u64 {
+    slices.iter().map(|slice| u64::from(slice.len)).sum()
+}
+
+/// Every slice lies in its file and in its region, and no two of them in each other's slot bytes.
+fn check(slices: &mut [Slice], files: &[u64], strides: &[usize]) -> Result<(), String> {
+    for slice in &*slices {
+        let Slice { file, offset, len, region, at } = *slice;
+        let size = *files.get(file as usize).ok_or_else(|| format!("file {file} of {}", files.len()))?;
+        let stride = *strides.get(usize::from(region)).ok_or_else(|| format!("region {region} of {}", strides.len()))?;
+        if len == 0 {
+            return Err(format!("an empty slice at offset {offset} of file {file}"));
+        }
+        if offset.checked_add(u64::from(len)).is_none_or(|end| end > size) {
+            return Err(format!("{len} bytes at offset {offset} of file {file}, which has {size}"));
+        }
+        if u64::from(at) + u64::from(len) > stride as u64 {
+            return Err(format!("{len} bytes at {at} of a slot of {stride}"));
+        }
+    }
+    slices.sort_unstable_by_key(|slice| (slice.region, slice.at));
+    let overlap = slices.windows(2).find(|pair| pair[0].region == pair[1].region && pair[0].at + pair[0].len > pair[1].at);
+    match overlap {
+        Some(pair) => Err(format!("two slices fill byte {} of region {}", pair[1].at, pair[1].region)),
+        None if slices.is_empty() => Err("no slices".into()),
+        None => Ok(()),
+    }
+}
+
+/// Sorts into reading order and makes one slice of neighbours in both file and slot: fewer, longer reads.
+fn join(slices: &mut Vec<Slice>) {
+    slices.sort_unstable_by_key(|slice| (slice.file, slice.offset));
+    slices.dedup_by(|next, last| {
+        let adjacent = (next.file, next.region) == (last.file, last.region)
+            && next.offset == last.offset + u64::from(last.len)
+            && next.at == last.at + last.len;
+        let len = last.len.checked_add(next.len).filter(|_| adjacent);
+        last.len = len.unwrap_or(last.len);
+        len.is_some()
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key::{ExpertId, LayerId, Slot};
+    use std::sync::Mutex;
+
+    /// Byte i is `i as u8`; remembers the batches it was asked for.
+    #[derive(Debug)]
+    struct Counting(u64, std::sync::Arc<Mutex<Vec<Vec<(u64, usize)>>>>);
+
+    impl Storage for Counting {
+        fn name(&self) -> &str {
+            "counting"
+        }
+        fn len(&self) -> u64 {
+            self.0
+        }
+        fn read(&self, reads: &mut [Read<'_>]) -> io::Result<()> {
+            self.1.lock().unwrap().push(reads.iter().map(|read| (read.offset, read.into.len())).collect());
+            for read in reads {
+                (read.offset..).zip(read.into.iter_mut()).for_each(|(i, byte)| *byte = i as u8);
+            }
+            Ok(())
+        }
+    }
+
+    fn slice(file: u32, offset: u64, len: u32, at: u32) -> Slice {
+        Slice { file, offset, len, region: 0, at }
+    }
+
+    #[test]
+    fn bad_sources_are_refused() {
+        let slab = Slab::anonymous(4096, 2).unwrap();
+        let check = |layers: Vec<Vec<Vec<Slice>>>, expected: &str| {
+            let files: Vec<Box<dyn Storage>> = vec![Box::new(Counting(1000, Default::default()))];
+            let error = Store::new(Source { files, layers }, &slab).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error} / {expected}");
+        };
+        check(vec![], "0 layers");
+        check(vec![vec![]], "of 0 experts");
+        check(vec![vec![vec![slice(0, 0, 8, 0)]], vec![]], "layer 1 has 0 experts and layer 0 has 1");
+        check(vec![vec![vec![]]], "layer 0 expert 0: no slices");
+        check(vec![vec![vec![slice(1, 0, 8, 0)]]], "file 1 of 1");
+        check(vec![vec![vec![Slice { region: 1, ..slice(0, 0, 8, 0) }]]], "region 1 of 1");
+        check(vec![vec![vec![slice(0, 0, 0, 0)]]], "an empty slice");
+        check(vec![vec![vec![slice(0, 993, 8, 0)]]], "8 bytes at offset 993 of file 0, which has 1000");
+        check(vec![vec![vec![slice(0, u64::MAX, 8, 0)]]], "which has 1000");
+        check(vec![vec![vec![slice(0, 0, 8, slab.stride_bytes() as u32 - 7)]]], "of a slot of");
+        check(vec![vec![vec![slice(0, 0, 8, u32::MAX)]]], "of a slot of");
+        check(vec![vec![vec![slice(0, 0, 8, 8), slice(0, 100, 9, 0)]]], "two slices fill byte 8");
+    }
+
+    #[test]
+    fn neighbours_are_joined_and_files_batched() {
+        let slab = Slab::anonymous(4096, 2).unwrap();
+        let asked: [std::sync::Arc<Mutex<Vec<Vec<(u64, usize)>>>>; 2] = Default::default();
+        let check = |slices: Vec<Slice>, expected: [Vec<Vec<(u64, usize)>>; 2]| {
+            let files = asked.each_ref().map(|log| Box::new(Counting(1000, log.clone())) as Box<dyn Storage>);
+            let bytes: u64 = slices.iter().map(|slice| u64::from(slice.len)).sum();
+            let store = Store::new(Source { files: files.into(), layers: vec![vec![slices.clone()]] }, &slab).unwrap();
+            let load = Load::for_test(Slot(1), ExpertKey { layer: LayerId(0), expert: ExpertId(0) });
+            assert_eq!(store.load(&load, &slab).unwrap(), bytes);
+            assert_eq!(asked.each_ref().map(|log| std::mem::take(&mut *log.lock().unwrap())), expected);
+            // SAFETY: the load is over and nobody else has the slab.
+            let slot = unsafe { slab.slot(Slot(1)).bytes() };
+            for Slice { offset, len, at, .. } in slices {
+                assert!((0..u64::from(len)).all(|i| slot[at as usize + i as usize] == (offset + i) as u8));
+            }
+        };
+        let none = Vec::new;
+        check(vec![slice(0, 10, 5, 0)], [vec![vec![(10, 5)]], none()]);
+        check(vec![slice(0, 15, 7, 5), slice(0, 10, 5, 0), slice(0, 22, 1, 12)], [vec![vec![(10, 13)]], none()]);
+        check(vec![slice(0, 15, 7, 6), slice(0, 10, 5, 0)], [vec![vec![(10, 5), (15, 7)]], none()]); // apart in the slot
+        check(vec![slice(0, 16, 7, 5), slice(0, 10, 5, 0)], [vec![vec![(10, 5), (16, 7)]], none()]); // apart in the file
+        check(vec![slice(1, 15, 5, 5), slice(0, 10, 5, 0)], [vec![vec![(10, 5)]], vec![vec![(15, 5)]]]);
+    }
+}

@@ -1,0 +1,165 @@
+//! Generate and Tokenize: prepare the request off the engine's thread, admit it, stream its events. A dropped stream is
+//! the cancellation; a slow one pauses its own request. Wire types meet engine types in `convert.rs` only.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use flash_engine::{Event, Text};
+use flash_proto::{code, v1};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Interval, MissedTickBehavior, interval},
+};
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status};
+use tracing::Instrument;
+
+use super::{Daemon, convert};
+use crate::{
+    Error,
+    sessions::Guard,
+    worker::{Command, EVENTS, EVENTS_SPARE, Generate},
+};
+
+/// A waiting client hears from us this often.
+const HEARTBEAT: Duration = Duration::from_secs(2);
+
+pub(super) struct Service {
+    pub(super) daemon: Arc<Daemon>,
+}
+
+#[tonic::async_trait]
+impl v1::generate_server::Generate for Service {
+    type GenerateStream = Events;
+
+    async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Events>, Status> {
+        let request = request.into_inner();
+        if self.daemon.drain.begun() {
+            return Err(self.daemon.refused(&Error::Draining));
+        }
+        let (guard, request_id) = self.daemon.sessions.enter(&request.request_id, &self.daemon.worker);
+        let span = tracing::info_span!("generate", request = request_id);
+        self.start(request, guard, span.clone()).instrument(span).await.map(Response::new)
+    }
+
+    async fn tokenize(&self, request: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let request = request.into_inner();
+        let daemon = &self.daemon;
+        let tokenize = async {
+            let prompt = convert::tokenize_prompt(request.prompt)?;
+            let model = daemon.catalog.resolve(&request.model).await?;
+            let text = daemon.text(&model).await?;
+            let ids = daemon.catalog.encode(move || prompt.encode(&text)).await?;
+            let context_length = convert::u32(daemon.context_length(&model).await);
+            Ok(v1::TokenizeResponse { model: model.id, ids, context_length })
+        };
+        tokenize.await.map(Response::new).map_err(|error: Error| convert::status(&error))
+    }
+}
+
+impl Service {
+    /// Everything up to the first event. Whatever is refused is refused here.
+    async fn start(&self, request: v1::GenerateRequest, guard: Guard, span: tracing::Span) -> Result<Events, Status> {
+        let daemon = &self.daemon;
+        let prepared = async {
+            let wanted = convert::generate(request)?;
+            let model = daemon.catalog.resolve(&wanted.model).await?;
+            let text = daemon.text(&model).await?;
+            let sampling = wanted.sampling.over(text.sampling(), text.vocab_size())?;
+            let encoding = (wanted.prompt, text.clone());
+            let prompt = daemon.catalog.encode(move || encoding.0.encode(&encoding.1)).await?;
+            Ok((wanted.rest.request(prompt, sampling), wanted.keep_alive, model, text))
+        };
+        let (request, keep_alive, model, text) = prepared.await.map_err(|error: Error| daemon.refused(&error))?;
+        let prompt_tokens = convert::u32(request.prompt.len());
+        let (events, receiver) = mpsc::channel(EVENTS + EVENTS_SPARE);
+        let (reply, admitted) = oneshot::channel();
+        let command = Generate { model: model.clone(), request, keep_alive, events, reply, span };
+        daemon.worker.send(Command::Generate(Box::new(command))).map_err(|error| daemon.refused(&error))?;
+        let admitted = match admitted.await {
+            Ok(Ok(admitted)) => admitted,
+            // The worker has counted these.
+            Ok(Err(error)) => return Err(convert::status(&error)),
+            Err(_) => return Err(daemon.refused(&Error::Draining)),
+        };
+        daemon.catalog.forget_text(&model);
+        tracing::info!(model = model.id, prompt_tokens, position = admitted.position, "accepted");
+        let accepted = convert::accepted(model.id, prompt_tokens, admitted);
+        let progress = v1::Progress { phase: v1::progress::Phase::Queued.into(), done_tokens: 0, total_tokens: prompt_tokens };
+        let mut heartbeat = interval(HEARTBEAT);
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        heartbeat.reset();
+        Ok(Events { accepted: Some(accepted), receiver, progress: Some(progress), heartbeat, text, ended: false, guard })
+    }
+}
+
+/// The stream a client reads.
+#[derive(Debug)]
+pub(super) struct Events {
+    accepted: Option<v1::GenerateEvent>,
+    receiver: mpsc::Receiver<Result<Event, Error>>,
+    /// Repeated while nothing else is to be said; `None` once text flows.
+    progress: Option<v1::Progress>,
+    heartbeat: Interval,
+    text: Arc<Text>,
+    ended: bool,
+    guard: Guard,
+}
+
+impl Stream for Events {
+    type Item = Result<v1::GenerateEvent, Status>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        if let Some(accepted) = this.accepted.take() {
+            return Poll::Ready(Some(Ok(accepted)));
+        }
+        if this.ended {
+            return Poll::Ready(None);
+        }
+        let event = match (this.receiver.poll_recv(cx), &this.progress) {
+            (Poll::Ready(event), _) => event,
+            (Poll::Pending, Some(progress)) => {
+                ready!(this.heartbeat.poll_tick(cx));
+                return Poll::Ready(Some(Ok(convert::progress(*progress))));
+            }
+            (Poll::Pending, None) => return Poll::Pending,
+        };
+        // A paused request goes on when half of its channel is free; nothing is sent meanwhile, so this count is passed.
+        if this.receiver.len() == EVENTS / 2 {
+            this.guard.wake();
+        }
+        let event = match event {
+            Some(Ok(Event::Prefill { done, total })) => {
+                let progress = convert::prefill(done, total);
+                this.progress = Some(progress);
+                this.heartbeat.reset();
+                convert::progress(progress)
+            }
+            Some(Ok(Event::Token { text, logprobs })) => {
+                this.progress = None;
+                convert::token(text, logprobs, &this.text)
+            }
+            Some(Ok(Event::Done(done))) => {
+                this.ended = true;
+                convert::done(done)
+            }
+            Some(Ok(Event::Failed(error))) => this.fail(&Error::Engine(error)),
+            Some(Err(error)) => this.fail(&error),
+            None => this.fail(&Error::Panicked("the engine's thread is gone".into())),
+        };
+        Poll::Ready(Some(Ok(event)))
+    }
+}
+
+impl Events {
+    fn fail(&mut self, error: &Error) -> v1::GenerateEvent {
+        self.ended = true;
+        let status = convert::status(error);
+        convert::failed(code::of(&status).unwrap_or(code::ENGINE), status.message())
+    }
+}

@@ -1,0 +1,585 @@
+//! The engine's thread and the handle the async side holds. Commands come in over one bounded channel and are served in
+//! order; events go out over one bounded channel per request. No RPC types, no tokenising, no policy: the service
+//! prepares requests, the pressure monitor decides ceilings.
+//!
+//! What must never be lost is a level, not a message: a request is cancelled when its receiver is gone, resumed when its
+//! channel has room, the ceiling is an atomic. The thread looks at all of these at every turn; [`Command::Wake`] only
+//! ends its sleep.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use flash_engine::{Bytes, CacheBudget, Delivery, Engine, Event, ModelInfo, Options, Report, Request, RequestId, Step, Text};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::{Error, config::KeepAlive, stats::Totals};
+
+/// Events a slow reader may leave unread before its request pauses …
+pub(crate) const EVENTS: usize = 64;
+/// … and room beyond them for a last word (Failed) to a paused request.
+pub(crate) const EVENTS_SPARE: usize = 4;
+/// Places in the command channel besides the waiting requests'.
+const COMMANDS_SPARE: usize = 64;
+/// How stale the published report may be while the engine works.
+const PUBLISH_EVERY: Duration = Duration::from_millis(50);
+
+pub(crate) type Events = mpsc::Sender<Result<Event, Error>>;
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+pub(crate) enum Command {
+    Generate(Box<Generate>),
+    Load(Box<Load>),
+    Unload(Unload),
+    /// Look again: a reader has left or caught up, or the ceiling has moved.
+    Wake,
+}
+
+/// A model on disk, by its canonical id.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Model {
+    pub(crate) id: String,
+    pub(crate) path: PathBuf,
+}
+
+pub(crate) struct Generate {
+    pub(crate) model: Model,
+    pub(crate) request: Request,
+    pub(crate) keep_alive: Option<KeepAlive>,
+    pub(crate) events: Events,
+    pub(crate) reply: Reply<Admitted>,
+    pub(crate) span: tracing::Span,
+}
+
+pub(crate) struct Admitted {
+    pub(crate) position: usize,
+    pub(crate) context: usize,
+    pub(crate) fingerprint: String,
+}
+
+pub(crate) struct Load {
+    pub(crate) model: Model,
+    pub(crate) expert_cache: Option<CacheBudget>,
+    pub(crate) memory: Option<Option<Bytes>>,
+    pub(crate) context: Option<usize>,
+    pub(crate) keep_alive: Option<KeepAlive>,
+    pub(crate) reply: Reply<Loaded>,
+}
+
+pub(crate) struct Loaded {
+    pub(crate) now: bool,
+    pub(crate) took: Duration,
+    pub(crate) warnings: Vec<String>,
+}
+
+pub(crate) struct Unload {
+    /// `None`: whatever is loaded.
+    pub(crate) model: Option<Model>,
+    pub(crate) force: bool,
+    /// Whether it was loaded.
+    pub(crate) reply: Reply<bool>,
+}
+
+/// What everyone may know about the engine, without waiting for it.
+#[derive(Clone, Debug)]
+pub(crate) struct State {
+    pub(crate) model: Option<(Model, Phase)>,
+    /// In line for the engine, besides those it has admitted.
+    pub(crate) in_line: usize,
+    /// The configured options with what Load calls changed.
+    pub(crate) options: Options,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Phase {
+    Loading(f64),
+    Ready(Arc<Ready>),
+}
+
+#[derive(Debug)]
+pub(crate) struct Ready {
+    pub(crate) info: Arc<ModelInfo>,
+    pub(crate) text: Arc<Text>,
+    pub(crate) context: usize,
+    pub(crate) report: Report,
+    /// When the idle model goes; `None`: busy, or never.
+    pub(crate) unload_at: Option<Instant>,
+}
+
+impl State {
+    pub(crate) fn ready(&self) -> Option<(&Model, &Arc<Ready>)> {
+        match &self.model {
+            Some((model, Phase::Ready(ready))) => Some((model, ready)),
+            _ => None,
+        }
+    }
+}
+
+/// The async side's handle. The thread ends when all of them are gone, or at [`Worker::stop`].
+#[derive(Clone, Debug)]
+pub(crate) struct Worker {
+    commands: SyncSender<Command>,
+    state: watch::Receiver<Arc<State>>,
+    levels: Arc<Levels>,
+    totals: Arc<Totals>,
+}
+
+#[derive(Debug)]
+struct Levels {
+    /// Slab bytes that memory pressure allows; `u64::MAX` = as configured.
+    ceiling: AtomicU64,
+    stop: AtomicBool,
+}
+
+impl Worker {
+    pub(crate) fn start(options: Options, keep_alive: KeepAlive, totals: Arc<Totals>) -> Result<Self, Error> {
+        let (commands, inbox) = sync_channel(options.queue + COMMANDS_SPARE);
+        let (publish, state) = watch::channel(Arc::new(State { model: None, in_line: 0, options: options.clone() }));
+        let levels = Arc::new(Levels { ceiling: AtomicU64::new(u64::MAX), stop: AtomicBool::new(false) });
+        let thread = Thread {
+            inbox,
+            publish,
+            published: Instant::now(),
+            levels: levels.clone(),
+            totals: totals.clone(),
+            options,
+            standing_keep_alive: keep_alive,
+            keep_alive,
+            last_used: Instant::now(),
+            line: VecDeque::new(),
+            loaded: None,
+            live: HashMap::new(),
+        };
+        let spawned = thread::Builder::new().name("flash-engine".into()).spawn(move || thread.run());
+        spawned.map_err(|source: io::Error| Error::Thread { name: "flash-engine", source })?;
+        Ok(Self { commands, state, levels, totals })
+    }
+
+    pub(crate) fn send(&self, command: Command) -> Result<(), Error> {
+        match self.commands.try_send(command) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Full(_)) => {
+                let (waiting, parallel) = (self.state().in_line, self.state().options.parallel);
+                Err(Error::QueueFull { waiting, retry_after_s: self.totals.retry_after_s(parallel) })
+            }
+            Err(TrySendError::Disconnected(_)) => Err(Error::Draining),
+        }
+    }
+
+    /// A full channel wakes the thread just as well.
+    pub(crate) fn wake(&self) {
+        let _ = self.commands.try_send(Command::Wake);
+    }
+
+    pub(crate) fn state(&self) -> Arc<State> {
+        self.state.borrow().clone()
+    }
+
+    pub(crate) fn set_ceiling(&self, ceiling: Option<Bytes>) {
+        if self.levels.ceiling.swap(ceiling.unwrap_or(u64::MAX), SeqCst) != ceiling.unwrap_or(u64::MAX) {
+            self.wake();
+        }
+    }
+
+    /// Fails what is left and ends the thread; returns when it has ended. A load in progress is waited for.
+    pub(crate) async fn stop(&self) {
+        self.levels.stop.store(true, SeqCst);
+        self.wake();
+        let mut state = self.state.clone();
+        while state.changed().await.is_ok() {}
+    }
+}
+
+/// What waits for its turn: one line, so that a second model is not starved by the first one's requests.
+enum Waiting {
+    Generate(Box<Generate>),
+    Load(Box<Load>),
+    Unload(Unload),
+}
+
+struct Loadable {
+    model: Model,
+    engine: Engine,
+    info: Arc<ModelInfo>,
+    ceiling: u64,
+}
+
+struct Live {
+    events: Events,
+    paused: bool,
+    span: tracing::Span,
+}
+
+struct Thread {
+    inbox: Receiver<Command>,
+    publish: watch::Sender<Arc<State>>,
+    published: Instant,
+    levels: Arc<Levels>,
+    totals: Arc<Totals>,
+    options: Options,
+    /// The daemon's setting, or what the last Load call asked for.
+    standing_keep_alive: KeepAlive,
+    /// After the latest request.
+    keep_alive: KeepAlive,
+    last_used: Instant,
+    line: VecDeque<Waiting>,
+    loaded: Option<Loadable>,
+    live: HashMap<RequestId, Live>,
+}
+
+impl Thread {
+    fn run(mut self) {
+        let mut idle = true;
+        loop {
+            if idle {
+                self.publish();
+                match self.wait() {
+                    Ok(command) => self.take(command),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
+            }
+            while let Ok(command) = self.inbox.try_recv() {
+                self.take(command);
+            }
+            if self.levels.stop.load(SeqCst) {
+                return self.fail_live(|| Error::Draining);
+            }
+            self.look();
+            self.serve_line();
+            let step = self.step();
+            // The last live request may have ended in this very step: the line moves before the thread sleeps.
+            idle = step == Step::Idle && (self.line.is_empty() || !self.live.is_empty());
+            self.drop_idle_model();
+            if self.published.elapsed() >= PUBLISH_EVERY {
+                self.publish();
+            }
+        }
+    }
+
+    /// Sleeps until a command, or until the idle model is to go.
+    fn wait(&self) -> Result<Command, RecvTimeoutError> {
+        match self.unload_at() {
+            Some(at) => self.inbox.recv_timeout(at.saturating_duration_since(Instant::now())),
+            None => self.inbox.recv().map_err(RecvTimeoutError::from),
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Generate(job) if self.line.len() >= self.options.queue.max(1) && !job.reply.is_closed() => {
+                let waiting = self.line.len();
+                self.refuse(job.reply, Error::QueueFull { waiting, retry_after_s: self.totals.retry_after_s(self.options.parallel) });
+            }
+            Command::Generate(job) => self.line.push_back(Waiting::Generate(job)),
+            Command::Load(job) => self.line.push_back(Waiting::Load(job)),
+            Command::Unload(job) if job.force && self.matches(job.model.as_ref()) => {
+                self.fail_live(|| Error::Cancelled("the model was unloaded"));
+                self.serve_unload(job);
+            }
+            Command::Unload(job) => self.line.push_back(Waiting::Unload(job)),
+            Command::Wake => {}
+        }
+    }
+
+    /// Reads the levels: readers that left, readers that caught up, the ceiling.
+    fn look(&mut self) {
+        let Some(loaded) = &mut self.loaded else { return };
+        let Thread { live, totals, last_used, .. } = self;
+        live.retain(|id, request| {
+            let gone = request.events.is_closed();
+            if gone {
+                loaded.engine.cancel(*id);
+                cancelled(totals, request);
+                *last_used = Instant::now();
+            } else if request.paused && request.events.capacity() >= EVENTS / 2 {
+                request.paused = false;
+                loaded.engine.resume(*id);
+            }
+            !gone
+        });
+        let ceiling = self.levels.ceiling.load(SeqCst);
+        if ceiling != loaded.ceiling {
+            loaded.ceiling = ceiling;
+            loaded.engine.set_ceiling((ceiling != u64::MAX).then_some(ceiling));
+            self.publish();
+        }
+    }
+
+    /// Serves the front of the line as long as it need not wait for running requests.
+    fn serve_line(&mut self) {
+        while let Some(front) = self.line.front() {
+            let free = self.live.is_empty();
+            let at_once = match front {
+                Waiting::Generate(job) => job.reply.is_closed() || self.matches(Some(&job.model)),
+                Waiting::Load(job) => job.reply.is_closed() || self.matches(Some(&job.model)) && !self.changes_context(job.context),
+                Waiting::Unload(job) => job.reply.is_closed() || !self.matches(job.model.as_ref()),
+            };
+            if !(at_once || free) {
+                return;
+            }
+            match self.line.pop_front() {
+                Some(Waiting::Generate(job)) => self.serve_generate(*job),
+                Some(Waiting::Load(job)) => self.serve_load(*job),
+                Some(Waiting::Unload(job)) => self.serve_unload(job),
+                None => return,
+            }
+        }
+    }
+
+    fn matches(&self, model: Option<&Model>) -> bool {
+        self.loaded.as_ref().is_some_and(|loaded| model.is_none_or(|model| loaded.model.path == model.path))
+    }
+
+    fn changes_context(&self, context: Option<usize>) -> bool {
+        self.loaded
+            .as_ref()
+            .is_some_and(|loaded| context.is_some_and(|context| loaded.engine.context() != context.min(loaded.info.context_max)))
+    }
+
+    fn serve_generate(&mut self, job: Generate) {
+        if job.reply.is_closed() {
+            return;
+        }
+        let _entered = job.span.clone().entered();
+        if let Err(error) = self.ensure(&job.model) {
+            return self.refuse(job.reply, error);
+        }
+        let loaded = self.loaded.as_mut().expect("ensure has loaded a model");
+        let admitted = catch_unwind(AssertUnwindSafe(|| loaded.engine.admit(job.request)));
+        match admitted {
+            Ok(Ok((id, position))) => {
+                let reply = Admitted { position, context: loaded.engine.context(), fingerprint: loaded.engine.fingerprint() };
+                self.keep_alive = job.keep_alive.unwrap_or(self.standing_keep_alive);
+                self.live.insert(id, Live { events: job.events, paused: false, span: job.span });
+                // A caller that left meanwhile has closed its events too: the next look cancels.
+                let _ = job.reply.send(Ok(reply));
+            }
+            Ok(Err(flash_engine::Error::QueueFull { waiting })) => {
+                let retry_after_s = self.totals.retry_after_s(self.options.parallel);
+                self.refuse(job.reply, Error::QueueFull { waiting, retry_after_s });
+            }
+            Ok(Err(error)) => self.refuse(job.reply, error.into()),
+            Err(panic) => {
+                let error = || Error::Panicked(panic_text(&*panic));
+                self.refuse(job.reply, error());
+                self.fail_live(error);
+                self.unload();
+            }
+        }
+    }
+
+    fn serve_load(&mut self, job: Load) {
+        if job.reply.is_closed() {
+            return;
+        }
+        let started = Instant::now();
+        if self.changes_context(job.context) {
+            self.unload();
+        }
+        let now = !self.matches(Some(&job.model));
+        self.options.expert_cache = job.expert_cache.unwrap_or(self.options.expert_cache);
+        self.options.memory = job.memory.unwrap_or(self.options.memory);
+        self.options.context = job.context.or(self.options.context);
+        self.standing_keep_alive = job.keep_alive.unwrap_or(self.standing_keep_alive);
+        self.keep_alive = self.standing_keep_alive;
+        if let Err(error) = self.ensure(&job.model) {
+            return self.refuse(job.reply, error);
+        }
+        let loaded = self.loaded.as_mut().expect("ensure has loaded a model");
+        if let Some(budget) = job.expert_cache.filter(|_| !now) {
+            loaded.engine.set_cache(budget);
+        }
+        if let Some(cap) = job.memory.filter(|_| !now) {
+            loaded.engine.set_memory(cap);
+        }
+        let warnings = loaded.engine.warnings();
+        self.last_used = Instant::now();
+        self.publish();
+        let _ = job.reply.send(Ok(Loaded { now, took: started.elapsed(), warnings }));
+    }
+
+    fn serve_unload(&mut self, job: Unload) {
+        let was_loaded = self.matches(job.model.as_ref());
+        if was_loaded && !job.reply.is_closed() {
+            self.unload();
+        }
+        let _ = job.reply.send(Ok(was_loaded));
+    }
+
+    /// Makes `model` the loaded one. Only called when it is, or when nothing runs.
+    fn ensure(&mut self, model: &Model) -> Result<(), Error> {
+        if self.matches(Some(model)) {
+            return Ok(());
+        }
+        self.unload();
+        let started = Instant::now();
+        tracing::info!(model = model.id, path = %model.path.display(), expert_cache = %self.options.expert_cache, "loading");
+        let publish = |progress| self.publish.send_replace(self.state(Some((model.clone(), Phase::Loading(progress)))));
+        publish(0.0);
+        // With no model loaded the ceiling is what fits on this machine and in this cgroup: what `auto` divides.
+        let fits = self.levels.ceiling.load(SeqCst);
+        let options = Options { available: (fits != u64::MAX).then_some(fits), ..self.options.clone() };
+        let loaded = catch_unwind(AssertUnwindSafe(|| {
+            Engine::load(&model.path, &options, &mut |progress| {
+                publish(progress);
+            })
+        }));
+        let engine = match loaded {
+            Ok(Ok(engine)) => engine,
+            Ok(Err(source)) => {
+                tracing::error!(model = model.id, %source, "loading failed");
+                self.publish();
+                return Err(Error::Load { id: model.id.clone(), source: source.into() });
+            }
+            Err(panic) => {
+                self.publish();
+                return Err(Error::Panicked(panic_text(&*panic)));
+            }
+        };
+        tracing::info!(model = model.id, seconds = started.elapsed().as_secs_f64(), "loaded");
+        for warning in engine.warnings() {
+            tracing::warn!(model = model.id, "{warning}");
+        }
+        let info = Arc::new(engine.info().clone());
+        self.loaded = Some(Loadable { model: model.clone(), engine, info, ceiling: u64::MAX });
+        self.keep_alive = self.standing_keep_alive;
+        self.last_used = Instant::now();
+        self.look();
+        self.publish();
+        Ok(())
+    }
+
+    fn step(&mut self) -> Step {
+        let Some(loaded) = &mut self.loaded else { return Step::Idle };
+        let Thread { live, totals, last_used, .. } = self;
+        let step = catch_unwind(AssertUnwindSafe(|| loaded.engine.step(&mut |id, event| deliver(live, totals, last_used, id, event))));
+        step.unwrap_or_else(|panic| {
+            let text = panic_text(&*panic);
+            tracing::error!(panic = text, "the engine panicked; its model is dropped");
+            self.fail_live(|| Error::Panicked(text.clone()));
+            self.unload();
+            Step::Worked
+        })
+    }
+
+    /// Every live request ends with `error`.
+    fn fail_live(&mut self, error: impl Fn() -> Error) {
+        for (id, request) in self.live.drain() {
+            if let Some(loaded) = &mut self.loaded {
+                // After a panic the engine may be in any state; it is dropped next.
+                let _ = catch_unwind(AssertUnwindSafe(|| loaded.engine.cancel(id)));
+            }
+            match error() {
+                Error::Cancelled(_) | Error::Draining => self.totals.cancelled.fetch_add(1, SeqCst),
+                _ => self.totals.failed.fetch_add(1, SeqCst),
+            };
+            let _ = request.events.try_send(Err(error()));
+        }
+        self.last_used = Instant::now();
+    }
+
+    fn unload(&mut self) {
+        let Some(loaded) = self.loaded.take() else { return };
+        tracing::info!(model = loaded.model.id, "unloading");
+        self.publish();
+        if catch_unwind(AssertUnwindSafe(|| drop(loaded))).is_err() {
+            tracing::error!("the engine panicked while it was dropped");
+        }
+    }
+
+    fn unload_at(&self) -> Option<Instant> {
+        let idle = self.loaded.is_some() && self.live.is_empty() && self.line.is_empty();
+        self.keep_alive.0.filter(|_| idle).map(|keep| self.last_used + keep)
+    }
+
+    fn drop_idle_model(&mut self) {
+        if self.unload_at().is_some_and(|at| at <= Instant::now()) {
+            self.unload();
+        }
+    }
+
+    fn refuse<T>(&self, reply: Reply<T>, error: Error) {
+        self.totals.refused.fetch_add(1, SeqCst);
+        let _ = reply.send(Err(error));
+    }
+
+    fn state(&self, model: Option<(Model, Phase)>) -> Arc<State> {
+        let waiting = |task: &&Waiting| matches!(task, Waiting::Generate(_));
+        Arc::new(State { model, in_line: self.line.iter().filter(waiting).count(), options: self.options.clone() })
+    }
+
+    fn publish(&mut self) {
+        let model = self.loaded.as_ref().map(|loaded| {
+            let ready = Ready {
+                info: loaded.info.clone(),
+                text: loaded.engine.text(),
+                context: loaded.engine.context(),
+                report: loaded.engine.report(),
+                unload_at: self.unload_at(),
+            };
+            (loaded.model.clone(), Phase::Ready(Arc::new(ready)))
+        });
+        self.publish.send_replace(self.state(model));
+        self.published = Instant::now();
+    }
+}
+
+/// Hands one event to its reader, never waiting for it.
+fn deliver(live: &mut HashMap<RequestId, Live>, totals: &Totals, last_used: &mut Instant, id: RequestId, event: Event) -> Delivery {
+    let Some(request) = live.get_mut(&id) else { return Delivery::Gone };
+    let done = match &event {
+        Event::Done(done) => Some(Some(done.clone())),
+        Event::Failed(_) => Some(None),
+        Event::Prefill { .. } | Event::Token { .. } => None,
+    };
+    let event = match event {
+        Event::Failed(error) => Err(Error::Engine(error)),
+        event => Ok(event),
+    };
+    // The spare places make Full impossible unless an engine ignores it; such a request is as lost as one without reader.
+    if request.events.try_send(event).is_err() {
+        cancelled(totals, request);
+        live.remove(&id);
+        *last_used = Instant::now();
+        return Delivery::Gone;
+    }
+    let Some(done) = done else {
+        request.paused = request.events.capacity() <= EVENTS_SPARE;
+        return if request.paused { Delivery::Full } else { Delivery::Taken };
+    };
+    match done {
+        Some(done) => {
+            totals.finish(&done);
+            let ttft_ms = done.timing.ttft.as_millis() as u64;
+            tracing::info!(parent: &request.span, tokens = done.token_ids.len(), ttft_ms, finish = ?done.finish, "done");
+        }
+        None => {
+            totals.failed.fetch_add(1, SeqCst);
+            tracing::warn!(parent: &request.span, "failed");
+        }
+    }
+    live.remove(&id);
+    *last_used = Instant::now();
+    Delivery::Taken
+}
+
+fn cancelled(totals: &Totals, request: &Live) {
+    totals.cancelled.fetch_add(1, SeqCst);
+    tracing::info!(parent: &request.span, "cancelled by its reader");
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "panic".into())
+}

@@ -1,0 +1,219 @@
+//! What a client is told when something fails: [`Failure`], the table of codes, and the one mapping from the daemon's
+//! gRPC statuses to HTTP. Messages never quote the prompt. Start-up errors are in `config.rs`.
+
+use axum::{
+    body::Body,
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use flash_proto::{code, v1};
+use serde_json::{Value, json};
+use tonic::Status;
+
+/// The machine-readable `code` of an error body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Code {
+    InvalidJson,
+    InvalidValue,
+    MissingParameter,
+    UnsupportedValue,
+    ContextLength,
+    InvalidApiKey,
+    HostNotAllowed,
+    OriginNotAllowed,
+    ModelNotFound,
+    UnknownUrl,
+    MethodNotAllowed,
+    RequestTooLarge,
+    UnsupportedMediaType,
+    ChatTemplate,
+    UnsupportedModality,
+    ModelInvalid,
+    QueueFull,
+    Engine,
+    Cancelled,
+    DaemonUnavailable,
+    ModelLoading,
+    Draining,
+    InsufficientMemory,
+    QueueTimeout,
+}
+
+impl Code {
+    /// Name, HTTP status and OpenAI error type. 408 and 409 are avoided: the SDKs retry them.
+    const fn row(self) -> (&'static str, u16, &'static str) {
+        const INVALID: &str = "invalid_request_error";
+        const SERVER: &str = "server_error";
+        match self {
+            Self::InvalidJson => ("invalid_json", 400, INVALID),
+            Self::InvalidValue => ("invalid_value", 400, INVALID),
+            Self::MissingParameter => ("missing_required_parameter", 400, INVALID),
+            Self::UnsupportedValue => ("unsupported_value", 400, INVALID),
+            Self::ContextLength => (code::CONTEXT_LENGTH, 400, INVALID),
+            Self::InvalidApiKey => ("invalid_api_key", 401, "authentication_error"),
+            Self::HostNotAllowed => ("host_not_allowed", 403, "permission_error"),
+            Self::OriginNotAllowed => ("origin_not_allowed", 403, "permission_error"),
+            Self::ModelNotFound => (code::MODEL_NOT_FOUND, 404, INVALID),
+            Self::UnknownUrl => ("unknown_url", 404, INVALID),
+            Self::MethodNotAllowed => ("method_not_allowed", 405, INVALID),
+            Self::RequestTooLarge => ("request_too_large", 413, INVALID),
+            Self::UnsupportedMediaType => ("unsupported_media_type", 415, INVALID),
+            Self::ChatTemplate => (code::CHAT_TEMPLATE, 422, INVALID),
+            Self::UnsupportedModality => ("unsupported_modality", 422, INVALID),
+            Self::ModelInvalid => (code::MODEL_INVALID, 422, INVALID),
+            Self::QueueFull => (code::QUEUE_FULL, 429, "rate_limit_error"),
+            Self::Engine => (code::ENGINE, 500, SERVER),
+            Self::Cancelled => (code::CANCELLED, 500, SERVER),
+            Self::DaemonUnavailable => ("daemon_unavailable", 503, SERVER),
+            Self::ModelLoading => (code::MODEL_LOADING, 503, SERVER),
+            Self::Draining => (code::DRAINING, 503, SERVER),
+            Self::InsufficientMemory => (code::INSUFFICIENT_MEMORY, 503, SERVER),
+            Self::QueueTimeout => ("queue_timeout", 504, SERVER),
+        }
+    }
+
+    /// The code of the daemon with this name; what it invents later is an engine error.
+    fn of_daemon(name: &str) -> Self {
+        match name {
+            code::MODEL_NOT_FOUND => Self::ModelNotFound,
+            code::MODEL_INVALID => Self::ModelInvalid,
+            code::MODEL_LOADING => Self::ModelLoading,
+            code::CONTEXT_LENGTH => Self::ContextLength,
+            code::INVALID_VALUE => Self::InvalidValue,
+            code::CHAT_TEMPLATE => Self::ChatTemplate,
+            code::QUEUE_FULL => Self::QueueFull,
+            code::INSUFFICIENT_MEMORY => Self::InsufficientMemory,
+            code::DRAINING => Self::Draining,
+            code::CANCELLED => Self::Cancelled,
+            _ => Self::Engine,
+        }
+    }
+
+    /// Seconds to wait when nobody knows better; 429 and 503 always carry some.
+    fn retry_after(self) -> Option<u64> {
+        match self {
+            Self::QueueFull | Self::DaemonUnavailable | Self::Draining => Some(2),
+            Self::ModelLoading => Some(5),
+            Self::InsufficientMemory => Some(10),
+            _ => None,
+        }
+    }
+}
+
+/// One refusal, before a dialect gives it a shape.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Failure {
+    pub(crate) code: Code,
+    pub(crate) message: String,
+    /// The request field at fault, as the client wrote it.
+    pub(crate) param: Option<String>,
+    pub(crate) retry_after: Option<u64>,
+}
+
+impl Failure {
+    pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), param: None, retry_after: code.retry_after() }
+    }
+
+    pub(crate) fn at(code: Code, param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { param: Some(param.into()), ..Self::new(code, message) }
+    }
+
+    pub(crate) fn status(&self) -> StatusCode {
+        StatusCode::from_u16(self.code.row().1).expect("the table holds valid statuses")
+    }
+
+    /// The body in OpenAI's dialect: all four keys, always.
+    pub(crate) fn openai(&self) -> Value {
+        let (code, _, kind) = self.code.row();
+        json!({"error": {"message": self.message, "type": kind, "param": self.param, "code": code}})
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let mut response = Response::new(Body::from(self.openai().to_string()));
+        *response.status_mut() = self.status();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if let Some(seconds) = self.retry_after {
+            headers.insert(header::RETRY_AFTER, seconds.clamp(1, 60).into());
+        }
+        match self.code {
+            Code::InvalidApiKey => drop(headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))),
+            // Unloaded by force: a retry would load it again.
+            Code::Cancelled => drop(headers.insert("x-should-retry", HeaderValue::from_static("false"))),
+            _ => {}
+        }
+        response.extensions_mut().insert(self.code);
+        response
+    }
+}
+
+/// A gRPC status, from the daemon or from the way to it.
+pub(crate) fn of_status(status: &Status) -> Failure {
+    let Some(name) = code::of(status) else { return of_transport(status) };
+    let code = Code::of_daemon(name);
+    let default_param = match code {
+        Code::ModelNotFound => Some("model"),
+        Code::ContextLength | Code::ChatTemplate => Some("messages"),
+        _ => None,
+    };
+    Failure {
+        code,
+        message: status.message().to_owned(),
+        param: code::param(status).or(default_param).map(str::to_owned),
+        retry_after: code::retry_after(status).or(code.retry_after()),
+    }
+}
+
+/// A status without a code was not written by our daemon's services.
+fn of_transport(status: &Status) -> Failure {
+    match status.code() {
+        tonic::Code::OutOfRange | tonic::Code::ResourceExhausted => {
+            Failure::new(Code::RequestTooLarge, "the request is larger than the daemon accepts")
+        }
+        tonic::Code::Unimplemented => {
+            Failure::new(Code::DaemonUnavailable, "flashd and flash-gateway are of different versions; install both from one release")
+        }
+        _ => daemon_down(),
+    }
+}
+
+/// A request that failed after it was accepted.
+pub(crate) fn of_failed(failed: &v1::Failed) -> Failure {
+    Failure::new(Code::of_daemon(&failed.code), &*failed.message)
+}
+
+pub(crate) fn daemon_down() -> Failure {
+    Failure::new(Code::DaemonUnavailable, "flashd is not answering; start it with `flashctl daemon start`")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn daemon_statuses_become_http() {
+        let check = |status: Status, http: u16, code: &str, param: Option<&str>, retry_after: Option<u64>| {
+            let failure = of_status(&status);
+            let body = failure.openai();
+            assert_eq!(failure.status().as_u16(), http, "{status:?}");
+            assert_eq!(body["error"]["code"], code);
+            assert_eq!(body["error"]["param"].as_str(), param);
+            assert_eq!(failure.retry_after, retry_after);
+        };
+        let coded = |code| code::status(code, "text");
+        check(coded(code::MODEL_NOT_FOUND), 404, "model_not_found", Some("model"), None);
+        check(coded(code::CONTEXT_LENGTH), 400, "context_length_exceeded", Some("messages"), None);
+        check(code::with_param(coded(code::INVALID_VALUE), "logit_bias"), 400, "invalid_value", Some("logit_bias"), None);
+        check(coded(code::CHAT_TEMPLATE), 422, "chat_template_error", Some("messages"), None);
+        check(code::with_retry_after(coded(code::QUEUE_FULL), 7), 429, "queue_full", None, Some(7));
+        check(coded(code::MODEL_LOADING), 503, "model_loading", None, Some(5));
+        check(coded(code::DRAINING), 503, "draining", None, Some(2));
+        check(coded(code::ENGINE), 500, "engine_error", None, None);
+        check(Status::unavailable("connection refused"), 503, "daemon_unavailable", None, Some(2));
+        check(Status::unknown("h2 protocol error"), 503, "daemon_unavailable", None, Some(2));
+        check(Status::out_of_range("decoded message length too large"), 413, "request_too_large", None, None);
+    }
+}

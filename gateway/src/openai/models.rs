@@ -1,0 +1,196 @@
+//! `/v1/models` and `/v1/models/{id}`: one body that OpenAI's and Anthropic's SDKs both read, and the rules by which a
+//! client's name for a model finds an installed one.
+
+use std::{collections::HashMap, sync::Arc};
+
+use axum::{
+    Json,
+    extract::{Path, Query, State},
+    http::Uri,
+};
+use flash_proto::v1::{self, model};
+use serde_json::{Value, json};
+
+use crate::{
+    App,
+    error::{Code, Failure},
+};
+
+/// `GET /v1/models`.
+pub(crate) async fn list(State(app): State<Arc<App>>, uri: Uri) -> Result<Json<Value>, Failure> {
+    let query = Query::<HashMap<String, String>>::try_from_uri(&uri).map(|Query(query)| query).unwrap_or_default();
+    Ok(Json(page(&*app.upstream.models().await?, &query)))
+}
+
+/// `GET /v1/models/{id}`; the id may hold slashes, raw or as `%2F`.
+pub(crate) async fn one(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Value>, Failure> {
+    let list = app.upstream.models().await?;
+    let found = resolve(&id, &list).ok_or_else(|| not_found(&id, &list))?;
+    Ok(Json(describe(found, &list)))
+}
+
+/// The installed model that a client means, or nothing.
+///
+/// Only what the daemon lists can be reached from here: HTTP clients must not make it open paths.
+pub(crate) fn resolve<'a>(requested: &str, list: &'a v1::ListResponse) -> Option<&'a v1::Model> {
+    let models = &list.models;
+    if is_default(requested) {
+        return models.iter().find(|model| model.id == list.default_model);
+    }
+    let named =
+        |wanted: &dyn Fn(&str) -> bool| models.iter().find(|model| wanted(&model.id) || model.aliases.iter().any(|alias| wanted(alias)));
+    let loose = |name: &str| {
+        let name = name.to_lowercase();
+        let name = name.strip_suffix(":latest").unwrap_or(&name);
+        name.rsplit('/').next().unwrap_or(name).to_owned()
+    };
+    let wanted = loose(requested);
+    models
+        .iter()
+        .find(|model| model.id == requested)
+        .or_else(|| named(&|name| name == requested))
+        .or_else(|| named(&|name| loose(name) == wanted))
+}
+
+pub(crate) fn is_default(requested: &str) -> bool {
+    matches!(requested, "" | "local" | "default")
+}
+
+pub(crate) fn not_found(requested: &str, list: &v1::ListResponse) -> Failure {
+    let name: String = requested.chars().take(200).collect();
+    let installed: Vec<_> = list.models.iter().map(|model| model.id.as_str()).collect();
+    let message = if installed.is_empty() {
+        format!("The model '{name}' does not exist: no model is installed.")
+    } else {
+        format!("The model '{name}' does not exist. Installed: {}.", installed.join(", "))
+    };
+    Failure::at(Code::ModelNotFound, "model", message)
+}
+
+/// Loaded models first, then a page of them as `limit`, `after`/`after_id` and `before_id` ask.
+fn page(list: &v1::ListResponse, query: &HashMap<String, String>) -> Value {
+    let mut models: Vec<_> = list.models.iter().collect();
+    models.sort_by_key(|model| model.state() == model::State::NotLoaded);
+    let position = |key: &str| query.get(key).and_then(|id| models.iter().position(|model| model.id == *id));
+    let start = position("after_id").or_else(|| position("after")).map_or(0, |at| at + 1);
+    let end = position("before_id").unwrap_or(models.len()).max(start);
+    let limit = query.get("limit").and_then(|limit| limit.parse().ok()).filter(|&limit| limit > 0).unwrap_or(usize::MAX);
+    let stop = end.min(start.saturating_add(limit));
+    let shown = &models[start..stop];
+    json!({
+        "object": "list",
+        "has_more": stop < end,
+        "first_id": shown.first().map(|model| &model.id),
+        "last_id": shown.last().map(|model| &model.id),
+        "data": shown.iter().map(|model| describe(model, list)).collect::<Vec<_>>(),
+    })
+}
+
+fn describe(model: &v1::Model, list: &v1::ListResponse) -> Value {
+    let state = match model.state() {
+        model::State::NotLoaded => "not-loaded",
+        model::State::Loading => "loading",
+        model::State::Ready => "loaded",
+    };
+    let mut aliases = model.aliases.clone();
+    if model.id == list.default_model && !aliases.iter().any(|alias| alias == "local") {
+        aliases.push("local".to_owned());
+    }
+    let name = model.id.rsplit('/').next().unwrap_or(&model.id);
+    json!({
+        "id": model.id, "object": "model", "type": "model",
+        "created": model.modified, "created_at": rfc3339(model.modified), "owned_by": "local",
+        "display_name": if model.quantization.is_empty() { name.to_owned() } else { format!("{name} ({})", model.quantization) },
+        "context_length": model.context_length, "max_model_len": model.context_length, "max_output_tokens": model.context_length,
+        "loaded": state == "loaded", "state": state, "aliases": aliases,
+        "problem": Some(&model.problem).filter(|problem| !problem.is_empty()),
+        // Of this gateway with this model: what the routes refuse is not promised.
+        "capabilities": {"tools": false, "vision": false, "reasoning": false, "json_schema": false, "embeddings": false, "completion": false},
+        "meta": {
+            "arch": model.arch, "n_params": model.params, "n_active_params": model.active_params, "n_experts": model.experts,
+            "top_k": model.top_k, "quant": model.quantization, "size_bytes": model.size_bytes, "vocab_size": model.vocab_size,
+            "n_ctx_train": model.context_max,
+        },
+    })
+}
+
+/// Days → civil date by the 400-year cycle, which begins in March so that leap days come last.
+fn rfc3339(seconds: u64) -> String {
+    let (days, second) = (seconds / 86_400 + 719_468, seconds % 86_400);
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let (date, month) = (day - (153 * month + 2) / 5 + 1, if month < 10 { month + 3 } else { month - 9 });
+    let year = era * 400 + year + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{date:02}T{:02}:{:02}:{:02}Z", second / 3600, second / 60 % 60, second % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn installed() -> v1::ListResponse {
+        let model = |id: &str, aliases: &[&str], state: model::State| v1::Model {
+            id: id.into(),
+            aliases: aliases.iter().map(ToString::to_string).collect(),
+            state: state.into(),
+            ..Default::default()
+        };
+        let models = vec![
+            model("Org/Big-MoE", &["claude-sonnet"], model::State::NotLoaded),
+            model("flash-tiny-moe", &[], model::State::Ready),
+            model("big-moe", &[], model::State::NotLoaded),
+        ];
+        v1::ListResponse { models, default_model: "flash-tiny-moe".into() }
+    }
+
+    #[test]
+    fn names_find_models() {
+        let check = |requested: &str, wanted: Option<&str>| {
+            assert_eq!(resolve(requested, &installed()).map(|model| model.id.as_str()), wanted, "{requested}");
+        };
+        for default in ["", "local", "default"] {
+            check(default, Some("flash-tiny-moe"));
+        }
+        check("Org/Big-MoE", Some("Org/Big-MoE"));
+        check("big-moe", Some("big-moe"));
+        check("BIG-MOE:latest", Some("Org/Big-MoE"));
+        check("claude-sonnet", Some("Org/Big-MoE"));
+        check("Claude-Sonnet", Some("Org/Big-MoE"));
+        check("mlx-community/Flash-Tiny-MoE", Some("flash-tiny-moe"));
+        check("/etc/passwd", None);
+        check("gpt-4o", None);
+    }
+
+    #[test]
+    fn pages_follow_each_other() {
+        let check = |query: &[(&str, &str)], ids: &[&str], more: bool| {
+            let query = query.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+            let page = page(&installed(), &query);
+            let found: Vec<_> = page["data"].as_array().expect("data").iter().map(|model| model["id"].as_str().expect("id")).collect();
+            assert_eq!((found.as_slice(), &page["has_more"]), (ids, &json!(more)));
+            assert_eq!(page["first_id"].as_str(), ids.first().copied());
+        };
+        check(&[], &["flash-tiny-moe", "Org/Big-MoE", "big-moe"], false);
+        check(&[("limit", "1000")], &["flash-tiny-moe", "Org/Big-MoE", "big-moe"], false);
+        check(&[("limit", "1")], &["flash-tiny-moe"], true);
+        check(&[("limit", "1"), ("after_id", "flash-tiny-moe")], &["Org/Big-MoE"], true);
+        check(&[("after", "big-moe")], &[], false);
+        check(&[("before_id", "Org/Big-MoE")], &["flash-tiny-moe"], false);
+        check(&[("limit", "x")], &["flash-tiny-moe", "Org/Big-MoE", "big-moe"], false);
+    }
+
+    #[test]
+    fn dates() {
+        for (seconds, wanted) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_760_000_000, "2025-10-09T08:53:20Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+        ] {
+            assert_eq!(rfc3339(seconds), wanted);
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! The way to flashd: one channel that reconnects by itself, the short calls with their deadlines, and [`Feed`], one
+//! generation as its handler sees it. Dropping a `Feed` drops the gRPC stream, which cancels the request in the daemon.
+
+use std::{
+    path::Path,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use flash_proto::v1::{
+    self, admin_client::AdminClient, generate_client::GenerateClient, generate_event::Event, models_client::ModelsClient, progress::Phase,
+};
+use tokio::time::{Instant, timeout};
+use tonic::{Response, Status, Streaming, transport::Channel};
+
+use crate::{
+    App,
+    error::{self, Code, Failure},
+    metrics::Metrics,
+    openai::models,
+};
+
+/// The daemon answers these from memory; one that does not is as good as down.
+const SHORT_CALL: Duration = Duration::from_secs(5);
+/// How long a list of models may be late before the last one stands in for it.
+const LIST_PATIENCE: Duration = Duration::from_millis(40);
+
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    channel: Channel,
+    /// The daemon at the other end speaks our protocol; unknown again after every lost connection.
+    greeted: AtomicBool,
+    /// The list as last seen: names are looked up in it, and it stands in while the daemon is slow.
+    models: Mutex<Option<Arc<v1::ListResponse>>>,
+}
+
+impl Upstream {
+    pub(crate) fn new(socket: &Path) -> Self {
+        Self { channel: flash_proto::socket::connect_lazy(socket), greeted: AtomicBool::new(false), models: Mutex::new(None) }
+    }
+
+    pub(crate) async fn version(&self) -> Result<v1::VersionResponse, Failure> {
+        let version = self.short(|channel| async move { AdminClient::new(channel).version(v1::VersionRequest {}).await }).await?;
+        if version.protocol != flash_proto::PROTOCOL_VERSION {
+            let (theirs, ours) = (version.protocol, flash_proto::PROTOCOL_VERSION);
+            let message = format!("flashd speaks protocol {theirs}, flash-gateway {ours}; install both from one release");
+            return Err(Failure::new(Code::DaemonUnavailable, message));
+        }
+        self.greeted.store(true, Ordering::Relaxed);
+        Ok(version)
+    }
+
+    async fn greet(&self) -> Result<(), Failure> {
+        if self.greeted.load(Ordering::Relaxed) { Ok(()) } else { self.version().await.map(drop) }
+    }
+
+    pub(crate) async fn stats(&self) -> Result<v1::Snapshot, Failure> {
+        self.short(|channel| async move { AdminClient::new(channel).stats(v1::StatsRequest {}).await }).await
+    }
+
+    /// The installed models, from the daemon; from memory if it is only slow.
+    pub(crate) async fn models(&self) -> Result<Arc<v1::ListResponse>, Failure> {
+        let fetch = async {
+            self.greet().await?;
+            let list = self.short(|channel| async move { ModelsClient::new(channel).list(v1::ListRequest {}).await }).await?;
+            let list = Arc::new(list);
+            *self.models.lock().unwrap_or_else(PoisonError::into_inner) = Some(list.clone());
+            Ok(list)
+        };
+        tokio::pin!(fetch);
+        if let Ok(list) = timeout(LIST_PATIENCE, &mut fetch).await {
+            return list;
+        }
+        match self.known_models() {
+            Some(list) => Ok(list),
+            None => fetch.await,
+        }
+    }
+
+    fn known_models(&self) -> Option<Arc<v1::ListResponse>> {
+        self.models.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The canonical id behind a client's name for a model; empty for the default one, which only the daemon knows for sure.
+    pub(crate) async fn resolve(&self, requested: &str) -> Result<String, Failure> {
+        if models::is_default(requested) {
+            return self.greet().await.map(|()| String::new());
+        }
+        if let Some(model) = self.known_models().as_ref().and_then(|list| models::resolve(requested, list)) {
+            return Ok(model.id.clone());
+        }
+        let list = self.models().await?;
+        models::resolve(requested, &list).map(|model| model.id.clone()).ok_or_else(|| models::not_found(requested, &list))
+    }
+
+    /// A call that may be repeated: once more if the connection turned out to be a dead one.
+    async fn short<T, F>(&self, call: impl Fn(Channel) -> F) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let mut again = true;
+        loop {
+            match timeout(SHORT_CALL, call(self.channel.clone())).await {
+                Ok(Ok(response)) => return Ok(response.into_inner()),
+                Ok(Err(status)) if again && flash_proto::code::of(&status).is_none() => again = false,
+                Ok(Err(status)) => return Err(self.failed(&status)),
+                Err(_) => return Err(error::daemon_down()),
+            }
+        }
+    }
+
+    fn failed(&self, status: &Status) -> Failure {
+        let failure = error::of_status(status);
+        if failure.code == Code::DaemonUnavailable {
+            self.greeted.store(false, Ordering::Relaxed);
+            tracing::debug!(%status, "lost the daemon");
+        }
+        failure
+    }
+}
+
+type Opening = Pin<Box<dyn Future<Output = Result<Response<Streaming<v1::GenerateEvent>>, Status>> + Send>>;
+
+enum State {
+    Opening(Opening),
+    Open(Box<Streaming<v1::GenerateEvent>>),
+    Over,
+}
+
+/// One generation: events in order, deadlines for the wait before them, and the account of how it went.
+pub(crate) struct Feed {
+    app: Arc<App>,
+    state: State,
+    /// When patience ends, and with what.
+    deadline: Option<(Instant, Code)>,
+    arrived: Instant,
+    last_text: Option<Instant>,
+    /// Why it was cancelled, should it be dropped before its end.
+    pub(crate) reason: &'static str,
+}
+
+impl std::fmt::Debug for Feed {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Feed").field("arrived", &self.arrived).field("reason", &self.reason).finish_non_exhaustive()
+    }
+}
+
+impl Feed {
+    pub(crate) fn open(app: &Arc<App>, request: v1::GenerateRequest, arrived: Instant) -> Self {
+        let mut client = GenerateClient::new(app.upstream.channel.clone());
+        let deadline = Some((arrived + app.config.timing.load_wait, Code::ModelLoading));
+        let state = State::Opening(Box::pin(async move { client.generate(request).await }));
+        Self { app: app.clone(), state, deadline, arrived, last_text: None, reason: "client_gone" }
+    }
+
+    /// The next event; [`Event::Done`] is the last one. May be dropped and called again: nothing is lost.
+    pub(crate) async fn next(&mut self) -> Result<Event, Failure> {
+        let event = match self.deadline {
+            Some((at, code)) => match tokio::time::timeout_at(at, self.pull()).await {
+                Ok(event) => event,
+                Err(_) => Err(Failure::new(code, "the request waited too long; try again later")),
+            },
+            None => self.pull().await,
+        };
+        match event {
+            Ok(event) => {
+                self.account(&event);
+                Ok(event)
+            }
+            Err(failure) => {
+                self.state = State::Over;
+                Err(failure)
+            }
+        }
+    }
+
+    async fn pull(&mut self) -> Result<Event, Failure> {
+        loop {
+            let pulled = match &mut self.state {
+                State::Opening(opening) => match opening.await {
+                    Ok(response) => {
+                        self.state = State::Open(Box::new(response.into_inner()));
+                        continue;
+                    }
+                    Err(status) => Err(status),
+                },
+                State::Open(stream) => stream.message().await,
+                State::Over => Ok(None),
+            };
+            return match pulled {
+                Ok(Some(v1::GenerateEvent { event: Some(Event::Failed(failed)) })) => Err(error::of_failed(&failed)),
+                Ok(Some(v1::GenerateEvent { event: Some(event) })) => Ok(event),
+                // An event of a later version.
+                Ok(Some(v1::GenerateEvent { event: None })) => continue,
+                Ok(None) => Err(error::daemon_down()),
+                Err(status) => Err(self.app.upstream.failed(&status)),
+            };
+        }
+    }
+
+    fn account(&mut self, event: &Event) {
+        let metrics: &Metrics = &self.app.metrics;
+        match event {
+            Event::Accepted(_) => self.deadline = Some((Instant::now() + self.app.config.timing.queue_wait, Code::QueueTimeout)),
+            Event::Progress(progress) if progress.phase() == Phase::Queued => {}
+            Event::Progress(_) | Event::Failed(_) => self.deadline = None,
+            Event::Text(_) => {
+                self.deadline = None;
+                let now = Instant::now();
+                match self.last_text.replace(now) {
+                    Some(last) => metrics.inter_token.observe((now - last).as_secs_f64()),
+                    None => metrics.ttft.observe((now - self.arrived).as_secs_f64()),
+                }
+            }
+            Event::Done(done) => {
+                self.state = State::Over;
+                let usage = done.usage.unwrap_or_default();
+                metrics.prompt_tokens.inc_by(usage.prompt_tokens.into());
+                metrics.cached_tokens.inc_by(usage.cached_tokens.into());
+                metrics.generated_tokens.inc_by(usage.completion_tokens.into());
+            }
+        }
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        if !matches!(self.state, State::Over) {
+            self.app.metrics.cancelled(self.reason);
+        }
+    }
+}

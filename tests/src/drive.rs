@@ -1,0 +1,92 @@
+//! Runs an [`Engine`] on the test's own thread and collects what it says. Not a scheduler: it steps until every request
+//! is answered. Used by the tests that need no process.
+
+use anyhow::{Result, bail};
+use flash_engine::{Delivery, Engine, Event, Finish, Request, RequestId, Sampling, Step};
+
+/// What became of one request.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    pub ids: Vec<u32>,
+    pub text: String,
+    pub finish: Option<Finish>,
+    pub error: Option<String>,
+}
+
+/// `count` greedy tokens after `prompt`, past any end of turn.
+pub fn greedy(prompt: &[u32], count: usize) -> Request {
+    Request {
+        prompt: prompt.to_vec(),
+        sampling: Sampling::greedy(),
+        stop: Vec::new(),
+        max_tokens: Some(count),
+        top_logprobs: None,
+        ignore_eos: true,
+        client: String::new(),
+    }
+}
+
+/// As [`greedy`], but drawn at temperature 1: every draw depends on every logit, so that a changed bit shows.
+pub fn drawn(prompt: &[u32], count: usize, seed: u64) -> Request {
+    Request { sampling: Sampling { temperature: 1.0, seed: Some(seed), ..Sampling::greedy() }, ..greedy(prompt, count) }
+}
+
+/// A request that is admitted before step `at`.
+#[derive(Clone, Debug)]
+pub struct Late {
+    pub at: usize,
+    pub request: Request,
+}
+
+/// Admits all requests together and steps until each has ended.
+pub fn run(engine: &mut Engine, requests: &[Request]) -> Result<Vec<Outcome>> {
+    let requests: Vec<Late> = requests.iter().map(|request| Late { at: 0, request: request.clone() }).collect();
+    run_with(engine, &requests, &mut |_, _| {})
+}
+
+/// Admits each request in its time, and puts the engine in the caller's hands before each step.
+pub fn run_with(engine: &mut Engine, requests: &[Late], between: &mut dyn FnMut(&mut Engine, usize)) -> Result<Vec<Outcome>> {
+    let mut admitted: Vec<Option<RequestId>> = vec![None; requests.len()];
+    let mut outcomes: Vec<Outcome> = requests.iter().map(|_| Outcome::default()).collect();
+    let ended = |outcome: &Outcome| outcome.finish.is_some() || outcome.error.is_some();
+    let mut steps = 0;
+    while !outcomes.iter().all(ended) {
+        for (late, id) in requests.iter().zip(&mut admitted) {
+            if late.at == steps {
+                *id = Some(engine.admit(late.request.clone())?.0);
+            }
+        }
+        between(engine, steps);
+        steps += 1;
+        let mut deliver = |id: RequestId, event: Event| {
+            let Some(index) = admitted.iter().position(|&known| known == Some(id)) else { return Delivery::Gone };
+            let outcome = &mut outcomes[index];
+            match event {
+                Event::Prefill { .. } => {}
+                Event::Token { text, .. } => outcome.text.push_str(&text),
+                Event::Done(done) => {
+                    outcome.ids = done.token_ids;
+                    outcome.finish = Some(done.finish);
+                }
+                Event::Failed(error) => outcome.error = Some(error.to_string()),
+            }
+            Delivery::Taken
+        };
+        let worked = engine.step(&mut deliver) == Step::Worked;
+        if !worked && !outcomes.iter().all(ended) && requests.iter().all(|late| late.at < steps) {
+            bail!("the engine is idle after {steps} steps and has not answered every request: {outcomes:?}");
+        }
+    }
+    Ok(outcomes)
+}
+
+/// The ids of each outcome, or the first error.
+pub fn ids(outcomes: Vec<Outcome>) -> Result<Vec<Vec<u32>>> {
+    outcomes
+        .into_iter()
+        .map(|outcome| match outcome.error {
+            None => Ok(outcome.ids),
+            Some(error) => bail!("a request failed: {error}"),
+        })
+        .collect()
+}

@@ -1,0 +1,181 @@
+//! Exactness: the same request gives the same tokens, bit for bit, whatever the cache budget, the thread count, the order
+//! and delay of loads, budget changes in mid-stream and whoever else is in the batch. Draws at temperature 1 make every
+//! bit of the logits count.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use flash_engine::{CacheBudget, Engine, Kernels, Options, Request};
+use flash_tests::{
+    daemon::bundled_model,
+    drive::{Late, drawn, greedy, ids, run, run_with},
+    fault_storage::{Fault, Faults, When},
+    golden,
+    rng::Rng,
+    tiny_model::{Spec, TinyModel},
+};
+use tempfile::TempDir;
+
+/// What is varied; everything else is equal.
+#[derive(Clone, Copy)]
+struct Setting {
+    slots: usize,
+    threads: usize,
+    kernels: Kernels,
+}
+
+struct Subject<'a> {
+    dir: &'a Path,
+    experts: usize,
+    requests: Vec<Request>,
+}
+
+impl Subject<'_> {
+    fn options(&self, setting: Setting) -> Options {
+        Options {
+            kernels: setting.kernels,
+            threads: Some(setting.threads),
+            // Half a slot more, so that rounding down meets the number.
+            expert_cache: share(setting.slots, self.experts),
+            parallel: 4,
+            ..Options::default()
+        }
+    }
+
+    fn engine(&self, setting: Setting) -> Result<Engine> {
+        Ok(Engine::load(self.dir, &self.options(setting), &mut |_| {})?)
+    }
+
+    /// Each request by itself, one thread, everything resident.
+    fn expected(&self, kernels: Kernels) -> Result<Vec<Vec<u32>>> {
+        let mut engine = self.engine(Setting { slots: self.experts, threads: 1, kernels })?;
+        let alone = |request| ids(run(&mut engine, std::slice::from_ref(request))?)?.pop().context("an answer");
+        self.requests.iter().map(alone).collect()
+    }
+
+    fn slots(&self, kernels: Kernels, slots: &[usize]) -> Result<()> {
+        let expected = self.expected(kernels)?;
+        for &slots in slots {
+            for threads in [1, 2] {
+                let mut engine = self.engine(Setting { slots, threads, kernels })?;
+                assert_eq!(engine.report().experts.slots_per_layer, slots);
+                for (request, expected) in self.requests.iter().zip(&expected) {
+                    let got = ids(run(&mut engine, std::slice::from_ref(request))?)?;
+                    assert_eq!(got, [expected.clone()], "{kernels:?}, {slots} slots, {threads} threads");
+                }
+                assert_eq!(ids(run(&mut engine, &self.requests)?)?, expected, "{kernels:?}, {slots} slots, {threads} threads, batched");
+            }
+        }
+        Ok(())
+    }
+
+    fn shuffled_loads(&self, kernels: Kernels, slots: usize) -> Result<()> {
+        let expected = self.expected(kernels)?;
+        for seed in 0..3 {
+            let faults = Faults::new();
+            let options = self.options(Setting { slots, threads: 2, kernels });
+            let mut engine = Engine::load_from(self.dir, &options, &faults.opener(), &mut |_| {})?;
+            faults.shuffle(seed);
+            assert_eq!(ids(run(&mut engine, &self.requests)?)?, expected, "{kernels:?}, loads shuffled with seed {seed}");
+            assert!(faults.reads() > 0, "experts were read through the storage");
+        }
+        Ok(())
+    }
+
+    fn moving_budgets(&self, kernels: Kernels) -> Result<()> {
+        let expected = self.expected(kernels)?;
+        let mut engine = self.engine(Setting { slots: self.experts, threads: 2, kernels })?;
+        let layers = engine.report().experts.layers.len() as u64;
+        let slot = engine.report().experts.slot_bytes;
+        let mut rng = Rng::new(7);
+        let requests: Vec<Late> = self.requests.iter().map(|request| Late { at: 0, request: request.clone() }).collect();
+        let mut seen = std::collections::HashSet::new();
+        let got = run_with(&mut engine, &requests, &mut |engine, step| {
+            seen.insert(engine.report().experts.slots_per_layer);
+            match step % 6 {
+                2 => engine.set_cache(share(1 + rng.below(self.experts), self.experts)),
+                5 => engine.set_ceiling((rng.below(3) > 0).then(|| slot * layers * (1 + rng.below(self.experts)) as u64)),
+                _ => {}
+            }
+        })?;
+        assert_eq!(ids(got)?, expected, "{kernels:?}, budgets moving");
+        assert!(seen.len() > 2, "the budget did move: {seen:?}");
+        Ok(())
+    }
+
+    /// Neighbours that come and go at other times than the first request.
+    fn neighbours(&self, kernels: Kernels) -> Result<()> {
+        let expected = self.expected(kernels)?;
+        let mut engine = self.engine(Setting { slots: self.experts / 4, threads: 2, kernels })?;
+        for stride in [1, 3, 11] {
+            let late = |(index, request): (usize, &Request)| Late { at: index * stride, request: request.clone() };
+            let requests: Vec<Late> = self.requests.iter().enumerate().map(late).collect();
+            assert_eq!(ids(run_with(&mut engine, &requests, &mut |_, _| {})?)?, expected, "{kernels:?}, one more every {stride} steps");
+        }
+        Ok(())
+    }
+}
+
+fn share(slots: usize, experts: usize) -> CacheBudget {
+    CacheBudget::Share(((slots as f64 + 0.5) / experts as f64).min(1.0))
+}
+
+/// 32 experts, top 4, prompts from one token to several prefill chunks.
+fn with_tiny(check: impl Fn(&Subject<'_>, Kernels) -> Result<()>) -> Result<()> {
+    let dir = TempDir::new()?;
+    TinyModel::generate(Spec { experts: 32, top_k: 4, seed: 3, ..Spec::default() }).write(dir.path())?;
+    let mut rng = Rng::new(11);
+    let mut prompt = |len: usize| -> Vec<u32> { (0..len).map(|_| rng.below(256) as u32).collect() };
+    let requests = vec![drawn(&prompt(9), 24, 1), greedy(&prompt(700), 12), drawn(&prompt(1), 30, 2), drawn(&prompt(130), 16, 3)];
+    let subject = Subject { dir: dir.path(), experts: 32, requests };
+    check(&subject, Kernels::Reference)?;
+    check(&subject, Kernels::Auto)
+}
+
+#[test]
+fn cache_sizes_and_threads() -> Result<()> {
+    with_tiny(|subject, kernels| subject.slots(kernels, &[1, 3, 4, 8, 16, 32]))
+}
+
+#[test]
+fn delayed_and_reordered_loads() -> Result<()> {
+    with_tiny(|subject, kernels| subject.shuffled_loads(kernels, 3))
+}
+
+#[test]
+fn budgets_that_move_in_mid_stream() -> Result<()> {
+    with_tiny(|subject, kernels| subject.moving_budgets(kernels))
+}
+
+#[test]
+fn batch_neighbours() -> Result<()> {
+    with_tiny(|subject, kernels| subject.neighbours(kernels))
+}
+
+/// One token's working set, 25%, 50% and 100% of the trained model, with the kernels that serve by default.
+#[test]
+fn the_bundled_model() -> Result<()> {
+    let goldens = golden::read("mlx_4bit_f32")?;
+    let dir = bundled_model();
+    let requests = vec![greedy(&goldens[0].prompt, 16), drawn(&goldens[1].prompt, 16, 5)];
+    let subject = Subject { dir: &dir, experts: 64, requests };
+    subject.slots(Kernels::Auto, &[1, 3, 8, 16, 32, 64])?;
+    subject.shuffled_loads(Kernels::Auto, 16)?;
+    subject.moving_budgets(Kernels::Auto)?;
+    subject.neighbours(Kernels::Auto)
+}
+
+/// These tests could fail: one wrong bit in each expert changes what is drawn.
+#[test]
+fn a_flipped_bit_is_seen() -> Result<()> {
+    let dir = TempDir::new()?;
+    TinyModel::generate(Spec::default()).write(dir.path())?;
+    let subject = Subject { dir: dir.path(), experts: 8, requests: vec![drawn(&[72, 101, 108], 24, 1)] };
+    let expected = subject.expected(Kernels::Auto)?;
+    let faults = Faults::new();
+    let options = subject.options(Setting { slots: 4, threads: 1, kernels: Kernels::Auto });
+    let mut engine = Engine::load_from(subject.dir, &options, &faults.opener(), &mut |_| {})?;
+    faults.arm(When::Always, Fault::Flip);
+    assert_ne!(ids(run(&mut engine, &subject.requests)?)?, expected);
+    Ok(())
+}
