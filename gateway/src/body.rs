@@ -41,7 +41,10 @@ pub(crate) async fn json(request: Request, timing: &Timing) -> Result<Value, Fai
             parsed.map_err(|_| Failure::new(Code::Engine, "the request body could not be read"))?
         }
         Err(failure) => {
-            discard(&parts.headers, body).await;
+            // After a body that stopped or broke off nothing more will come.
+            if failure.code != Code::InvalidJson {
+                discard(&parts.headers, body).await;
+            }
             Err(failure)
         }
     }

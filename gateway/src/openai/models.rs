@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use axum::{
     Json,
-    extract::{Path, Query, State},
+    extract::{Path, Query, State, rejection::PathRejection},
     http::Uri,
 };
 use flash_proto::v1::{self, model};
@@ -23,7 +23,9 @@ pub(crate) async fn list(State(app): State<Arc<App>>, uri: Uri) -> Result<Json<V
 }
 
 /// `GET /v1/models/{id}`; the id may hold slashes, raw or as `%2F`.
-pub(crate) async fn one(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Value>, Failure> {
+pub(crate) async fn one(State(app): State<Arc<App>>, id: Result<Path<String>, PathRejection>) -> Result<Json<Value>, Failure> {
+    // An id that is not UTF-8 names nothing.
+    let id = id.map_or_else(|_| "\u{fffd}".to_owned(), |Path(id)| id);
     let list = app.upstream.models().await?;
     let found = resolve(&id, &list).ok_or_else(|| not_found(&id, &list))?;
     Ok(Json(describe(found, &list)))

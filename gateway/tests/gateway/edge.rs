@@ -46,6 +46,7 @@ async fn paths_and_methods() {
         ("POST", "/v1/messages?beta=true", 404, "unknown_url"),
         ("GET", "/v1/models/gpt-4", 404, "model_not_found"),
         ("GET", "/v1/models/..%2f..%2fetc", 404, "model_not_found"),
+        ("GET", "/v1/models/%ff", 404, "model_not_found"),
         ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
         ("DELETE", "/v1/models/org/big", 405, "method_not_allowed"),
         ("POST", "/health", 405, "method_not_allowed"),

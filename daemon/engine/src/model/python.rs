@@ -1,8 +1,6 @@
 //! Python's `str()`, `repr()` and `json.dumps()` of template values, byte for byte: what jinja2 prints where minijinja would
 //! print Rust's idea of the same value. `template.rs` plugs these in; nothing else here is Python.
 
-use std::fmt::Write as _;
-
 use minijinja::{
     Error, ErrorKind, Value,
     value::{Kwargs, Rest, ValueKind, from_args},
@@ -56,7 +54,7 @@ fn quoted(text: &str, out: &mut String) {
             '\t' => out.push_str("\\t"),
             '\\' => out.push_str("\\\\"),
             c if c == quote => out.extend(['\\', c]),
-            c if c < ' ' || ('\x7f'..='\u{a0}').contains(&c) || c == '\u{ad}' => drop(write!(out, "\\x{:02x}", u32::from(c))),
+            c if c < ' ' || ('\x7f'..='\u{a0}').contains(&c) || c == '\u{ad}' => out.push_str(&format!("\\x{:02x}", u32::from(c))),
             c => out.push(c),
         }
     }
@@ -191,7 +189,7 @@ impl Json {
                 '\x08' => out.push_str("\\b"),
                 '\x0c' => out.push_str("\\f"),
                 c if c < ' ' || (self.ascii && c > '~') => {
-                    c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| drop(write!(out, "\\u{unit:04x}")))
+                    c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| out.push_str(&format!("\\u{unit:04x}")))
                 }
                 c => out.push(c),
             }

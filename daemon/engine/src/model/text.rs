@@ -393,14 +393,3 @@ mod tests {
         assert_eq!(text(&tokenizer).unwrap().encode("baaa").unwrap(), text(&tokenizer).unwrap().encode("ba").unwrap());
     }
 }
-
-#[derive(Debug, Default)]
-pub(crate) struct Decoder {}
-impl Decoder {
-    pub(crate) fn push(&mut self, _text: &Text, _id: u32) -> String {
-        unimplemented!()
-    }
-    pub(crate) fn finish(&mut self) -> String {
-        unimplemented!()
-    }
-}

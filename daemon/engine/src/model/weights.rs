@@ -246,7 +246,7 @@ impl Weights {
         if tensor.dtype != Dtype::U32 {
             return Err(wrong("expected U32, as there are .scales".into()));
         }
-        if cols % affine.group != 0 {
+        if !cols.is_multiple_of(affine.group) {
             return Err(wrong(format!("{cols} columns are not a multiple of the quantisation group, {}", affine.group)));
         }
         self.shaped(&weight_name, &shape(cols * usize::from(affine.bits) / 32))?;
