@@ -249,7 +249,7 @@ async fn settings_files() -> Result<()> {
         .await?;
         check(bench, &client, &format!("{file} cut short"), &[file], |dir| Ok(fs::write(dir.join(file), "{\"architectures\": [")?)).await?;
     }
-    check(bench, &client, "no config.json", &["config.json"], |dir| Ok(fs::remove_file(dir.join("config.json"))?)).await?;
+    check(bench, &client, "no config.json", &["no model named"], |dir| Ok(fs::remove_file(dir.join("config.json"))?)).await?;
     check(bench, &client, "no tokenizer.json", &["tokenizer.json"], |dir| Ok(fs::remove_file(dir.join("tokenizer.json"))?)).await
 }
 

@@ -289,8 +289,8 @@ mod terminal {
         chat.expect(">")?;
         chat.press("Talk\r")?;
         let running = || {
-            home.ctl(&["stats", "--json", "--no-autostart"])
-                .is_ok_and(|stats| stats.stdout.contains("\"running\":1") || stats.stdout.contains("\"running\": 1"))
+            let stats = home.ctl(&["stats", "--json", "--no-autostart"]).ok();
+            stats.and_then(|stats| serde_json::from_str::<Value>(&stats.stdout).ok()).is_some_and(|stats| stats["requests"]["running"] == 1)
         };
         wait_until("the answer is on its way", running)?;
         chat.process.signal(Signal::INT)?;

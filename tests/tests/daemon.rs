@@ -27,7 +27,7 @@ fn tiny(home: &Home) -> Result<String> {
     Ok("tiny".into())
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn the_place_is_private_and_taken_once() -> Result<()> {
     let home = Home::new()?;
     let model = tiny(&home)?;
@@ -48,7 +48,7 @@ async fn the_place_is_private_and_taken_once() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn sigterm_lets_a_running_stream_finish() -> Result<()> {
     let home = Home::new()?;
     let model = tiny(&home)?;
@@ -76,7 +76,7 @@ async fn sigterm_lets_a_running_stream_finish() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_drain_has_an_end() -> Result<()> {
     let home = Home::new()?;
     let model = tiny(&home)?;
@@ -95,11 +95,11 @@ async fn a_drain_has_an_end() -> Result<()> {
     daemon.process.signal(Signal::TERM)?;
     wait_until("the drain begins", || daemon.process.errors().contains("drain"))?;
     daemon.process.signal(Signal::TERM)?;
-    daemon.process.code()?;
+    assert_eq!(daemon.process.code()?, Some(143));
     Ok(())
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn clients_share_without_changing_each_others_tokens() -> Result<()> {
     let home = Home::new()?;
     let model = tiny(&home)?;
@@ -128,7 +128,7 @@ async fn clients_share_without_changing_each_others_tokens() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_full_queue_says_so_and_a_dropped_stream_makes_room() -> Result<()> {
     let home = Home::new()?;
     let model = tiny(&home)?;
@@ -155,7 +155,7 @@ fn counts(stats: &flash_proto::v1::Snapshot) -> (u32, u32) {
     stats.requests.as_ref().map_or((0, 0), |requests| (requests.running, requests.waiting))
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn requests_are_refused_before_they_are_accepted() -> Result<()> {
     let home = Home::new()?;
     let model = tiny(&home)?;
@@ -189,7 +189,7 @@ async fn requests_are_refused_before_they_are_accepted() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn models_come_and_go() -> Result<()> {
     let home = Home::new()?;
     let model = tiny(&home)?;
@@ -219,7 +219,7 @@ async fn models_come_and_go() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn stats_are_watched() -> Result<()> {
     let home = Home::new()?;
     let model = tiny(&home)?;
@@ -241,7 +241,7 @@ async fn stats_are_watched() -> Result<()> {
 }
 
 /// The budget changes while a stream runs, down to less than a token needs and up again; the tokens do not.
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_live_budget_change_keeps_the_tokens() -> Result<()> {
     let home = Home::new()?;
     let daemon = home.daemon(&["--expert-cache", "100%", "--model", "flash-tiny-moe"])?;
@@ -279,12 +279,12 @@ mod memory {
         let bundled = bundled_model().display().to_string();
         let ids = client.ids(greedy_ids(&bundled, prompt, 256)).await?;
         // The slab is populated in the background.
-        let slab = client.stats().await?.experts.and_then(|experts| experts.cache).context("a cache")?.budget_bytes;
-        wait_until("the slab is populated", || daemon.resident_bytes().is_ok_and(|bytes| bytes > slab))?;
+        let memory = client.stats().await?.memory.context("memory")?;
+        wait_until("the slab is populated", || daemon.resident_bytes().is_ok_and(|bytes| bytes > memory.trunk_bytes + memory.slab_bytes))?;
         Ok((daemon.resident_bytes()?, ids))
     }
 
-    #[tokio::test]
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
     async fn a_quarter_of_the_experts_takes_that_much_less() -> Result<()> {
         let (all, expected) = resident("100%").await?;
         let (quarter, ids) = resident("25%").await?;
@@ -293,7 +293,7 @@ mod memory {
         Ok(())
     }
 
-    #[tokio::test]
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
     async fn an_idle_model_gives_its_memory_back() -> Result<()> {
         let home = Home::new()?;
         let daemon = home.daemon(&["--expert-cache", "100%"])?;
