@@ -50,7 +50,7 @@ impl Failure {
     /// A status of the daemon; `doing` completes "the daemon went away while it was …".
     pub(crate) fn from_status(status: &Status, doing: &str, log: &str) -> Self {
         match code::of(status) {
-            Some(code) => Self::coded(code, status),
+            Some(code) => Self::coded(code, status, log),
             None if is_disconnect(status) => Self::went_away(doing, log),
             None => Self::uncoded(status, log),
         }
@@ -65,17 +65,15 @@ impl Failure {
     /// A request that failed after it was accepted.
     pub(crate) fn from_failed(failed: &flash_proto::v1::Failed, log: &str) -> Self {
         let failure = Self::new(exit_of(&failed.code), &failed.code, failed.message.clone());
-        let hint = hint_of(&failed.code, None).unwrap_or_else(|| format!("the daemon's log may say more: {log}"));
-        failure.hint(hint)
+        failure.hint(hint_of(&failed.code, None, log))
     }
 
-    fn coded(code: &str, status: &Status) -> Self {
+    fn coded(code: &str, status: &Status, log: &str) -> Self {
         let mut failure = Self::new(exit_of(code), code, status.message());
-        if let Some(param) = code::param(status) {
+        if let Some(param) = code::param(status).filter(|param| !failure.message.contains(param)) {
             failure.message = format!("{param}: {}", failure.message);
         }
-        failure.hint = hint_of(code, code::retry_after(status));
-        failure
+        failure.hint(hint_of(code, code::retry_after(status), log))
     }
 
     fn uncoded(status: &Status, log: &str) -> Self {
@@ -107,18 +105,18 @@ fn exit_of(code: &str) -> u8 {
     }
 }
 
-fn hint_of(code: &str, retry_after: Option<u64>) -> Option<String> {
-    let hint = match (code, retry_after) {
-        (code::MODEL_NOT_FOUND, _) => "`flashctl models` lists what is installed; a path to a checkpoint is accepted too",
-        (code::MODEL_INVALID, _) => "`flashctl models` shows what is wrong with the checkpoint",
-        (code::CONTEXT_LENGTH, _) => "shorten the prompt, or raise --ctx if the model allows it",
-        (code::INSUFFICIENT_MEMORY, _) => "raise --memory, or lower --ctx or --expert-cache",
-        (code::QUEUE_FULL | code::MODEL_LOADING, Some(seconds)) => return Some(format!("try again in {seconds} s")),
-        (code::QUEUE_FULL | code::MODEL_LOADING, None) => "try again in a moment",
-        (code::DRAINING, _) => "the daemon is shutting down; the next command starts it again",
-        _ => return None,
-    };
-    Some(hint.into())
+fn hint_of(code: &str, retry_after: Option<u64>, log: &str) -> String {
+    match (code, retry_after) {
+        (code::MODEL_NOT_FOUND, _) => "`flashctl models` lists what is installed; a path to a checkpoint is accepted too".into(),
+        (code::MODEL_INVALID, _) => "`flashctl models` shows what is wrong with the checkpoint".into(),
+        (code::CONTEXT_LENGTH, _) => "shorten the prompt, or raise --ctx if the model allows it".into(),
+        (code::INVALID_VALUE, _) => "`flashctl help run` explains the flags".into(),
+        (code::INSUFFICIENT_MEMORY, _) => "raise --memory, or lower --ctx or --expert-cache".into(),
+        (code::QUEUE_FULL | code::MODEL_LOADING, Some(seconds)) => format!("try again in {seconds} s"),
+        (code::QUEUE_FULL | code::MODEL_LOADING, None) => "try again in a moment".into(),
+        (code::DRAINING, _) => "the daemon is shutting down; the next command starts it again".into(),
+        _ => format!("the daemon's log may say more: {log}"),
+    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 use flash_proto::v1::{Cache, DoctorResponse, LoadedModel, Model, Snapshot, VersionResponse, loaded_model, model, pressure};
 use serde_json::{Value, json};
 
-use crate::{failure::Failure, reply::Reply};
+use crate::{failure::Failure, render, reply::Reply};
 
 pub(crate) fn failure(failure: &Failure) -> Value {
     json!({"error": {"code": failure.code, "message": failure.message, "hint": failure.hint}})
@@ -108,12 +108,16 @@ pub(crate) fn doctor(report: &DoctorResponse) -> Value {
     })
 }
 
-/// The object that /v1/chat/completions answers (/v1/completions for a raw prompt), with our figures under `flash`.
+/// The object that the gateway's /v1/chat/completions answers (/v1/completions for a raw prompt), and the cache beside its figures.
 pub(crate) fn completion(reply: &Reply, raw: bool, created: u64, cache_now: Option<&Cache>) -> Value {
     let accepted = reply.accepted.clone().unwrap_or_default();
     let done = reply.done.clone().unwrap_or_default();
     let (usage, timing) = (done.usage.unwrap_or_default(), done.timing.unwrap_or_default());
     let finish = if done.finish() == flash_proto::v1::done::Finish::Length { "length" } else { "stop" };
+    let prefill =
+        (timing.prefill_ms > 0.0).then(|| f64::from(usage.prompt_tokens.saturating_sub(usage.cached_tokens)) / timing.prefill_ms * 1000.0);
+    let decode = render::decode_tok_s(usage.completion_tokens, timing.decode_ms);
+    let hit_rate = render::ratio(timing.expert_hits, timing.expert_misses);
     let (object, choice) = match raw {
         true => ("text_completion", json!({"index": 0, "text": reply.text, "logprobs": null, "finish_reason": finish})),
         false => {
@@ -128,10 +132,9 @@ pub(crate) fn completion(reply: &Reply, raw: bool, created: u64, cache_now: Opti
             "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.prompt_tokens + usage.completion_tokens, "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         },
-        "flash": {
-            "queue_ms": timing.queue_ms, "prefill_ms": timing.prefill_ms, "ttft_ms": timing.ttft_ms, "decode_ms": timing.decode_ms,
-            "expert_hits": timing.expert_hits, "expert_misses": timing.expert_misses, "ssd_bytes": timing.ssd_bytes,
-            "expert_cache": cache_now.map(cache),
+        "x_flash": {
+            "ttft_ms": timing.ttft_ms, "prefill_tok_s": prefill, "decode_tok_s": decode, "queue_ms": timing.queue_ms,
+            "expert_cache_hit_rate": hit_rate, "bytes_from_ssd": timing.ssd_bytes, "expert_cache": cache_now.map(cache),
         },
     })
 }
@@ -160,7 +163,7 @@ mod tests {
         check("/choices/0/finish_reason", json!("length"));
         check("/usage/total_tokens", json!(8));
         check("/usage/prompt_tokens_details/cached_tokens", json!(2));
-        check("/flash/expert_cache", Value::Null);
+        check("/x_flash/expert_cache", Value::Null);
         assert_eq!(completion(&reply, true, 7, None).pointer("/choices/0/text"), Some(&json!("Hi.")));
     }
 

@@ -98,6 +98,11 @@ pub(crate) fn cache_size(cache: &Cache, experts: Option<u32>) -> String {
     }
 }
 
+/// The first token belongs to the prefill.
+pub(crate) fn decode_tok_s(tokens: u32, decode_ms: f64) -> Option<f64> {
+    (tokens > 1 && decode_ms > 0.0).then(|| f64::from(tokens - 1) / decode_ms * 1000.0)
+}
+
 /// What an answer cost, in two lines.
 pub(crate) fn summary(reply: &Reply, load: &LoadResponse) -> String {
     let mut text = String::new();
@@ -107,9 +112,8 @@ pub(crate) fn summary(reply: &Reply, load: &LoadResponse) -> String {
     let Some(done) = &reply.done else { return text };
     let (usage, timing) = (done.usage.unwrap_or_default(), done.timing.unwrap_or_default());
     let _ = write!(text, " · {} prompt + {} new tokens", usage.prompt_tokens, usage.completion_tokens);
-    // The first token belongs to the prefill.
-    if usage.completion_tokens > 1 && timing.decode_ms > 0.0 {
-        let _ = write!(text, " · {:.1} tok/s", f64::from(usage.completion_tokens - 1) / timing.decode_ms * 1000.0);
+    if let Some(rate) = decode_tok_s(usage.completion_tokens, timing.decode_ms) {
+        let _ = write!(text, " · {rate:.1} tok/s");
     }
     let _ = write!(text, " · first token {}", milliseconds(timing.ttft_ms));
     if let Some(cache) = &load.cache {

@@ -89,7 +89,7 @@ pub(crate) async fn receive(
 
 fn progress_text(progress: &Progress) -> String {
     match progress.phase() {
-        Phase::Queued => "waiting for other requests".into(),
+        Phase::Queued => "waiting to begin".into(),
         Phase::Prefill => format!("reading the prompt {}/{} tokens", progress.done_tokens, progress.total_tokens),
     }
 }

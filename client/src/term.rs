@@ -133,13 +133,14 @@ pub(crate) struct Screen {}
 
 impl Screen {
     pub(crate) fn enter() -> Result<Self, Failure> {
-        print("\x1b[?1049h\x1b[?25l")?;
+        print("\x1b[?1049h\x1b[?25l\x1b[?7l")?;
         Ok(Self {})
     }
 
-    /// As many lines as fit, from the top.
+    /// As many lines as fit, from the top; long ones are cut by the terminal, which does not wrap here.
     pub(crate) fn draw(&self, text: &str) -> Result<(), Failure> {
-        let height = rustix::termios::tcgetwinsize(io::stdout()).map_or(24, |size| usize::from(size.ws_row.max(2)));
+        let height =
+            rustix::termios::tcgetwinsize(io::stdout()).ok().map(|size| usize::from(size.ws_row)).filter(|rows| *rows > 1).unwrap_or(24);
         let lines: Vec<String> = text.lines().take(height - 1).map(|line| format!("{line}\x1b[K\r\n")).collect();
         print(&format!("\x1b[H{}\x1b[J", lines.concat()))
     }
@@ -147,6 +148,6 @@ impl Screen {
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        let _ = print("\x1b[?25h\x1b[?1049l");
+        let _ = print("\x1b[?7h\x1b[?25h\x1b[?1049l");
     }
 }

@@ -23,7 +23,7 @@ use std::{
 use flash_engine::{Bytes, CacheBudget, Delivery, Engine, Event, ModelInfo, Options, Report, Request, RequestId, Step, Text};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::{Error, config::KeepAlive, stats::Totals};
+use crate::{Error, config::KeepAlive, pressure, stats::Totals};
 
 /// Events a slow reader may leave unread before its request pauses …
 pub(crate) const EVENTS: usize = 64;
@@ -496,6 +496,7 @@ impl Thread {
         if catch_unwind(AssertUnwindSafe(|| drop(loaded))).is_err() {
             tracing::error!("the engine panicked while it was dropped");
         }
+        pressure::give_back();
     }
 
     fn unload_at(&self) -> Option<Instant> {

@@ -253,20 +253,6 @@ async fn a_dropped_stream_frees_its_place_and_a_full_queue_refuses() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_slow_reader_pauses_only_itself_and_loses_nothing() {
-    let daemon = Daemon::start(RawConfig::default()).await;
-    let fast = daemon.generate(story(600)).await.expect("accepted").finish().await.1.expect("a reply");
-    let slow = daemon.generate(story(600)).await.expect("accepted");
-    // Nobody reads `slow`, and still others are served.
-    for _ in 0..3 {
-        daemon.generate(story(200)).await.expect("accepted").finish().await.1.expect("a reply");
-    }
-    let (_, done) = slow.finish().await;
-    assert_eq!(done.expect("a reply").token_ids, fast.token_ids);
-    daemon.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn loads_changes_and_unloads() {
     let daemon = Daemon::start(RawConfig { keep_alive: Some(Text::from("-1")), ..Default::default() }).await;
     let load = async |request: v1::LoadRequest| {

@@ -20,8 +20,10 @@ const STALL_WARN: f64 = 10.0;
 const STALL_CRITICAL: f64 = 25.0;
 /// A stall average falls slowly: samples before the next cut for the same stall.
 const STALL_PATIENCE: u32 = 8;
-/// Stalls have many causes, so they never cost more than three quarters of the slab.
-const STALL_FLOOR: u64 = 4;
+/// Cut for one squeeze, as a share of the configured slab.
+const SQUEEZE: u64 = 32;
+/// Stalls and squeezes name no limit, so they never cost more than three quarters of the slab.
+const FLOOR: u64 = 4;
 
 /// How bad it is, in the words of `flashctl stats`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,6 +51,8 @@ pub(crate) struct Readings {
     pub(crate) machine: Option<(Bytes, Bytes)>,
     /// PSI some and full, avg10, in per cent: the worst of machine and own group.
     pub(crate) stall: Option<(f64, f64)>,
+    /// Someone is trying to take memory from our group, with a limit we do not see yet.
+    pub(crate) squeezed: bool,
     /// The system's own opinion (macOS).
     pub(crate) system: Level,
     /// Memory of this process that is its own: RssAnon + RssShmem, or phys_footprint.
@@ -97,13 +101,20 @@ impl Governor {
         let now = self.ceiling.unwrap_or(configured).min(configured);
         let stalled = stalled(readings);
         self.stall_age = if stalled { self.stall_age + 1 } else { 0 };
-        self.calm = if stalled || fits_bytes < now { 0 } else { self.calm + 1 };
+        self.calm = if stalled || readings.squeezed || fits_bytes < now { 0 } else { self.calm + 1 };
         let mut next = now;
-        if self.stall_age % STALL_PATIENCE == 1 {
-            next = now.min((now - now / STEP).max(configured / STALL_FLOOR));
+        let floor = now.min(configured / FLOOR);
+        if stalled && self.stall_age % STALL_PATIENCE == 1 {
+            next = (now - now / STEP).max(floor);
+        }
+        if readings.squeezed {
+            // What is held, not what is allowed, is in the way.
+            next = next.min(resident.saturating_sub(configured / SQUEEZE).max(floor));
         }
         if fits_bytes < now {
             next = next.min(fits_bytes.saturating_sub(configured / CUT_DEEPER));
+        } else if readings.squeezed {
+            why = "a cgroup limit is being lowered";
         } else if stalled {
             why = "memory stalls";
         } else if self.calm >= CALM && now < configured && fits_bytes >= grown(now, configured) {
@@ -147,7 +158,8 @@ fn stalled(readings: &Readings) -> bool {
 
 /// Within a tenth of a bound.
 fn close(readings: &Readings) -> bool {
-    readings.limits.iter().any(|limit| limit.held as f64 > limit.bytes as f64 * (HELD_MAX - 0.1))
+    readings.squeezed
+        || readings.limits.iter().any(|limit| limit.held as f64 > limit.bytes as f64 * (HELD_MAX - 0.1))
         || readings.machine.is_some_and(|(available, total)| available < reserve(total) + total / 10)
 }
 
@@ -158,7 +170,7 @@ fn level(readings: &Readings) -> Level {
     let left = readings.machine.map_or(f64::MAX, |(available, total)| available as f64 / reserve(total).max(1) as f64);
     let own = if held > 0.98 || left < 0.5 || full >= STALL_CRITICAL {
         Level::Critical
-    } else if held > HELD_MAX || left < 1.0 || full >= STALL_WARN {
+    } else if readings.squeezed || held > HELD_MAX || left < 1.0 || full >= STALL_WARN {
         Level::Warn
     } else {
         Level::Normal
@@ -237,6 +249,16 @@ mod tests {
         assert_eq!((verdicts[7].ceiling, verdicts[7].level), (Some(56 * MIB), Level::Critical));
         let last = (0..500).map(|_| governor.decide(&stalled, Some(slab))).last().expect("many");
         assert_eq!(last.ceiling, Some(16 * MIB));
+        let squeezed = Readings { squeezed: true, ..Readings::default() };
+        let mut governor = Governor::default();
+        let mut slab = Slab { configured: 64 * MIB, resident: 48 * MIB };
+        let mut ceilings = vec![];
+        for _ in 0..40 {
+            slab.resident = governor.decide(&squeezed, Some(slab)).ceiling.expect("a cut");
+            ceilings.push(slab.resident / MIB);
+        }
+        assert_eq!((ceilings[..3].to_vec(), ceilings[39]), (vec![46, 44, 42], 16));
+        let slab = Slab { resident: 0, ..slab };
         let pressed = Readings { system: Level::Warn, ..Readings::default() };
         assert_eq!(Governor::default().decide(&pressed, Some(slab)).ceiling, Some(56 * MIB));
     }

@@ -3,10 +3,12 @@
 
 use std::{
     fs,
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use flash_engine::Bytes;
+use rustix::event::{EventfdFlags, eventfd};
 
 use super::{
     Finding,
@@ -134,6 +136,46 @@ impl Sensors {
             None => Finding::good("huge pages", "unknown".into()),
         });
         findings
+    }
+}
+
+/// The kernel's word that a v1 cgroup is being squeezed: someone lowers its limit below what it holds. Until that succeeds
+/// no file shows the new limit, and without giving memory back it never does. Needs write access to the cgroup.
+#[derive(Debug, Default)]
+pub(crate) struct Alarm {
+    group: PathBuf,
+    bell: Option<OwnedFd>,
+}
+
+impl Alarm {
+    /// Whether it rang since the last look.
+    pub(crate) fn rang(&mut self, sensors: &Sensors) -> bool {
+        match sensors.groups().into_iter().next() {
+            Some((Version::V1, group)) if group != self.group => {
+                self.bell = bell(&group);
+                self.group = group;
+            }
+            Some((Version::V1, _)) => {}
+            _ => *self = Self::default(),
+        }
+        self.bell.as_ref().is_some_and(|bell| rustix::io::read(bell, &mut [0; 8]).is_ok())
+    }
+}
+
+/// An eventfd that the group's vmpressure notifier writes to.
+fn bell(group: &Path) -> Option<OwnedFd> {
+    let level = fs::File::open(group.join("memory.pressure_level")).ok()?;
+    let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok()?;
+    fs::write(group.join("cgroup.event_control"), format!("{} {} critical", bell.as_raw_fd(), level.as_raw_fd())).ok()?;
+    Some(bell)
+}
+
+/// Hands the allocator's free pages back: glibc keeps what an unloaded model leaves between other blocks, a third of it here.
+pub(crate) fn give_back() {
+    // SAFETY: takes no pointer and may be called at any time.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

@@ -22,9 +22,13 @@ use crate::{Error, worker::Worker};
 pub(crate) use budget::Level;
 use budget::{Governor, Limit, Readings, Slab};
 #[cfg(target_os = "linux")]
-pub(crate) use linux::Sensors;
+use linux::Alarm;
+#[cfg(target_os = "linux")]
+pub(crate) use linux::{Sensors, give_back};
 #[cfg(target_os = "macos")]
-pub(crate) use macos::Sensors;
+use macos::Alarm;
+#[cfg(target_os = "macos")]
+pub(crate) use macos::{Sensors, give_back};
 
 const PERIOD: Duration = Duration::from_millis(250);
 /// Near a bound.
@@ -89,9 +93,10 @@ impl Monitor {
 }
 
 fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc::Receiver<()>) {
-    let mut governor = Governor::default();
+    let (mut governor, mut alarm) = (Governor::default(), Alarm::default());
     loop {
         let mut readings = sensors.read();
+        readings.squeezed = alarm.rang(sensors);
         let state = worker.state();
         // The cap holds for what is measured from outside, allocators and code included, not only for what the engine counts.
         let cap = state.options.memory.zip(readings.process);

@@ -163,3 +163,60 @@ impl Events {
         convert::failed(code::of(&status).unwrap_or(code::ENGINE), status.message())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashMap, ffi::OsString};
+
+    use flash_proto::v1::{generate_event::Event as Said, generate_server::Generate as _};
+    use tokio_stream::StreamExt;
+
+    use super::*;
+    use crate::{Config, RawConfig};
+
+    fn request(max_tokens: u32) -> Request<v1::GenerateRequest> {
+        Request::new(v1::GenerateRequest {
+            prompt: Some(v1::generate_request::Prompt::Text("Once upon a time".into())),
+            sampling: Some(v1::Sampling { temperature: Some(0.0), ..Default::default() }),
+            max_tokens: Some(max_tokens),
+            ignore_eos: true,
+            ..Default::default()
+        })
+    }
+
+    async fn finish(mut events: Events) -> v1::Done {
+        while let Some(event) = events.next().await {
+            match event.expect("no status").event.expect("an event") {
+                Said::Done(done) => return done,
+                Said::Failed(failed) => panic!("{failed:?}"),
+                _ => {}
+            }
+        }
+        panic!("the stream ended without Done");
+    }
+
+    /// Without a network in between, whose windows would take thousands of events.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_slow_reader_pauses_only_itself_and_loses_nothing() {
+        let home = tempfile::tempdir().expect("a temporary directory");
+        let set = [("FLASH_SOCKET", "unused"), ("FLASH_MODEL", "flash-tiny-moe"), ("FLASH_THREADS", "1")];
+        let mut env: HashMap<&str, OsString> = set.iter().map(|(name, value)| (*name, OsString::from(value))).collect();
+        env.insert("FLASH_HOME", home.path().into());
+        let config = Config::resolve(RawConfig::default(), &|name| env.get(name).cloned()).expect("a good configuration");
+        let service = Service { daemon: Arc::new(Daemon::start(config).expect("a daemon")) };
+        let generate = async |tokens| service.generate(request(tokens)).await.expect("accepted").into_inner();
+        let fast = finish(generate(400).await).await;
+        let slow = generate(400).await;
+        let full = async {
+            while slow.receiver.len() < EVENTS {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), full).await.expect("a full channel");
+        // Others go on, and as long as nobody reads it the slow one stands still.
+        finish(generate(200).await).await;
+        assert_eq!(slow.receiver.len(), EVENTS);
+        let slow = tokio::time::timeout(Duration::from_secs(60), finish(slow)).await.expect("a resumed request");
+        assert_eq!(slow.token_ids, fast.token_ids);
+    }
+}

@@ -136,9 +136,8 @@ pub(super) fn feed_forward(pool: &Pool, isa: &Isa, works: &[Work<'_>], x: &Acts<
         });
     }
     let group = works[0].down.group();
-    if group > 0 {
+    if let Some(groups) = width.checked_div(group) {
         for place in works.iter().flat_map(|work| work.places) {
-            let groups = width / group;
             let row = &mid[*place as usize * width..][..width];
             for (sums, values) in mid_sums[*place as usize * groups..][..groups].iter_mut().zip(row.chunks_exact(group)) {
                 *sums = sum(values);

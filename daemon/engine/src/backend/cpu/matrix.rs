@@ -44,8 +44,16 @@ impl<'a> Matrix<'a> {
                 for (g, out) in out.chunks_exact_mut(group).enumerate() {
                     let scale = float(self.scales, row * groups + g, params);
                     let bias = float(self.biases, row * groups + g, params);
-                    for (i, out) in out.iter_mut().enumerate() {
-                        *out = scale * f32::from(code(bytes, g * group + i, bits)) + bias;
+                    let widen = |code: u8| scale * f32::from(code) + bias;
+                    if bits == 4 {
+                        // The common width, without the arithmetic of a general bit stream: two codes a byte.
+                        for (pair, byte) in out.chunks_exact_mut(2).zip(&bytes[g * group / 2..]) {
+                            (pair[0], pair[1]) = (widen(byte & 15), widen(byte >> 4));
+                        }
+                    } else {
+                        for (i, out) in out.iter_mut().enumerate() {
+                            *out = widen(code(bytes, g * group + i, bits));
+                        }
                     }
                 }
             }

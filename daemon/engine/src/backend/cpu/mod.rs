@@ -27,7 +27,7 @@ use crate::{
     model::{
         arch::Arch,
         families::{Ffn, FfnSpec, LayerSpec, Model},
-        weights::{Aligned, MatrixSpec, Span, Weights},
+        weights::{Aligned, Format, MatrixSpec, Span, Weights},
     },
     moe::Plan,
 };
@@ -101,9 +101,14 @@ struct Layer {
 }
 
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "one a layer, never moved")]
 enum LayerFfn {
-    Dense { gate: Owned, up: Owned, down: Owned },
-    Moe { router: Owned, record: Record },
+    /// gate, up, down
+    Dense([Owned; 3]),
+    Moe {
+        router: Owned,
+        record: Record,
+    },
 }
 
 /// Activations of a step, sized once for the largest step.
@@ -218,7 +223,7 @@ impl Cpu {
         let owned = |m: &Owned| (m.weight.as_slice().len() + side_of(&m.scales).len() + side_of(&m.biases).len()) as Bytes;
         let layer = |layer: &Layer| {
             let ffn = match &layer.ffn {
-                LayerFfn::Dense { gate, up, down } => owned(gate) + owned(up) + owned(down),
+                LayerFfn::Dense(ffn) => ffn.iter().map(owned).sum(),
                 LayerFfn::Moe { router, .. } => owned(router),
             };
             let norms = layer.attn_norm.len() + layer.q_norm.len() + layer.k_norm.len() + layer.ffn_norm.len();
@@ -329,7 +334,8 @@ impl Cpu {
     /// The feed-forward of a dense layer, added to the residual.
     pub(crate) fn dense(&mut self, layer: usize) {
         let Self { isa, pool, shape, act, .. } = self;
-        let LayerFfn::Dense { gate, up, down } = &self.layers[layer].ffn else { return };
+        let LayerFfn::Dense(ffn) = &self.layers[layer].ffn else { return };
+        let [gate, up, down] = ffn;
         let rows: Vec<u32> = (0..act.rows as u32).collect();
         let work = Work { gate: gate.view(), up: up.view(), down: down.view(), tokens: &rows, places: &rows };
         let x = Acts::grouped(&act.normed[..act.rows * shape.hidden], shape.hidden, gate.view().group(), &mut act.sums[0]);
@@ -392,8 +398,14 @@ impl Layer {
     fn read(weights: &Weights, spec: &LayerSpec) -> Result<Self, Error> {
         let matrix = |spec: &MatrixSpec| Owned::read(weights, spec);
         let ffn = match &spec.ffn {
-            FfnSpec::Dense(ffn) => LayerFfn::Dense { gate: matrix(&ffn.gate)?, up: matrix(&ffn.up)?, down: matrix(&ffn.down)? },
-            FfnSpec::Moe { router, experts } => LayerFfn::Moe { router: matrix(router)?, record: Record::new(&experts[0]) },
+            FfnSpec::Dense(ffn) => {
+                shared_groups(weights, ffn)?;
+                LayerFfn::Dense([matrix(&ffn.gate)?, matrix(&ffn.up)?, matrix(&ffn.down)?])
+            }
+            FfnSpec::Moe { router, experts } => {
+                shared_groups(weights, &experts[0])?;
+                LayerFfn::Moe { router: matrix(router)?, record: Record::new(&experts[0]) }
+            }
         };
         Ok(Self {
             attn_norm: weights.read_vector(&spec.attn_norm)?,
@@ -409,10 +421,19 @@ impl Layer {
     }
 }
 
+/// gate and up read the same activations, with one set of group sums.
+fn shared_groups(weights: &Weights, ffn: &Ffn) -> Result<(), Error> {
+    let group = |spec: &MatrixSpec| if let Format::Affine { group, .. } = spec.format { group } else { 0 };
+    if group(&ffn.gate) == group(&ffn.up) {
+        return Ok(());
+    }
+    let path = weights.files()[ffn.up.weight.file as usize].clone();
+    Err(Error::Tensor { path, tensor: ffn.up.name.clone(), reason: "its quantisation group differs from gate_proj's".into() })
+}
+
 impl Activations {
     fn new(shape: &Shape, layers: &[Layer], arch: &Arch, rows: usize) -> Self {
-        let dense =
-            layers.iter().map(|layer| if let LayerFfn::Dense { gate, .. } = &layer.ffn { gate.spec.rows } else { 0 }).max().unwrap_or(0);
+        let dense = layers.iter().map(|layer| if let LayerFfn::Dense(ffn) = &layer.ffn { ffn[0].spec.rows } else { 0 }).max().unwrap_or(0);
         let mid = rows * dense.max(shape.top_k * arch.moe_width);
         let floats = |count: usize| vec![0.0f32; count];
         Self {

@@ -129,10 +129,13 @@ macro_rules! kernels {
         pub(super) const ISA: Isa = Isa {
             name: $name,
             rows,
-            // SAFETY (all four): `Isa::available` hands this table out only where the features were detected.
+            // SAFETY: here and below, `Isa::available` hands this table out only where the features were detected.
             dot: |a, b| unsafe { dot(a, b) },
+            // SAFETY: as above.
             dot_f16: |a, b| unsafe { dot_f16(a, b) },
+            // SAFETY: as above.
             axpy: |a, x, y| unsafe { axpy(a, x, y) },
+            // SAFETY: as above.
             axpy_f16: |a, x, y| unsafe { axpy_f16(a, x, y) },
         };
 
