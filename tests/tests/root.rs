@@ -20,7 +20,7 @@ const ROOT: &str = "/sys/fs/cgroup/memory";
 
 /// Between two steps of the limit: part of the scenario, not a wait for anything. A limit that falls by half within one
 /// sample of the monitor leaves no time to give way.
-const DWELL: Duration = Duration::from_millis(100);
+const DWELL: Duration = Duration::from_millis(250);
 
 /// A memory cgroup of our own. Dropping it removes it; its processes must have ended.
 struct Cgroup(PathBuf);
