@@ -66,7 +66,6 @@ enum Gate {
 const SHUFFLE: Duration = Duration::from_micros(300);
 
 impl Faults {
-    #[expect(clippy::new_without_default, reason = "an Arc, always shared")]
     pub fn new() -> Arc<Self> {
         let state = State { rules: Vec::new(), gate: Gate::Open, waiting: Vec::new(), tickets: 0, reads: 0, struck: 0 };
         Arc::new(Self { state: Mutex::new(state), changed: Condvar::new() })

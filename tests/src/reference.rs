@@ -53,9 +53,9 @@ fn attention(model: &TinyModel, path: &str, normed: &[Vec<f64>]) -> Vec<Vec<f64>
     let v = heads("v_proj", None, KV_HEADS);
     let mix = |position: usize| {
         let mut mixed = Vec::new();
-        for head in 0..HEADS {
+        for (head, query) in q[position].iter().enumerate() {
             let kv = head * KV_HEADS / HEADS;
-            let scores: Vec<f64> = (0..=position).map(|p| dot(&q[position][head], &k[p][kv]) / (HEAD_DIM as f64).sqrt()).collect();
+            let scores: Vec<f64> = (0..=position).map(|p| dot(query, &k[p][kv]) / (HEAD_DIM as f64).sqrt()).collect();
             let mut out = vec![0.0; HEAD_DIM];
             for (p, share) in softmax(&scores).into_iter().enumerate() {
                 add_scaled(&mut out, share, &v[p][kv]);

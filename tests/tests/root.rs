@@ -18,6 +18,10 @@ use flash_tests::{
 
 const ROOT: &str = "/sys/fs/cgroup/memory";
 
+/// Between two steps of the limit: part of the scenario, not a wait for anything. A limit that falls by half within one
+/// sample of the monitor leaves no time to give way.
+const DWELL: Duration = Duration::from_millis(250);
+
 /// A memory cgroup of our own. Dropping it removes it; its processes must have ended.
 struct Cgroup(PathBuf);
 
@@ -117,9 +121,10 @@ async fn a_falling_limit_shrinks_the_cache_and_changes_no_token() -> Result<()> 
     let streaming = tokio::spawn(stream(client.clone(), request, expected, stopped));
     for percent in (60..=100).rev().step_by(2) {
         cgroup.set_limit(steady * percent / 100).with_context(|| format!("{percent}% of {steady} bytes; {}", process.errors()))?;
+        tokio::time::sleep(DWELL).await;
         ensure!(process.exited()?.is_none(), "flashd died at {percent}%: {}", process.errors());
     }
-    let shrunk = client.stats().await?;
+    let shrunk = client.stats().await.with_context(|| process.errors())?;
     stop.send(true)?;
     let answers = streaming.await??;
     assert!(answers > 0, "it streamed meanwhile");

@@ -158,7 +158,8 @@ impl Engine {
             return Err(Error::ContextLength { prompt, limit: self.context });
         }
         let ahead = self.waiting.len();
-        if ahead >= self.options.queue {
+        // Free places count: a burst on an idle engine is admitted before the first step takes anyone up.
+        if ahead >= self.options.queue + self.options.parallel.saturating_sub(self.running.len()) {
             return Err(Error::QueueFull { waiting: ahead });
         }
         let max_tokens = request.max_tokens.unwrap_or(usize::MAX).clamp(1, self.context - prompt);

@@ -164,7 +164,7 @@ mod tests {
         let mut sampler = sampler(change);
         let mut counts = vec![0; logits.len()];
         for _ in 0..4000 {
-            let token = sampler.pick(&mut logits.to_vec()).expect("finite logits");
+            let token = sampler.pick(logits).expect("finite logits");
             counts[token as usize] += 1;
         }
         counts

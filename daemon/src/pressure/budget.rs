@@ -13,13 +13,13 @@ const HELD_MAX: f64 = 0.95;
 const CUT_DEEPER: u64 = 64;
 /// Growth steps, as a share of the configured slab.
 const STEP: u64 = 8;
-/// Samples without pressure before growing: five seconds.
-const CALM: u32 = 20;
+/// Samples without pressure before growing: five seconds while requests run.
+const CALM: u32 = 100;
 /// Per cent of the last ten seconds in which everything runnable waited for memory.
 const STALL_WARN: f64 = 10.0;
 const STALL_CRITICAL: f64 = 25.0;
 /// A stall average falls slowly: samples before the next cut for the same stall.
-const STALL_PATIENCE: u32 = 8;
+const STALL_PATIENCE: u32 = 40;
 /// Cut for one squeeze, as a share of the configured slab.
 const SQUEEZE: u64 = 32;
 /// Stalls and squeezes name no limit, so they never cost more than three quarters of the slab.
@@ -41,6 +41,8 @@ pub(crate) struct Limit {
     pub(crate) bytes: Bytes,
     /// Charged to the group and not reclaimable.
     pub(crate) held: Bytes,
+    /// Whether code counts too: not where only the process's own memory is bounded.
+    pub(crate) code: bool,
 }
 
 /// What the sensors said in one sample; absent = no such sensor here.
@@ -49,6 +51,8 @@ pub(crate) struct Readings {
     pub(crate) limits: Vec<Limit>,
     /// Available and total memory of the machine.
     pub(crate) machine: Option<(Bytes, Bytes)>,
+    /// File pages that our group has mapped: code, for the most part.
+    pub(crate) mapped: Bytes,
     /// PSI some and full, avg10, in per cent: the worst of machine and own group.
     pub(crate) stall: Option<(f64, f64)>,
     /// Someone is trying to take memory from our group, with a limit we do not see yet.
@@ -83,11 +87,14 @@ pub(crate) struct Governor {
     ceiling: Option<Bytes>,
     calm: u32,
     stall_age: u32,
+    /// The most of [`Readings::mapped`] since the model was loaded: what running takes when nothing is in the way.
+    code: Bytes,
 }
 
 impl Governor {
     /// One sample. `slab` is absent while no model is loaded: then the ceiling is simply what would fit.
     pub(crate) fn decide(&mut self, readings: &Readings, slab: Option<Slab>) -> Verdict {
+        let readings = &self.with_code(readings);
         let before = self.ceiling;
         let resident = slab.map_or(0, |slab| slab.resident);
         let fits = allowed(readings, resident);
@@ -124,6 +131,14 @@ impl Governor {
         self.ceiling = (next < configured).then_some(next);
         let decision = (self.ceiling != before).then(|| describe(before, self.ceiling, configured, why)).flatten();
         Verdict { level, ceiling: self.ceiling, decision, close: close(readings) }
+    }
+
+    /// The readings as they would be with all our code in memory. The kernel takes code first when a limit falls; counted as
+    /// it is then, it would make room for experts, and the process would wait for its own pages at every step.
+    fn with_code(&mut self, readings: &Readings) -> Readings {
+        self.code = self.code.max(readings.mapped);
+        let counted = |limit: &Limit| Limit { held: limit.held + if limit.code { self.code } else { 0 }, ..limit.clone() };
+        Readings { limits: readings.limits.iter().map(counted).collect(), ..readings.clone() }
     }
 }
 
@@ -197,7 +212,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn limited(bytes: Bytes, held: Bytes) -> Readings {
-        Readings { limits: vec![Limit { name: "a limit".into(), bytes, held }], ..Readings::default() }
+        Readings { limits: vec![Limit { name: "a limit".into(), bytes, held, code: true }], ..Readings::default() }
     }
 
     /// A process of `others` plus a slab that follows the ceiling, under a limit.
@@ -223,9 +238,22 @@ mod tests {
         // The limit stays: the ceiling does too.
         let steady = settle(&mut governor, 80 * MIB, 20 * MIB, &mut slab, 1000);
         assert!(steady.iter().all(|verdict| verdict.ceiling == cut[0].ceiling && verdict.level == Level::Normal), "{:?}", steady.last());
-        let back = settle(&mut governor, 200 * MIB, 20 * MIB, &mut slab, 100);
+        let back = settle(&mut governor, 200 * MIB, 20 * MIB, &mut slab, 5 * CALM);
         let moves: Vec<_> = back.iter().filter_map(|verdict| verdict.decision.as_ref()).collect();
         assert_eq!((moves.len(), back.last().and_then(|verdict| verdict.ceiling)), (3, None), "{moves:?}");
+    }
+
+    /// The kernel takes mapped code before it refuses a limit; the slab gives way as if the code were still there.
+    #[test]
+    fn evicted_code_is_no_room_for_experts() {
+        let mut governor = Governor::default();
+        let slab = Slab { configured: 64 * MIB, resident: 64 * MIB };
+        let sample = |limit, mapped| Readings { mapped, ..limited(limit, 70 * MIB) };
+        assert_eq!(governor.decide(&sample(200 * MIB, 20 * MIB), Some(slab)).ceiling, None);
+        // 100 × 0.95 − 26 held by others, code included: all 64 and more.
+        assert_eq!(governor.decide(&sample(100 * MIB, 20 * MIB), Some(slab)).ceiling, None);
+        // 80 × 0.95 − 26 = 50, and 64/64 deeper, although only 70 of 80 are held now.
+        assert_eq!(governor.decide(&sample(80 * MIB, 0), Some(slab)).ceiling, Some(49 * MIB));
     }
 
     #[test]
@@ -287,7 +315,7 @@ mod tests {
     }
 
     fn readings() -> impl Strategy<Value = Readings> {
-        let limit = (1..1u64 << 40, 0..1u64 << 40).prop_map(|(bytes, held)| Limit { name: "limit".into(), bytes, held });
+        let limit = (1..1u64 << 40, 0..1u64 << 40).prop_map(|(bytes, held)| Limit { name: "limit".into(), bytes, held, code: false });
         let stall = proptest::option::of((0.0..100.0, 0.0..100.0));
         let machine = proptest::option::of((0..1u64 << 40, 0..1u64 << 41));
         (proptest::collection::vec(limit, 0..3), machine, stall).prop_map(|(limits, machine, stall)| Readings {

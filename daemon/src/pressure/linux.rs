@@ -44,7 +44,12 @@ impl Sensors {
         let worst = |a: (f64, f64), b: (f64, f64)| (a.0.max(b.0), a.1.max(b.1));
         let machine = self.machine();
         let total = machine.map_or(u64::MAX, |(_, total)| total);
+        let mapped = groups.first().map_or(0, |(version, folder)| match version {
+            Version::V1 => stat(*version, folder, "mapped_file"),
+            Version::V2 => stat(*version, folder, "file_mapped"),
+        });
         Readings {
+            mapped,
             limits: groups.iter().flat_map(|(version, folder)| self.limits(*version, folder, total)).collect(),
             machine,
             stall: [machine_stall, own_stall].into_iter().flatten().reduce(worst),
@@ -91,21 +96,17 @@ impl Sensors {
 
     /// The bounds of one cgroup. A limit of the machine's size or more is the kernel's way to say none.
     fn limits(&self, version: Version, folder: &Path, total: Bytes) -> Vec<Limit> {
-        let (files, usage, mapped): (&[&str], _, _) = match version {
-            Version::V1 => (&["memory.limit_in_bytes", "memory.soft_limit_in_bytes"], "memory.usage_in_bytes", "total_mapped_file"),
-            Version::V2 => (&["memory.max", "memory.high"], "memory.current", "file_mapped"),
+        let (files, usage): (&[&str], _) = match version {
+            Version::V1 => (&["memory.limit_in_bytes", "memory.soft_limit_in_bytes"], "memory.usage_in_bytes"),
+            Version::V2 => (&["memory.max", "memory.high"], "memory.current"),
         };
         let number = |file: &str| fs::read_to_string(folder.join(file)).ok()?.trim().parse::<Bytes>().ok();
         let limits: Vec<_> = files.iter().filter_map(|file| Some((file, number(file).filter(|limit| *limit < total)?))).collect();
         let Some(usage) = number(usage).filter(|_| !limits.is_empty()) else { return Vec::new() };
-        let stat = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
-        let field = |name: &str| stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse::<Bytes>().ok());
-        let prefix = if version == Version::V1 { "total_" } else { "" };
-        let file = |name: &str| field(&format!("{prefix}{name}")).unwrap_or(0);
-        // Mapped pages are code that runs: giving those back means thrashing.
-        let reclaimable = (file("inactive_file") + file("active_file")).saturating_sub(field(mapped).unwrap_or(0));
+        let reclaimable = stat(version, folder, "inactive_file") + stat(version, folder, "active_file");
         let held = usage.saturating_sub(reclaimable);
-        limits.into_iter().map(|(file, bytes)| Limit { name: format!("cgroup {file} of {}", folder.display()), bytes, held }).collect()
+        let name = |file| format!("cgroup {file} of {}", folder.display());
+        limits.into_iter().map(|(file, bytes)| Limit { name: name(file), bytes, held, code: true }).collect()
     }
 
     /// What only Linux can be asked by Doctor.
@@ -177,6 +178,14 @@ pub(crate) fn give_back() {
     unsafe {
         libc::malloc_trim(0);
     }
+}
+
+/// A field of memory.stat, of the group and all below it; 0 if the kernel does not say.
+fn stat(version: Version, folder: &Path, field: &str) -> Bytes {
+    let text = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
+    let prefix = if version == Version::V1 { "total_" } else { "" };
+    let value = |line: &str| line.strip_prefix(prefix)?.strip_prefix(field)?.strip_prefix(' ')?.parse().ok();
+    text.lines().find_map(value).unwrap_or(0)
 }
 
 /// Mount root and mount point, if this line of mountinfo is the memory controller's mount.
@@ -265,11 +274,11 @@ mod tests {
             ("sys/fs/cgroup/memory/memory.usage_in_bytes", "1\n"),
         ]);
         let expected = [
-            ("cgroup memory.limit_in_bytes of /sys/fs/cgroup/memory/jobs/one", 4_194_304, 2_145_728),
+            ("cgroup memory.limit_in_bytes of /sys/fs/cgroup/memory/jobs/one", 4_194_304, 2_045_728),
             ("cgroup memory.limit_in_bytes of /sys/fs/cgroup/memory/jobs", 3_500_000, 3_200_000),
         ];
         assert_eq!(limits(&readings), expected);
-        assert_eq!(readings.stall, Some((1.5, 0.25)));
+        assert_eq!((readings.stall, readings.mapped), (Some((1.5, 0.25)), 100_000));
     }
 
     #[test]
@@ -287,8 +296,8 @@ mod tests {
                 "some avg10=0.00 avg60=0 avg300=0 total=1\nfull avg10=12.00 avg60=0 avg300=0 total=1\n",
             ),
         ]);
-        assert_eq!(limits(&readings), [("cgroup memory.high of /sys/fs/cgroup/app.scope", 2_097_152, 1_650_000)]);
-        assert_eq!(readings.stall, Some((1.5, 12.0)));
+        assert_eq!(limits(&readings), [("cgroup memory.high of /sys/fs/cgroup/app.scope", 2_097_152, 1_600_000)]);
+        assert_eq!((readings.stall, readings.mapped), (Some((1.5, 12.0)), 50_000));
     }
 
     #[test]

@@ -30,9 +30,11 @@ use macos::Alarm;
 #[cfg(target_os = "macos")]
 pub(crate) use macos::{Sensors, give_back};
 
-const PERIOD: Duration = Duration::from_millis(250);
+const PERIOD_IDLE: Duration = Duration::from_millis(250);
+/// While requests run: a limit that falls takes the pages of our code first, and then every sample comes late.
+const PERIOD: Duration = Duration::from_millis(50);
 /// Near a bound.
-const PERIOD_CLOSE: Duration = Duration::from_millis(50);
+const PERIOD_CLOSE: Duration = Duration::from_millis(20);
 /// Decisions kept for Stats.
 const DECISIONS: usize = 16;
 
@@ -100,7 +102,7 @@ fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc:
         let state = worker.state();
         // The cap holds for what is measured from outside, allocators and code included, not only for what the engine counts.
         let cap = state.options.memory.zip(readings.process);
-        readings.limits.extend(cap.map(|(bytes, held)| Limit { name: "--memory".into(), bytes, held }));
+        readings.limits.extend(cap.map(|(bytes, held)| Limit { name: "--memory".into(), bytes, held, code: false }));
         let slab = state.ready().map(|(_, ready)| slab(&ready.report));
         let verdict = governor.decide(&readings, slab);
         worker.set_ceiling(verdict.ceiling);
@@ -120,7 +122,12 @@ fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc:
             view.decisions.push_back((Instant::now(), decision));
         }
         drop(view);
-        let period = if verdict.close { PERIOD_CLOSE } else { PERIOD };
+        let busy = state.ready().is_some_and(|(_, ready)| ready.report.running > 0);
+        let period = match (busy, verdict.close) {
+            (false, false) => PERIOD_IDLE,
+            (true, false) => PERIOD,
+            (_, true) => PERIOD_CLOSE,
+        };
         if stopped.recv_timeout(period) != Err(mpsc::RecvTimeoutError::Timeout) {
             return;
         }
