@@ -150,6 +150,7 @@ impl Worker {
             inbox,
             publish,
             published: Instant::now(),
+            published_live: 0,
             levels: levels.clone(),
             totals: totals.clone(),
             options,
@@ -224,6 +225,8 @@ struct Thread {
     inbox: Receiver<Command>,
     publish: watch::Sender<Arc<State>>,
     published: Instant,
+    /// Requests that were live then: gauges of requests are never stale.
+    published_live: usize,
     levels: Arc<Levels>,
     totals: Arc<Totals>,
     options: Options,
@@ -261,7 +264,7 @@ impl Thread {
             // The last live request may have ended in this very step: the line moves before the thread sleeps.
             idle = step == Step::Idle && (self.line.is_empty() || !self.live.is_empty());
             self.drop_idle_model();
-            if self.published.elapsed() >= PUBLISH_EVERY {
+            if self.published.elapsed() >= PUBLISH_EVERY || self.published_live != self.live.len() {
                 self.publish();
             }
         }
@@ -533,6 +536,7 @@ impl Thread {
         });
         self.publish.send_replace(self.state(model));
         self.published = Instant::now();
+        self.published_live = self.live.len();
     }
 }
 
