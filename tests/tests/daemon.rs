@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result};
 use flash_proto::{
     code,
-    v1::{GenerateRequest, ListRequest, LoadRequest, ShutdownRequest, UnloadRequest, WatchStatsRequest},
+    v1::{GenerateRequest, ListRequest, ShutdownRequest, UnloadRequest, WatchStatsRequest},
 };
 use flash_tests::{
     DEADLINE,
@@ -266,6 +266,8 @@ async fn a_live_budget_change_keeps_the_tokens() -> Result<()> {
 
 #[cfg(target_os = "linux")]
 mod memory {
+    use flash_proto::v1::LoadRequest;
+
     use super::*;
 
     /// 70% of the bytes that are not cached must not be resident.

@@ -1,5 +1,6 @@
 //! What only root can show: a daemon in a memory cgroup (v1) whose limit falls while it streams gives its expert cache
 //! back instead of being killed, and its tokens stay the same. Run by `.ci/run`; needs `--features root`.
+#![cfg(target_os = "linux")]
 
 use std::{
     fs,
