@@ -11,6 +11,8 @@ use flash_engine::Bytes;
 const HELD_MAX: f64 = 0.95;
 /// Cut a little deeper than needed, as a share of the configured slab: or noise would mean a cut at every sample.
 const CUT_DEEPER: u64 = 64;
+/// Cut below a limit that is falling, as a share of the limit.
+const AHEAD: u64 = 8;
 /// Growth steps, as a share of the configured slab.
 const STEP: u64 = 8;
 /// Samples without pressure before growing: five seconds while requests run.
@@ -87,6 +89,8 @@ pub(crate) struct Governor {
     ceiling: Option<Bytes>,
     calm: u32,
     stall_age: u32,
+    /// The lowest cgroup limit of the last sample.
+    tightest: Option<Bytes>,
     /// The most of [`Readings::mapped`] since the model was loaded: what running takes when nothing is in the way.
     code: Bytes,
 }
@@ -100,11 +104,12 @@ impl Governor {
         let fits = allowed(readings, resident);
         let level = level(readings);
         let mut why = fits.as_ref().map_or("", |(_, name)| name.as_str());
+        let ahead = self.ahead(readings);
         let Some(Slab { configured, .. }) = slab else {
-            *self = Self { ceiling: fits.as_ref().map(|(bytes, _)| *bytes), ..Self::default() };
+            *self = Self { ceiling: fits.as_ref().map(|(bytes, _)| *bytes), tightest: self.tightest, ..Self::default() };
             return Verdict { level, ceiling: self.ceiling, decision: None, close: false };
         };
-        let fits_bytes = fits.as_ref().map_or(u64::MAX, |(bytes, _)| *bytes);
+        let fits_bytes = fits.as_ref().map_or(u64::MAX, |(bytes, _)| bytes.saturating_sub(ahead));
         let now = self.ceiling.unwrap_or(configured).min(configured);
         let stalled = stalled(readings);
         self.stall_age = if stalled { self.stall_age + 1 } else { 0 };
@@ -131,6 +136,15 @@ impl Governor {
         self.ceiling = (next < configured).then_some(next);
         let decision = (self.ceiling != before).then(|| describe(before, self.ceiling, configured, why)).flatten();
         Verdict { level, ceiling: self.ceiling, decision, close: close(readings) }
+    }
+
+    /// How far to stay ahead of a cgroup limit that has just fallen: it may fall again before the next sample, and a process
+    /// at its limit is killed at the first page it cannot have. Grown back like everything else when the limit stands.
+    fn ahead(&mut self, readings: &Readings) -> Bytes {
+        let tightest = readings.limits.iter().filter(|limit| limit.code).map(|limit| limit.bytes).min();
+        let before = std::mem::replace(&mut self.tightest, tightest);
+        let fell = tightest < before || before.is_none();
+        tightest.filter(|_| fell).map_or(0, |bytes| bytes / AHEAD)
     }
 
     /// The readings as they would be with all our code in memory. The kernel takes code first when a limit falls; counted as
@@ -232,12 +246,14 @@ mod tests {
         let calm = settle(&mut governor, 200 * MIB, 20 * MIB, &mut slab, 5);
         assert!(calm.iter().all(|verdict| verdict.ceiling.is_none() && verdict.decision.is_none() && verdict.level == Level::Normal));
         let cut = settle(&mut governor, 80 * MIB, 20 * MIB, &mut slab, 1);
-        // 80 × 0.95 − 20 = 56, and 80/64 deeper.
-        assert_eq!((cut[0].ceiling, cut[0].level, cut[0].close), (Some(76 * MIB - 20 * MIB - 80 * MIB / 64), Level::Critical, true));
-        assert!(cut[0].decision.as_ref().is_some_and(|text| text.contains("down from 80.0 to 54.8 MiB: a limit")), "{cut:?}");
-        // The limit stays: the ceiling does too.
+        // 80 × 0.95 − 20 = 56, and 80/8 ahead of the next fall, and 80/64 deeper.
+        assert_eq!((cut[0].ceiling, cut[0].level, cut[0].close), (Some((56 - 10) * MIB - 80 * MIB / 64), Level::Critical, true));
+        assert!(cut[0].decision.as_ref().is_some_and(|text| text.contains("down from 80.0 to 44.8 MiB: a limit")), "{cut:?}");
+        // The limit stays: what was given up ahead of it comes back, once.
         let steady = settle(&mut governor, 80 * MIB, 20 * MIB, &mut slab, 1000);
-        assert!(steady.iter().all(|verdict| verdict.ceiling == cut[0].ceiling && verdict.level == Level::Normal), "{:?}", steady.last());
+        let moves: Vec<_> = steady.iter().filter_map(|verdict| verdict.ceiling.filter(|_| verdict.decision.is_some())).collect();
+        assert_eq!(moves, [56 * MIB - 80 * MIB / 64]);
+        assert!(steady.iter().all(|verdict| verdict.level == Level::Normal), "{:?}", steady.last());
         let back = settle(&mut governor, 200 * MIB, 20 * MIB, &mut slab, 5 * CALM);
         let moves: Vec<_> = back.iter().filter_map(|verdict| verdict.decision.as_ref()).collect();
         assert_eq!((moves.len(), back.last().and_then(|verdict| verdict.ceiling)), (3, None), "{moves:?}");
@@ -250,10 +266,10 @@ mod tests {
         let slab = Slab { configured: 64 * MIB, resident: 64 * MIB };
         let sample = |limit, mapped| Readings { mapped, ..limited(limit, 70 * MIB) };
         assert_eq!(governor.decide(&sample(200 * MIB, 20 * MIB), Some(slab)).ceiling, None);
-        // 100 × 0.95 − 26 held by others, code included: all 64 and more.
-        assert_eq!(governor.decide(&sample(100 * MIB, 20 * MIB), Some(slab)).ceiling, None);
-        // 80 × 0.95 − 26 = 50, and 64/64 deeper, although only 70 of 80 are held now.
-        assert_eq!(governor.decide(&sample(80 * MIB, 0), Some(slab)).ceiling, Some(49 * MIB));
+        // 120 × 0.95 − 26 held by others, code included, − 15 ahead: all 64 and more.
+        assert_eq!(governor.decide(&sample(120 * MIB, 20 * MIB), Some(slab)).ceiling, None);
+        // 80 × 0.95 − 26 − 10 = 40, and 64/64 deeper, although only 70 of 80 are held now.
+        assert_eq!(governor.decide(&sample(80 * MIB, 0), Some(slab)).ceiling, Some(39 * MIB));
     }
 
     #[test]
@@ -351,6 +367,8 @@ mod tests {
         fn no_flapping_at_a_steady_limit(limit in 1..400u64, others in 0..400u64, noise in proptest::collection::vec(0..512u64, 400)) {
             // Up to half a MiB of noise in what others hold, a slab of 64 MiB.
             let mut governor = Governor::default();
+            // The limit stood before the model was loaded.
+            governor.decide(&limited(limit * MIB, others * MIB), None);
             let mut slab = Slab { configured: 64 * MIB, resident: 64 * MIB };
             let mut moves = 0;
             for kib in noise {
