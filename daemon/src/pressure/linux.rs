@@ -8,7 +8,10 @@ use std::{
 };
 
 use flash_engine::Bytes;
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::{
+    event::{EventfdFlags, eventfd},
+    mm::{MlockFlags, mlock_with},
+};
 
 use super::{
     Finding,
@@ -103,8 +106,9 @@ impl Sensors {
         let number = |file: &str| fs::read_to_string(folder.join(file)).ok()?.trim().parse::<Bytes>().ok();
         let limits: Vec<_> = files.iter().filter_map(|file| Some((file, number(file).filter(|limit| *limit < total)?))).collect();
         let Some(usage) = number(usage).filter(|_| !limits.is_empty()) else { return Vec::new() };
-        let reclaimable = stat(version, folder, "inactive_file") + stat(version, folder, "active_file");
-        let held = usage.saturating_sub(reclaimable);
+        // Locked code is counted with the rest of the code, by the policy.
+        let file: Bytes = ["inactive_file", "active_file", "unevictable"].map(|field| stat(version, folder, field)).iter().sum();
+        let held = usage.saturating_sub(file);
         let name = |file| format!("cgroup {file} of {}", folder.display());
         limits.into_iter().map(|(file, bytes)| Limit { name: name(file), bytes, held, code: true }).collect()
     }
@@ -169,6 +173,25 @@ fn bell(group: &Path) -> Option<OwnedFd> {
     let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok()?;
     fs::write(group.join("cgroup.event_control"), format!("{} {} critical", bell.as_raw_fd(), level.as_raw_fd())).ok()?;
     Some(bell)
+}
+
+/// Keeps the pages of our own code that have been used in memory. Under a limit the kernel takes them first, again and again;
+/// then everything waits for the disk, the answer to the pressure included, and reading them back at the limit is what gets a
+/// process killed. Without the privilege only what RLIMIT_MEMLOCK allows is kept, which is no worse than before.
+pub(crate) fn hold_code() {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    for line in maps.lines().filter(|line| line.contains('/')) {
+        let mut fields = line.split(' ');
+        let (Some((start, end)), Some(access)) = (fields.next().and_then(|range| range.split_once('-')), fields.next()) else { continue };
+        let (Ok(start), Ok(end)) = (usize::from_str_radix(start, 16), usize::from_str_radix(end, 16)) else { continue };
+        if access.starts_with("r-") {
+            let from = std::ptr::with_exposed_provenance_mut(start);
+            // SAFETY: locking changes no contents; the worst that a range unmapped meanwhile can get is an error.
+            if let Err(error) = unsafe { mlock_with(from, end - start, MlockFlags::ONFAULT) } {
+                tracing::debug!(%error, line, "code is not kept in memory");
+            }
+        }
+    }
 }
 
 /// Hands the allocator's free pages back: glibc keeps what an unloaded model leaves between other blocks, a third of it here.

@@ -22,11 +22,11 @@ use crate::{Error, worker::Worker};
 pub(crate) use budget::Level;
 use budget::{Governor, Limit, Readings, Slab};
 #[cfg(target_os = "linux")]
-use linux::Alarm;
+use linux::{Alarm, hold_code};
 #[cfg(target_os = "linux")]
 pub(crate) use linux::{Sensors, give_back};
 #[cfg(target_os = "macos")]
-use macos::Alarm;
+use macos::{Alarm, hold_code};
 #[cfg(target_os = "macos")]
 pub(crate) use macos::{Sensors, give_back};
 
@@ -96,9 +96,14 @@ impl Monitor {
 
 fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc::Receiver<()>) {
     let (mut governor, mut alarm) = (Governor::default(), Alarm::default());
+    let mut code_held = false;
     loop {
         let mut readings = sensors.read();
         readings.squeezed = alarm.rang(sensors);
+        if !code_held && (readings.squeezed || !readings.limits.is_empty()) {
+            hold_code();
+            code_held = true;
+        }
         let state = worker.state();
         // The cap holds for what is measured from outside, allocators and code included, not only for what the engine counts.
         let cap = state.options.memory.zip(readings.process);
