@@ -25,7 +25,6 @@ pub struct Experts {
     shared: Arc<Shared>,
     loaders: Vec<JoinHandle<()>>,
     shape: Shape,
-    top_k: usize,
 }
 
 /// The experts that one layer's step needs, as they arrive. Dropping it unpins them all, takes waiting loads back and lets
@@ -57,7 +56,7 @@ impl Experts {
             return Err(Error::Source(format!("{} slots for {layers} layers; each needs one at least", slab.slots())));
         }
         let shared = Arc::new(Shared { store, slab, cache: Cache::new(shape) });
-        let mut opened = Self { shared, loaders: Vec::new(), shape, top_k: config.top_k };
+        let mut opened = Self { shared, loaders: Vec::new(), shape };
         opened.set_slots(config.slots_per_layer);
         opened.set_wanted(opened.slots());
         for number in 0..config.loaders.max(1) {
@@ -81,9 +80,6 @@ impl Experts {
     /// pages with them. More: loaders fault the new ones in when they have nothing else to do.
     pub fn set_slots(&mut self, per_layer: usize) {
         let per_layer = per_layer.clamp(1, self.shape.places);
-        if per_layer < self.top_k {
-            tracing::warn!(per_layer, self.top_k, "fewer expert slots than one token needs: layers run in waves");
-        }
         for vacant in self.shared.cache.resize(per_layer) {
             self.shared.slab.discard(&vacant);
         }
