@@ -9,7 +9,8 @@ use flash_engine::Bytes;
 
 /// Share of a limit that may be held: the kernel needs the rest for charges that come in batches, and for page cache.
 const HELD_MAX: f64 = 0.95;
-/// Cut a little deeper than needed, as a share of the configured slab: or noise would mean a cut at every sample.
+/// Cut a little deeper than needed, and grow only with as much to spare, as a share of the configured slab: or noise would
+/// move the ceiling at every sample.
 const CUT_DEEPER: u64 = 64;
 /// Cut below a limit that is falling, as a share of the limit.
 const AHEAD: u64 = 8;
@@ -129,7 +130,7 @@ impl Governor {
             why = "a cgroup limit is being lowered";
         } else if stalled {
             why = "memory stalls";
-        } else if self.calm >= CALM && now < configured && fits_bytes >= grown(now, configured) {
+        } else if self.calm >= CALM && now < configured && fits_bytes >= grown(now, configured) + configured / CUT_DEEPER {
             next = grown(now, configured);
             self.calm = 0;
         }
