@@ -73,6 +73,10 @@ impl Failure {
         if let Some(param) = code::param(status).filter(|param| !failure.message.contains(param)) {
             failure.message = format!("{param}: {}", failure.message);
         }
+        // The daemon has said what to do already.
+        if failure.message.contains("flashctl ") {
+            return failure;
+        }
         failure.hint(hint_of(code, code::retry_after(status), log))
     }
 
@@ -100,7 +104,8 @@ pub(crate) fn is_disconnect(status: &Status) -> bool {
 fn exit_of(code: &str) -> u8 {
     match code {
         code::INVALID_VALUE => exit::BAD_DATA,
-        code::MODEL_LOADING | code::QUEUE_FULL | code::DRAINING => exit::BUSY,
+        code::NO_SPACE => exit::CANNOT_CREATE,
+        code::MODEL_LOADING | code::QUEUE_FULL | code::DRAINING | code::BUSY => exit::BUSY,
         _ => exit::GENERIC,
     }
 }
@@ -114,6 +119,8 @@ fn hint_of(code: &str, retry_after: Option<u64>, log: &str) -> String {
         (code::INSUFFICIENT_MEMORY, _) => "raise --memory, or lower --ctx or --expert-cache".into(),
         (code::QUEUE_FULL | code::MODEL_LOADING, Some(seconds)) => format!("try again in {seconds} s"),
         (code::QUEUE_FULL | code::MODEL_LOADING, None) => "try again in a moment".into(),
+        (code::NO_SPACE, _) => "free some space on that disk; `flashctl convert --in-place` needs room for one shard only".into(),
+        (code::BUSY, _) => "`flashctl ps` shows what runs, `flashctl stop` unloads the model".into(),
         (code::DRAINING, _) => "the daemon is shutting down; the next command starts it again".into(),
         _ => format!("the daemon's log may say more: {log}"),
     }
@@ -141,6 +148,13 @@ mod tests {
         check(Status::unimplemented("Fit"), 69, "unimplemented");
         check(Status::permission_denied("uid"), 77, "permission_denied");
         check(Status::internal("?"), 70, "internal");
+    }
+
+    #[test]
+    fn what_to_do_is_said_once() {
+        let busy = |message: &str| Failure::from_status(&code::status(code::BUSY, message), "", "").hint;
+        assert_eq!(busy("m is loaded; unload it first: flashctl stop m"), None);
+        assert!(busy("m is being packed").is_some_and(|hint| hint.contains("flashctl ps")));
     }
 
     #[test]

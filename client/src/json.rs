@@ -26,7 +26,7 @@ pub(crate) fn model(model: &Model, fits: &str) -> Value {
     json!({
         "name": model.id, "aliases": model.aliases, "path": model.path, "state": state, "fits": fits,
         "problem": (!model.problem.is_empty()).then_some(&model.problem),
-        "arch": model.arch, "params": model.params, "active_params": model.active_params, "quantization": model.quantization,
+        "arch": model.arch, "params": model.params, "active_params": model.active_params, "quantization": model.quantization, "packed": model.packed,
         "size_bytes": model.size_bytes, "expert_bytes": model.expert_bytes, "trunk_bytes": model.trunk_bytes,
         "context_length": model.context_length, "context_max": model.context_max, "layers": model.layers, "experts": model.experts,
         "top_k": model.top_k, "vocab_size": model.vocab_size, "modified": model.modified,
@@ -38,13 +38,14 @@ pub(crate) fn loaded_state(model: &LoadedModel) -> &'static str {
         loaded_model::State::Loading => "loading",
         loaded_model::State::Ready => "ready",
         loaded_model::State::Busy => "busy",
+        loaded_model::State::Benchmark => "benchmark",
     }
 }
 
 pub(crate) fn loaded(model: &LoadedModel) -> Value {
     json!({
         "name": model.id, "state": loaded_state(model), "progress": model.progress, "context_length": model.context_length,
-        "context_used": model.context_used, "unload_in_s": model.unload_in_s, "kernels": model.kernels, "threads": model.threads,
+        "context_used": model.context_used, "unload_in_s": model.unload_in_s, "packed": model.packed, "kernels": model.kernels, "threads": model.threads,
     })
 }
 
@@ -69,10 +70,16 @@ pub(crate) fn snapshot(snapshot: &Snapshot) -> Value {
     });
     let experts = snapshot.experts.as_ref().map(|e| {
         let layers = e.layers.iter().map(|l| json!({"layer": l.layer, "hits": l.hits, "misses": l.misses, "resident": l.resident}));
+        let prefetch = e
+            .prefetch
+            .as_ref()
+            .map(|p| json!({"mode": p.mode, "issued": p.issued, "useful": p.useful, "wasted": p.wasted, "late": p.late}));
+        let belady = e.belady.map(|b| json!({"tokens": b.tokens, "policy": b.policy, "belady": b.belady}));
         json!({
             "cache": e.cache.as_ref().map(cache), "hits": e.hits, "misses": e.misses, "joined": e.joined, "evictions": e.evictions,
             "loads": e.loads, "load_errors": e.load_errors, "bytes_read": e.bytes_read, "read_s": e.read_s, "wait_s": e.wait_s,
-            "bad_records": e.bad_records, "layers": layers.collect::<Vec<_>>(),
+            "bad_records": e.bad_records, "checksum_errors": e.checksum_errors, "policy": e.policy, "io": e.io, "warm_loads": e.warm_loads,
+            "prefetch": prefetch, "belady": belady, "layers": layers.collect::<Vec<_>>(),
         })
     });
     let memory = snapshot.memory.map(|m| {

@@ -5,6 +5,7 @@ mod args;
 mod commands;
 mod connect;
 mod failure;
+mod job;
 mod json;
 mod load;
 mod log_file;

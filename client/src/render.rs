@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use flash_proto::v1::{Cache, Experts, LoadResponse, Memory, Pressure, Snapshot, loaded_model, pressure};
+use flash_proto::v1::{Belady, Cache, Experts, LoadResponse, Memory, Pressure, Snapshot, loaded_model, pressure};
 
 use crate::{reply::Reply, term::Paint};
 
@@ -130,6 +130,8 @@ pub(crate) fn summary(reply: &Reply, load: &LoadResponse) -> String {
 pub(crate) fn snapshot(snapshot: &Snapshot, paint: Paint) -> String {
     let mut rows: Vec<(&str, String)> = Vec::new();
     match &snapshot.model {
+        // While a benchmark runs, the figures are its own to tell.
+        Some(model) if model.state() == loaded_model::State::Benchmark => rows.push(("model", format!("{} · {}", model.id, state(model)))),
         Some(model) => {
             let context = format!("{} of {} tokens in use", model.context_used, model.context_length);
             rows.push(("model", format!("{} · {} · {} · {} threads · {context}", model.id, state(model), model.kernels, model.threads)));
@@ -166,6 +168,7 @@ pub(crate) fn state(model: &flash_proto::v1::LoadedModel) -> String {
         loaded_model::State::Loading => format!("loading {}", percent(model.progress)),
         loaded_model::State::Ready => "ready".into(),
         loaded_model::State::Busy => "busy".into(),
+        loaded_model::State::Benchmark => "benchmark".into(),
     }
 }
 
@@ -176,10 +179,21 @@ fn expert_rows(experts: &Experts, rows: &mut Vec<(&'static str, String)>) {
     let rate =
         if experts.read_s > 0.0 { format!(" at {}/s", bytes((experts.bytes_read as f64 / experts.read_s) as u64)) } else { String::new() };
     let mut read = format!("{}{rate} in {} loads · waited {}", bytes(experts.bytes_read), experts.loads, seconds(experts.wait_s));
+    if !experts.io.is_empty() {
+        let _ = write!(read, " · {} I/O", experts.io);
+    }
     if experts.load_errors > 0 {
-        let _ = write!(read, " · {} failed, {} records bad", experts.load_errors, experts.bad_records);
+        let _ =
+            write!(read, " · {} failed, {} by checksum, {} records bad", experts.load_errors, experts.checksum_errors, experts.bad_records);
     }
     rows.push(("read", read));
+    if !experts.policy.is_empty() {
+        rows.push(("policy", policy_text(experts)));
+    }
+    if let Some(ahead) = &experts.prefetch {
+        let counted = format!("{} loaded ahead · {} useful · {} wasted · {} late", ahead.issued, ahead.useful, ahead.wasted, ahead.late);
+        rows.push(("lookahead", format!("{} · {counted}", ahead.mode)));
+    }
     if let Some(cache) = &experts.cache {
         let slots = match cache.slots_wanted == cache.slots_per_layer {
             true => format!("{} slots/layer", cache.slots_per_layer),
@@ -194,6 +208,28 @@ fn expert_rows(experts: &Experts, rows: &mut Vec<(&'static str, String)>) {
             None => format!("{:>3}     –", layer.layer),
         });
         rows.push((if line == 0 { "layers" } else { "" }, cells.collect::<Vec<_>>().join(" ")));
+    }
+}
+
+fn policy_text(experts: &Experts) -> String {
+    let mut text = experts.policy.clone();
+    if let Some(Belady { tokens, policy, belady }) = experts.belady {
+        let _ = match (belady - policy) * 100.0 {
+            points @ 0.05.. => write!(text, " · {points:.1} points below Belady over the last {} tokens", grouped(tokens)),
+            _ => write!(text, " · as good as Belady over the last {} tokens", grouped(tokens)),
+        };
+    }
+    if experts.warm_loads > 0 {
+        let _ = write!(text, " · {} experts read back from the last run", grouped(u32::try_from(experts.warm_loads).unwrap_or(u32::MAX)));
+    }
+    text
+}
+
+/// "1,024".
+fn grouped(count: u32) -> String {
+    match count {
+        0..1000 => count.to_string(),
+        _ => format!("{},{:03}", grouped(count / 1000), count % 1000),
     }
 }
 
@@ -229,7 +265,7 @@ fn pressure_rows(pressure: &Pressure, paint: Paint, rows: &mut Vec<(&'static str
 
 #[cfg(test)]
 mod tests {
-    use flash_proto::v1::{Accepted, Decision, Done, LayerHits, LoadedModel, Model, Reading, Timing, Usage};
+    use flash_proto::v1::{Accepted, Decision, Done, LayerHits, LoadedModel, Model, Prefetch, Reading, Timing, Usage};
 
     use super::*;
 
@@ -257,6 +293,8 @@ mod tests {
         check(ago(200, 100), "just now");
         assert_eq!(ratio(0, 0), None);
         assert_eq!(ratio(1, 3), Some(0.25));
+        check(grouped(999), "999");
+        check(grouped(1_234_005), "1,234,005");
         assert_eq!([bar(0.0), bar(0.5), bar(1.0), bar(9.0)], ['▁', '▅', '█', '█']);
     }
 
@@ -291,6 +329,11 @@ mod tests {
             cache: Some(Cache { slots_per_layer: 16, slots_wanted: 12, budget_bytes: 10_000_000, ..Cache::default() }),
             hits: 3,
             misses: 1,
+            policy: "lfru".into(),
+            io: "direct".into(),
+            prefetch: Some(Prefetch { mode: "auto".into(), issued: 5, useful: 3, wasted: 1, late: 1 }),
+            belady: Some(Belady { tokens: 1024, policy: 0.5, belady: 0.623 }),
+            warm_loads: 7,
             layers: vec![LayerHits { layer: 0, hits: 1, misses: 1, resident: 16 }, LayerHits { layer: 1, ..LayerHits::default() }],
             ..Experts::default()
         };
@@ -314,6 +357,9 @@ mod tests {
         for part in [
             "tiny · loading 42%",
             "75% found",
+            "lfru · 12.3 points below Belady over the last 1,024 tokens · 7 experts read back",
+            "auto · 5 loaded ahead · 3 useful · 1 wasted · 1 late",
+            "direct I/O",
             "going to 12",
             "  0 ▅  50%   1     –",
             "warn · MemAvailable 3.1 GB",

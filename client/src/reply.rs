@@ -2,8 +2,8 @@
 //! the caller's: `run` and `chat` hand in a sink.
 
 use flash_proto::v1::{
-    Accepted, Chat, Done, GenerateEvent, GenerateRequest, Message, Progress, Sampling, generate_event::Event, generate_request::Prompt,
-    progress::Phase,
+    Accepted, Chat, Done, GenerateEvent, GenerateRequest, Message, Progress, Routing, Sampling, generate_event::Event,
+    generate_request::Prompt, progress::Phase,
 };
 use tonic::Streaming;
 
@@ -20,6 +20,14 @@ pub(crate) struct Reply {
     pub(crate) text: String,
     pub(crate) accepted: Option<Accepted>,
     pub(crate) done: Option<Done>,
+}
+
+/// What a stream says on the way.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Said<'a> {
+    Text(&'a str),
+    /// If the request asked for it.
+    Routing(&'a Routing),
 }
 
 pub(crate) fn message(role: &str, content: &str) -> Message {
@@ -59,7 +67,7 @@ pub(crate) async fn receive(
     request: GenerateRequest,
     global: &Global,
     reply: &mut Reply,
-    sink: &mut (dyn FnMut(&str) -> Result<(), Failure> + Send),
+    sink: &mut (dyn FnMut(Said) -> Result<(), Failure> + Send),
 ) -> Result<(), Failure> {
     let mut line = StatusLine::new(global.quiet);
     let stream = daemon.generate().generate(request).await;
@@ -74,7 +82,10 @@ pub(crate) async fn receive(
             Some(Event::Text(text)) => {
                 line.clear();
                 reply.text += &text.text;
-                sink(&text.text)?;
+                sink(Said::Text(&text.text))?;
+            }
+            Some(Event::Routing(routing)) => {
+                sink(Said::Routing(&routing))?;
             }
             Some(Event::Done(done)) => {
                 reply.done = Some(done);

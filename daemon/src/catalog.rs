@@ -127,6 +127,22 @@ impl Catalog {
         })
     }
 
+    /// As [`Catalog::resolve`], but a path may hold a checkpoint that cannot be served: packing may be what it needs.
+    pub(crate) async fn locate(self: &Arc<Self>, name: &str) -> Result<Model, Error> {
+        match (self.resolve(name).await, self.as_path(name)) {
+            (Err(Error::Load { .. }), Some(path)) => {
+                let id = path.file_name().map(|name| name.to_string_lossy().into_owned());
+                Ok(Model { id: id.unwrap_or_else(|| name.into()), path })
+            }
+            (found, _) => found,
+        }
+    }
+
+    /// Something was written: the next listing looks again. For threads that may block.
+    pub(crate) fn forget_listing(&self) {
+        *self.listing.blocking_lock() = None;
+    }
+
     fn find(&self, entries: &[Entry], name: &str) -> Option<Model> {
         let default;
         let name = match name {
@@ -219,6 +235,7 @@ mod tests {
             vocab_size: 1,
             expert_bytes: 1,
             trunk_bytes: 1,
+            packed: false,
         };
         let entry = |id: &&str| match id.strip_prefix('!') {
             Some(id) => {

@@ -50,6 +50,15 @@ pub struct RawConfig {
     /// auto (fastest) or reference (portable, f32)
     #[arg(long, value_name = "KIND")]
     pub kernels: Option<Text>,
+    /// How experts are read: auto (measured), direct, buffered, uring or mmap
+    #[arg(long, value_name = "KIND")]
+    pub io: Option<Text>,
+    /// Which expert makes room for another: lfru, lru, lcp, or none to keep no expert
+    #[arg(long, value_name = "POLICY")]
+    pub policy: Option<Text>,
+    /// Load experts that the next layer will probably use: auto (while it pays), on or off
+    #[arg(long, value_name = "MODE")]
+    pub lookahead: Option<Text>,
     /// How long an idle model stays loaded: 5m, 1h30m, seconds; negative = forever, 0 = not at all
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     pub keep_alive: Option<Text>,
@@ -62,6 +71,9 @@ pub struct RawConfig {
     /// Threads that read experts from disk (FLASH_LOADERS)
     #[arg(skip)]
     pub loaders: Option<Text>,
+    /// Whether experts that were in memory at the last unload are read back at a load: on or off (FLASH_WARM_START)
+    #[arg(skip)]
+    pub warm_start: Option<Text>,
 }
 
 /// A value not yet read: TOML may spell it as a string or as a number.
@@ -115,6 +127,8 @@ pub struct Config {
     pub model: Option<String>,
     pub options: Options,
     pub keep_alive: KeepAlive,
+    /// Read back at a load what was in memory at the last unload.
+    pub warm_start: bool,
     pub log_format: LogFormat,
     /// A tracing filter.
     pub log: String,
@@ -149,6 +163,12 @@ impl Config {
             sources.pick("model", |raw| raw.model.as_ref(), "auto", "a name", |text| Some((text != "auto").then(|| text.into())))?;
         let options = sources.options()?;
         let keep_alive = sources.pick("keep_alive", |raw| raw.keep_alive.as_ref(), "5m", KEEP_ALIVE_WANTS, parse_keep_alive)?;
+        let on_off = |text: &str| match text {
+            "on" => Some(true),
+            "off" => Some(false),
+            _ => None,
+        };
+        let warm_start = sources.pick("warm_start", |raw| raw.warm_start.as_ref(), "on", "on or off", on_off)?;
         let log_format = |text: &str| match text {
             "text" => Some(LogFormat::Text),
             "json" => Some(LogFormat::Json),
@@ -157,7 +177,7 @@ impl Config {
         let log_format = sources.pick("log_format", |raw| raw.log_format.as_ref(), "text", "text or json", log_format)?;
         let filter = |text: &str| tracing_subscriber::EnvFilter::try_new(text).ok().map(|_| text.to_owned());
         let log = sources.pick("log", |raw| raw.log.as_ref(), "info", "a log filter such as info or flashd=debug", filter)?;
-        Ok(Self { home, socket, model_roots, model, options, keep_alive, log_format, log, settings: sources.settings })
+        Ok(Self { home, socket, model_roots, model, options, keep_alive, warm_start, log_format, log, settings: sources.settings })
     }
 
     /// Where `--log-file` writes.
@@ -253,6 +273,9 @@ impl Sources<'_> {
             threads: self.pick("threads", |raw| raw.threads.as_ref(), "auto", "a number of at least 1, or auto", or_auto)?,
             kernels: self.pick("kernels", |raw| raw.kernels.as_ref(), "auto", "auto or reference", kernels)?,
             loaders: self.pick("loaders", |raw| raw.loaders.as_ref(), "4", "a number of at least 1", at_least_1)?,
+            io: self.pick("io", |raw| raw.io.as_ref(), "auto", "auto, direct, buffered, uring or mmap", |text| text.parse().ok())?,
+            policy: self.pick("policy", |raw| raw.policy.as_ref(), "lfru", "lfru, lru, lcp or none", |text| text.parse().ok())?,
+            lookahead: self.pick("lookahead", |raw| raw.lookahead.as_ref(), "auto", "auto, on or off", |text| text.parse().ok())?,
             available: None,
         })
     }
@@ -332,6 +355,8 @@ fn expand(path: &Path, env: &dyn Fn(&str) -> Option<OsString>) -> PathBuf {
 mod tests {
     use std::collections::HashMap;
 
+    use flash_engine::{Io, Lookahead, PolicyKind};
+
     use super::*;
 
     fn resolve(flags: RawConfig, env: &[(&str, &str)], file: &str) -> Result<Config, Error> {
@@ -362,7 +387,8 @@ mod tests {
     #[test]
     fn every_setting_is_read_and_listed() {
         let file = "model = 'm'\nmodels = ['~/a', '/b']\nexpert_cache = '25%'\nmemory = '1GiB'\nctx = 4096\nqueue = 9\nthreads = 3\n\
-                    kernels = 'reference'\nkeep_alive = -1\nlog_format = 'json'\nlog = 'flashd=debug'\nloaders = 2";
+                    kernels = 'reference'\nkeep_alive = -1\nlog_format = 'json'\nlog = 'flashd=debug'\nloaders = 2\n\
+                    io = 'buffered'\npolicy = 'lru'\nlookahead = 'off'\nwarm_start = 'off'";
         let config = resolve(RawConfig::default(), &[("HOME", "/home/u")], file).expect("a good configuration");
         assert_eq!(config.model.as_deref(), Some("m"));
         assert_eq!(config.model_roots[..2], [PathBuf::from("/home/u/a"), PathBuf::from("/b")]);
@@ -370,11 +396,13 @@ mod tests {
         let options = &config.options;
         assert_eq!((options.expert_cache, options.memory, options.context), (CacheBudget::Share(0.25), Some(1 << 30), Some(4096)));
         assert_eq!((options.queue, options.threads, options.kernels, options.loaders), (9, Some(3), Kernels::Reference, 2));
+        assert_eq!((options.io, options.policy, options.lookahead), (Io::Buffered, PolicyKind::Lru, Lookahead::Off));
+        assert!(!config.warm_start);
         assert_eq!((config.keep_alive, config.log_format, config.log.as_str()), (KeepAlive(None), LogFormat::Json, "flashd=debug"));
         let names: Vec<_> = config.settings.iter().map(|setting| setting.name).collect();
         let expected = ["home", "socket", "models", "model", "expert_cache", "memory", "ctx", "parallel", "queue", "threads", "kernels"];
         assert_eq!(names[..11], expected);
-        assert_eq!(names[11..], ["loaders", "keep_alive", "log_format", "log"]);
+        assert_eq!(names[11..], ["loaders", "io", "policy", "lookahead", "keep_alive", "warm_start", "log_format", "log"]);
     }
 
     #[test]

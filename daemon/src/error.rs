@@ -32,6 +32,9 @@ pub enum Error {
     Load { id: String, source: Arc<flash_engine::Error> },
     #[error("{waiting} requests are waiting already; try again in {retry_after_s} s")]
     QueueFull { waiting: usize, retry_after_s: u64 },
+    /// Something else holds the model or the engine; says what to do.
+    #[error("{0}")]
+    Busy(String),
     #[error("the daemon is shutting down")]
     Draining,
     #[error("cancelled: {0}")]

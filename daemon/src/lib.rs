@@ -4,6 +4,8 @@
 mod catalog;
 mod config;
 mod error;
+mod hot;
+mod jobs;
 mod pressure;
 mod service;
 mod sessions;
@@ -51,7 +53,7 @@ pub async fn run(config: Config, listener: UnixListener, shutdown: impl Future<O
     }
     tokio::select! {
         result = &mut server => return result.map_err(Error::from),
-        () = daemon.worker.stop() => {}
+        () = async { tokio::join!(daemon.jobs.stop(), daemon.worker.stop()); } => {}
     }
     stop.send_replace(true);
     if let Ok(result) = tokio::time::timeout(LAST_BYTES, server).await {
@@ -61,14 +63,14 @@ pub async fn run(config: Config, listener: UnixListener, shutdown: impl Future<O
     Ok(())
 }
 
-/// Waits for the live requests, at most as long as the shortest grace asked for.
+/// Waits for the live requests and jobs, at most as long as the shortest grace asked for.
 async fn drain(daemon: &Daemon) {
     let mut grace = daemon.drain.shorter(Duration::MAX).await;
     let begun = tokio::time::Instant::now();
     tracing::info!(seconds = grace.as_secs_f64(), requests = daemon.sessions.list().len(), "draining");
     loop {
         tokio::select! {
-            () = daemon.sessions.empty() => return,
+            () = async { tokio::join!(daemon.sessions.empty(), daemon.jobs.none()); } => return,
             () = tokio::time::sleep_until(begun + grace) => break,
             shorter = daemon.drain.shorter(grace) => grace = shorter,
         }

@@ -10,9 +10,9 @@ use std::{
     collections::{HashMap, VecDeque},
     io,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
         mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
     },
@@ -20,15 +20,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use flash_engine::{Bytes, CacheBudget, Delivery, Engine, Event, ModelInfo, Options, Report, Request, RequestId, Step, Text};
+use flash_engine::{
+    Bytes, CacheBudget, Delivery, Engine, Event, ModelInfo, Options, Report, Request, RequestId, Step, Text,
+    bench::{self, BenchEvent, BenchOptions},
+    replay::Trace,
+};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::{Error, config::KeepAlive, pressure, stats::Totals};
+use crate::{Error, config::KeepAlive, hot::HotSets, jobs::Running, pressure, stats::Totals};
 
 /// Events a slow reader may leave unread before its request pauses …
 pub(crate) const EVENTS: usize = 64;
 /// … and room beyond them for a last word (Failed) to a paused request.
 pub(crate) const EVENTS_SPARE: usize = 4;
+/// Events of a benchmark that may be unread before progress is left out.
+pub(crate) const BENCH_EVENTS: usize = 256;
 /// Places in the command channel besides the waiting requests'.
 const COMMANDS_SPARE: usize = 64;
 /// How stale the published report may be while the engine works.
@@ -41,6 +47,9 @@ pub(crate) enum Command {
     Generate(Box<Generate>),
     Load(Box<Load>),
     Unload(Unload),
+    Reserve(Reserve),
+    Bench(Box<Bench>),
+    Recent(Recent),
     /// Look again: a reader has left or caught up, or the ceiling has moved.
     Wake,
 }
@@ -90,6 +99,38 @@ pub(crate) struct Unload {
     pub(crate) reply: Reply<bool>,
 }
 
+/// Asks for a folder that a job is going to write in.
+pub(crate) struct Reserve {
+    pub(crate) model: Model,
+    /// The checkpoint itself changes: it must not be loaded, now or meanwhile.
+    pub(crate) exclusive: bool,
+    pub(crate) reply: Reply<Reservation>,
+}
+
+/// Holds a folder until it is dropped.
+pub(crate) type Reservation = Arc<()>;
+
+struct Reserved {
+    path: PathBuf,
+    exclusive: bool,
+    holder: Weak<()>,
+}
+
+/// Measures a model on the engine's thread, which has unloaded its own.
+pub(crate) struct Bench {
+    pub(crate) model: Model,
+    pub(crate) options: BenchOptions,
+    pub(crate) events: mpsc::Sender<Result<BenchEvent, Error>>,
+    /// Answered when it begins.
+    pub(crate) reply: Reply<()>,
+    pub(crate) running: Running,
+}
+
+/// Asks for the routing of the latest tokens; `None`: no model is loaded.
+pub(crate) struct Recent {
+    pub(crate) reply: oneshot::Sender<Option<Trace>>,
+}
+
 /// What everyone may know about the engine, without waiting for it.
 #[derive(Clone, Debug)]
 pub(crate) struct State {
@@ -104,6 +145,8 @@ pub(crate) struct State {
 pub(crate) enum Phase {
     Loading(f64),
     Ready(Arc<Ready>),
+    /// A benchmark's engine, as it stands.
+    Bench(Arc<Report>),
 }
 
 #[derive(Debug)]
@@ -120,6 +163,15 @@ impl State {
     pub(crate) fn ready(&self) -> Option<(&Model, &Arc<Ready>)> {
         match &self.model {
             Some((model, Phase::Ready(ready))) => Some((model, ready)),
+            _ => None,
+        }
+    }
+
+    /// Of whatever engine there is: that of a benchmark counts as well.
+    pub(crate) fn report(&self) -> Option<&Report> {
+        match &self.model {
+            Some((_, Phase::Ready(ready))) => Some(&ready.report),
+            Some((_, Phase::Bench(report))) => Some(report),
             _ => None,
         }
     }
@@ -142,7 +194,7 @@ struct Levels {
 }
 
 impl Worker {
-    pub(crate) fn start(options: Options, keep_alive: KeepAlive, totals: Arc<Totals>) -> Result<Self, Error> {
+    pub(crate) fn start(options: Options, keep_alive: KeepAlive, hot: HotSets, totals: Arc<Totals>) -> Result<Self, Error> {
         let (commands, inbox) = sync_channel(options.queue + COMMANDS_SPARE);
         let (publish, state) = watch::channel(Arc::new(State { model: None, in_line: 0, options: options.clone() }));
         let levels = Arc::new(Levels { ceiling: AtomicU64::new(u64::MAX), stop: AtomicBool::new(false) });
@@ -158,7 +210,10 @@ impl Worker {
             keep_alive,
             last_used: Instant::now(),
             line: VecDeque::new(),
+            measuring: false,
             loaded: None,
+            hot,
+            reserved: Vec::new(),
             live: HashMap::new(),
         };
         let spawned = thread::Builder::new().name("flash-engine".into()).spawn(move || thread.run());
@@ -206,6 +261,7 @@ enum Waiting {
     Generate(Box<Generate>),
     Load(Box<Load>),
     Unload(Unload),
+    Bench(Box<Bench>),
 }
 
 struct Loadable {
@@ -236,7 +292,11 @@ struct Thread {
     keep_alive: KeepAlive,
     last_used: Instant,
     line: VecDeque<Waiting>,
+    /// A benchmark has the engine's thread.
+    measuring: bool,
     loaded: Option<Loadable>,
+    hot: HotSets,
+    reserved: Vec<Reserved>,
     live: HashMap<RequestId, Live>,
 }
 
@@ -256,7 +316,8 @@ impl Thread {
                 self.take(command);
             }
             if self.levels.stop.load(SeqCst) {
-                return self.fail_live(|| Error::Draining);
+                self.fail_live(|| Error::Draining);
+                return self.unload();
             }
             self.look();
             self.serve_line();
@@ -291,6 +352,22 @@ impl Thread {
                 self.serve_unload(job);
             }
             Command::Unload(job) => self.line.push_back(Waiting::Unload(job)),
+            Command::Reserve(job) => {
+                let reserved = self.reserve(&job);
+                let _ = job.reply.send(reserved);
+            }
+            // It would wait for them with the model's memory still taken, for who knows how long.
+            Command::Bench(job) if !self.live.is_empty() || !self.line.is_empty() => {
+                let _ = job.reply.send(Err(busy(self.live.len() + self.line.len())));
+            }
+            Command::Bench(job) if self.measuring => {
+                let _ =
+                    job.reply.send(Err(Error::Busy("another benchmark is running; wait for it, or end it where it was started".into())));
+            }
+            Command::Bench(job) => self.line.push_back(Waiting::Bench(job)),
+            Command::Recent(job) => {
+                let _ = job.reply.send(self.loaded.as_ref().map(|loaded| loaded.engine.recent()));
+            }
             Command::Wake => {}
         }
     }
@@ -327,6 +404,7 @@ impl Thread {
                 Waiting::Generate(job) => job.reply.is_closed() || self.matches(Some(&job.model)),
                 Waiting::Load(job) => job.reply.is_closed() || self.matches(Some(&job.model)) && !self.changes_context(job.context),
                 Waiting::Unload(job) => job.reply.is_closed() || !self.matches(job.model.as_ref()),
+                Waiting::Bench(job) => job.reply.is_closed(),
             };
             if !(at_once || free) {
                 return;
@@ -335,6 +413,7 @@ impl Thread {
                 Some(Waiting::Generate(job)) => self.serve_generate(*job),
                 Some(Waiting::Load(job)) => self.serve_load(*job),
                 Some(Waiting::Unload(job)) => self.serve_unload(job),
+                Some(Waiting::Bench(job)) => self.serve_bench(*job),
                 None => return,
             }
         }
@@ -425,6 +504,7 @@ impl Thread {
         if self.matches(Some(model)) {
             return Ok(());
         }
+        self.may_open(model)?;
         self.unload();
         let started = Instant::now();
         tracing::info!(model = model.id, path = %model.path.display(), expert_cache = %self.options.expert_cache, "loading");
@@ -438,7 +518,7 @@ impl Thread {
                 publish(progress);
             })
         }));
-        let engine = match loaded {
+        let mut engine = match loaded {
             Ok(Ok(engine)) => engine,
             Ok(Err(source)) => {
                 tracing::error!(model = model.id, %source, "loading failed");
@@ -454,6 +534,7 @@ impl Thread {
         for warning in engine.warnings() {
             tracing::warn!(model = model.id, "{warning}");
         }
+        self.hot.restore(&mut engine);
         let info = Arc::new(engine.info().clone());
         self.loaded = Some(Loadable { model: model.clone(), engine, info, ceiling: u64::MAX });
         self.keep_alive = self.standing_keep_alive;
@@ -461,6 +542,92 @@ impl Thread {
         self.look();
         self.publish();
         Ok(())
+    }
+
+    fn reserve(&mut self, job: &Reserve) -> Result<Reservation, Error> {
+        let Model { id, path } = &job.model;
+        if job.exclusive && self.matches(Some(&job.model)) {
+            return Err(Error::Busy(format!("{id} is loaded; unload it first: flashctl stop {id}")));
+        }
+        if self.reserved(path).is_some() {
+            return Err(Error::Busy(format!("{} is being written by another job; wait until it has ended", path.display())));
+        }
+        let reservation = Arc::new(());
+        self.reserved.push(Reserved { path: path.clone(), exclusive: job.exclusive, holder: Arc::downgrade(&reservation) });
+        Ok(reservation)
+    }
+
+    fn reserved(&mut self, path: &Path) -> Option<&Reserved> {
+        self.reserved.retain(|reserved| reserved.holder.strong_count() > 0);
+        self.reserved.iter().find(|reserved| reserved.path == path)
+    }
+
+    fn may_open(&mut self, model: &Model) -> Result<(), Error> {
+        match self.reserved(&model.path) {
+            Some(reserved) if reserved.exclusive => {
+                Err(Error::Busy(format!("{} is being packed in place; wait until that has ended", model.id)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// New requests wait in line meanwhile, as they do while a model is loaded.
+    fn serve_bench(&mut self, job: Bench) {
+        let Bench { model, options, events, reply, running } = job;
+        if reply.is_closed() {
+            return;
+        }
+        if let Err(error) = self.may_open(&model) {
+            let _ = reply.send(Err(error));
+            return;
+        }
+        self.unload();
+        let reservation = Arc::new(());
+        self.reserved.push(Reserved { path: model.path.clone(), exclusive: true, holder: Arc::downgrade(&reservation) });
+        tracing::info!(model = model.id, "measuring");
+        let _ = reply.send(Ok(()));
+        let fits = self.levels.ceiling.load(SeqCst);
+        let settings = Options { available: (fits != u64::MAX).then_some(fits), ..self.options.clone() };
+        let levels = self.levels.clone();
+        let goes_on = || !events.is_closed() && !running.stopped() && !levels.stop.load(SeqCst);
+        let mut each = |event| {
+            // Rows are few and must arrive; a reader that leaves so many unread is as good as gone.
+            let skip = matches!(event, BenchEvent::Progress { .. }) && events.capacity() < BENCH_EVENTS / 2;
+            goes_on() && (skip || events.try_send(Ok(event)).is_ok())
+        };
+        self.measuring = true;
+        let mut ceiling = u64::MAX;
+        let mut between = |engine: &mut Engine| {
+            while let Ok(command) = self.inbox.try_recv() {
+                self.take(command);
+            }
+            let now = levels.ceiling.load(SeqCst);
+            if now != ceiling {
+                ceiling = now;
+                engine.set_ceiling((now != u64::MAX).then_some(now));
+            }
+            if self.published.elapsed() >= PUBLISH_EVERY {
+                self.publish.send_replace(self.state(Some((model.clone(), Phase::Bench(Arc::new(engine.report()))))));
+                self.published = Instant::now();
+            }
+            goes_on()
+        };
+        let measure = || bench::run(&model.path, &settings, &options, &mut between, &mut each);
+        let result = catch_unwind(AssertUnwindSafe(measure));
+        self.measuring = false;
+        let result = result.unwrap_or_else(|panic| Err(flash_engine::Error::Internal(panic_text(&*panic))));
+        pressure::give_back();
+        self.publish();
+        match result {
+            Ok(()) => {}
+            Err(flash_engine::Error::Cancelled) if self.levels.stop.load(SeqCst) || running.stopped() => {
+                let _ = events.try_send(Err(Error::Draining));
+            }
+            Err(error) => {
+                tracing::warn!(model = model.id, %error, "measuring ended");
+                let _ = events.try_send(Err(error.into()));
+            }
+        }
     }
 
     fn step(&mut self) -> Step {
@@ -496,6 +663,10 @@ impl Thread {
         let Some(loaded) = self.loaded.take() else { return };
         tracing::info!(model = loaded.model.id, "unloading");
         self.publish();
+        // After a panic in a step both are asked of an engine in any state.
+        if catch_unwind(AssertUnwindSafe(|| self.hot.save(&loaded.engine))).is_err() {
+            tracing::error!("the engine panicked while its hot set was saved");
+        }
         if catch_unwind(AssertUnwindSafe(|| drop(loaded))).is_err() {
             tracing::error!("the engine panicked while it was dropped");
         }
@@ -540,13 +711,19 @@ impl Thread {
     }
 }
 
+fn busy(requests: usize) -> Error {
+    Error::Busy(format!(
+        "{requests} requests are running or waiting, and a benchmark needs the memory for itself; wait for them, or end them: flashctl stop --force"
+    ))
+}
+
 /// Hands one event to its reader, never waiting for it.
 fn deliver(live: &mut HashMap<RequestId, Live>, totals: &Totals, last_used: &mut Instant, id: RequestId, event: Event) -> Delivery {
     let Some(request) = live.get_mut(&id) else { return Delivery::Gone };
     let done = match &event {
         Event::Done(done) => Some(Some(done.clone())),
         Event::Failed(_) => Some(None),
-        Event::Prefill { .. } | Event::Token { .. } => None,
+        Event::Prefill { .. } | Event::Token { .. } | Event::Routing { .. } => None,
     };
     let event = match event {
         Event::Failed(error) => Err(Error::Engine(error)),
@@ -584,7 +761,7 @@ fn cancelled(totals: &Totals, request: &Live) {
     tracing::info!(parent: &request.span, "cancelled by its reader");
 }
 
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "panic".into())
 }

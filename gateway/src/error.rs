@@ -35,6 +35,7 @@ pub(crate) enum Code {
     DaemonUnavailable,
     ModelLoading,
     Draining,
+    Busy,
     InsufficientMemory,
     QueueTimeout,
 }
@@ -67,6 +68,7 @@ impl Code {
             Self::DaemonUnavailable => ("daemon_unavailable", 503, SERVER),
             Self::ModelLoading => (code::MODEL_LOADING, 503, SERVER),
             Self::Draining => (code::DRAINING, 503, SERVER),
+            Self::Busy => (code::BUSY, 503, SERVER),
             Self::InsufficientMemory => (code::INSUFFICIENT_MEMORY, 503, SERVER),
             Self::QueueTimeout => ("queue_timeout", 504, SERVER),
         }
@@ -84,6 +86,7 @@ impl Code {
             code::QUEUE_FULL => Self::QueueFull,
             code::INSUFFICIENT_MEMORY => Self::InsufficientMemory,
             code::DRAINING => Self::Draining,
+            code::BUSY => Self::Busy,
             code::CANCELLED => Self::Cancelled,
             _ => Self::Engine,
         }
@@ -94,7 +97,7 @@ impl Code {
         match self {
             Self::QueueFull | Self::DaemonUnavailable | Self::Draining => Some(2),
             Self::ModelLoading => Some(5),
-            Self::InsufficientMemory => Some(10),
+            Self::InsufficientMemory | Self::Busy => Some(10),
             _ => None,
         }
     }

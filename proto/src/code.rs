@@ -13,13 +13,17 @@ pub const QUEUE_FULL: &str = "queue_full";
 pub const INSUFFICIENT_MEMORY: &str = "insufficient_memory";
 pub const DRAINING: &str = "draining";
 pub const ENGINE: &str = "engine_error";
+/// Something else holds the model or the engine; the message says what to do.
+pub const BUSY: &str = "busy";
+/// A disk has too little room for what is to be written.
+pub const NO_SPACE: &str = "no_space";
 pub const CANCELLED: &str = "cancelled";
 
 /// A status that carries `code`.
 pub fn status(code: &'static str, message: impl Into<String>) -> Status {
     let grpc = match code {
         MODEL_NOT_FOUND => Code::NotFound,
-        MODEL_INVALID | INSUFFICIENT_MEMORY => Code::FailedPrecondition,
+        MODEL_INVALID | INSUFFICIENT_MEMORY | BUSY | NO_SPACE => Code::FailedPrecondition,
         CONTEXT_LENGTH | INVALID_VALUE | CHAT_TEMPLATE => Code::InvalidArgument,
         QUEUE_FULL => Code::ResourceExhausted,
         MODEL_LOADING | DRAINING => Code::Unavailable,

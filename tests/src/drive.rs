@@ -24,6 +24,7 @@ pub fn greedy(prompt: &[u32], count: usize) -> Request {
         max_tokens: Some(count),
         top_logprobs: None,
         ignore_eos: true,
+        record_routing: false,
         client: String::new(),
     }
 }
@@ -64,7 +65,7 @@ pub fn run_with(engine: &mut Engine, requests: &[Late], between: &mut dyn FnMut(
             let Some(index) = admitted.iter().position(|&known| known == Some(id)) else { return Delivery::Gone };
             let outcome = &mut outcomes[index];
             match event {
-                Event::Prefill { .. } => {}
+                Event::Prefill { .. } | Event::Routing { .. } => {}
                 Event::Token { text, logprobs } => {
                     outcome.text.push_str(&text);
                     for token in logprobs {

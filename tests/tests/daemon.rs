@@ -10,7 +10,10 @@ use std::{
 use anyhow::{Context, Result};
 use flash_proto::{
     code,
-    v1::{GenerateRequest, ListRequest, ShutdownRequest, UnloadRequest, WatchStatsRequest},
+    v1::{
+        BenchRequest, GenerateRequest, ListRequest, ShutdownRequest, Snapshot, UnloadRequest, WatchStatsRequest, generate_event::Event,
+        loaded_model::State,
+    },
 };
 use flash_tests::{
     DEADLINE,
@@ -237,6 +240,63 @@ async fn stats_are_watched() -> Result<()> {
         let memory = snapshot.memory.context("memory")?;
         assert!(memory.trunk_bytes > 0 && memory.slab_bytes > 0 && memory.process_bytes > memory.slab_bytes, "{memory:?}");
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_benchmark_takes_the_engine_and_gives_it_back() -> Result<()> {
+    let home = Home::new()?;
+    let model = tiny(&home)?;
+    let daemon = home.daemon(&[])?;
+    let client = daemon.client().await?;
+    let request = || BenchRequest { model: model.clone(), cache: vec!["50%".into()], generate: Some(20_000), ..Default::default() };
+    let mut running = client.start(GenerateRequest { request_id: "story-7".into(), ..endless(&model, "first") }).await?;
+    first_text(&mut running).await?;
+    let refused = client.admin.clone().bench(request()).await.err().context("a request runs")?;
+    assert_eq!((refused.code(), code::of(&refused)), (tonic::Code::FailedPrecondition, Some(code::BUSY)));
+    assert!(refused.message().contains("story-7") && refused.message().contains("flashctl stop"), "{}", refused.message());
+    drop(running);
+    client.wait_stats("nothing runs", DEADLINE, |stats| counts(stats) == (0, 0)).await?;
+
+    let bench = client.admin.clone().bench(request()).await?.into_inner();
+    let measuring = |stats: &Snapshot| stats.model.as_ref().is_some_and(|model| model.state() == State::Benchmark);
+    client.wait_stats("the benchmark runs", DEADLINE, measuring).await?;
+    let second = client.admin.clone().bench(request()).await;
+    assert!(second.is_err(), "two at once");
+    let waiting = {
+        let (client, request) = (client.clone(), greedy(&model, "Hello", 5));
+        tokio::spawn(async move { client.ids(request).await })
+    };
+    client.wait_stats("a request waits", DEADLINE, |stats| counts(stats) == (0, 1)).await?;
+    drop(bench);
+    assert_eq!(waiting.await??.len(), 5, "it is served when the benchmark has gone");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn routing_is_told_to_who_asks() -> Result<()> {
+    let home = Home::new()?;
+    let model = tiny(&home)?;
+    let daemon = home.daemon(&[])?;
+    let client = daemon.client().await?;
+    let request = greedy(&model, &"x".repeat(700), 20);
+    let expected = client.ids(request.clone()).await?;
+    let mut stream = client.start(GenerateRequest { record_routing: true, ..request }).await?;
+    let (mut positions, mut ids) = (0, Vec::new());
+    while let Some(event) = stream.message().await? {
+        match event.event.context("an event")? {
+            Event::Routing(routing) => {
+                assert_eq!((routing.layers, routing.ids.len()), (2, routing.tokens.len() * 2 * 2));
+                assert!(routing.ids.iter().all(|id| *id < 8), "{routing:?}");
+                positions += routing.tokens.len();
+            }
+            Event::Done(done) => ids = done.token_ids,
+            _ => {}
+        }
+    }
+    assert_eq!(ids, expected, "being watched changes nothing");
+    // The last token is drawn and goes through no layer.
+    assert_eq!(positions, 700 + 20 - 1);
     Ok(())
 }
 

@@ -1,12 +1,12 @@
 //! What a failing disk does to the engine: requests that need the bytes fail and say which, all others get the right
 //! tokens, nothing hangs, and when the disk is well again so is the next request.
 
-use std::{sync::Arc, thread};
+use std::{path::Path, sync::Arc, thread};
 
 use anyhow::{Context, Result};
-use flash_engine::{CacheBudget, Engine, Options, Request};
+use flash_engine::{CacheBudget, Engine, Options, Request, convert};
 use flash_tests::{
-    drive::{Outcome, drawn, greedy, ids, run},
+    drive::{Late, Outcome, drawn, greedy, ids, run, run_with},
     fault_storage::{Fault, Faults, When},
     tiny_model::{Spec, TinyModel, expert_bytes},
 };
@@ -22,8 +22,18 @@ struct Subject {
 
 /// An engine with two slots per layer, so that nearly every token reads experts.
 fn subject() -> Result<Subject> {
+    prepared(|_| Ok(()))
+}
+
+/// The same with its experts in a store.
+fn packed() -> Result<Subject> {
+    prepared(|dir| Ok(convert(dir, false, &mut |_| true).map(drop)?))
+}
+
+fn prepared(prepare: impl FnOnce(&Path) -> Result<()>) -> Result<Subject> {
     let dir = TempDir::new()?;
     TinyModel::generate(Spec { experts: EXPERTS, seed: 5, ..Spec::default() }).write(dir.path())?;
+    prepare(dir.path())?;
     let faults = Faults::new();
     let options = Options { expert_cache: CacheBudget::Share(2.5 / EXPERTS as f64), parallel: 4, ..Options::default() };
     let engine = Engine::load_from(dir.path(), &options, &faults.opener(), &mut |_| {})?;
@@ -34,8 +44,8 @@ fn one(engine: &mut Engine, request: &Request) -> Result<Outcome> {
     run(engine, std::slice::from_ref(request))?.pop().context("an outcome")
 }
 
-fn names_the_place(error: &str) {
-    for word in ["layer", "expert", "offset", "model.safetensors"] {
+fn names_the_place(error: &str, file: &str) {
+    for word in ["layer", "expert", "offset", file] {
         assert!(error.contains(word), "no {word} in: {error}");
     }
 }
@@ -47,18 +57,95 @@ fn prompt(text: &str) -> Vec<u32> {
 
 #[test]
 fn every_kind_of_failure_fails_the_request_and_passes() -> Result<()> {
-    let mut subject = subject()?;
-    let request = drawn(&prompt("A dog"), 12, 9);
-    let expected = ids(run(&mut subject.engine, std::slice::from_ref(&request))?)?;
-    for fault in [Fault::Error, Fault::Short, Fault::Vanished, Fault::Panic] {
-        subject.faults.arm(When::Always, fault);
-        let outcome = one(&mut subject.engine, &request)?;
-        names_the_place(&outcome.error.with_context(|| format!("{fault:?} goes unnoticed"))?);
-        let stats = subject.engine.report().experts;
-        assert!(stats.load_errors > 0 && stats.bad_records > 0, "{fault:?}: {stats:?}");
-        assert_eq!(subject.engine.report().running, 0, "{fault:?}: the request is gone");
-        subject.faults.heal();
-        assert_eq!(ids(run(&mut subject.engine, std::slice::from_ref(&request))?)?, expected, "after {fault:?}");
+    let loud = [Fault::Error, Fault::Short, Fault::Vanished, Fault::Panic];
+    // A flipped bit is noticed where there is a checksum to hold the bytes against.
+    let every = [Fault::Flip, Fault::Error, Fault::Short, Fault::Vanished, Fault::Panic];
+    for (mut subject, file, faults) in [(subject()?, "model.safetensors", &loud[..]), (packed()?, "experts.flash", &every[..])] {
+        let request = drawn(&prompt("A dog"), 12, 9);
+        let expected = ids(run(&mut subject.engine, std::slice::from_ref(&request))?)?;
+        for &fault in faults {
+            let before = subject.engine.report().experts.checksum_errors;
+            subject.faults.arm(When::Always, fault);
+            let outcome = one(&mut subject.engine, &request)?;
+            names_the_place(&outcome.error.with_context(|| format!("{fault:?} goes unnoticed"))?, file);
+            let stats = subject.engine.report().experts;
+            assert!(stats.load_errors > 0 && stats.bad_records > 0, "{fault:?}: {stats:?}");
+            assert_eq!(stats.checksum_errors > before, fault == Fault::Flip, "{fault:?}: {stats:?}");
+            assert_eq!(subject.engine.report().running, 0, "{fault:?}: the request is gone");
+            subject.faults.heal();
+            assert_eq!(ids(run(&mut subject.engine, std::slice::from_ref(&request))?)?, expected, "after {fault:?}");
+        }
+    }
+    Ok(())
+}
+
+/// A byte that is wrong on the disk itself stays wrong: whoever needs that expert fails, each time, and nobody else does.
+#[test]
+fn a_damaged_record_fails_those_that_need_it() -> Result<()> {
+    let Subject { dir, mut engine, .. } = packed()?;
+    let requests: Vec<Request> = ["a", "Zq", "0", "~~", "dog", "\u{1}"].map(|text| greedy(&prompt(text), 3)).to_vec();
+    let expected = ids(run(&mut engine, &requests)?)?;
+    drop(engine);
+    let path = dir.path().join("experts.flash");
+    let good = std::fs::read(&path)?;
+    let mut told_apart = 0;
+    for expert in 0..EXPERTS {
+        let store = flash_experts::StoreReader::open(&path, flash_engine::Io::Buffered)?;
+        let entry = store.records().nth(1).context("layer 1")?[expert];
+        let mut bytes = good.clone();
+        bytes[usize::try_from(entry.offset)? + entry.payload as usize / 2] ^= 1;
+        std::fs::write(&path, bytes)?;
+        let options = Options { expert_cache: CacheBudget::Share(0.5), parallel: 4, ..Options::default() };
+        let mut engine = Engine::load(dir.path(), &options, &mut |_| {})?;
+        let mut failures = 0;
+        for _ in 0..2 {
+            for (outcome, expected) in run(&mut engine, &requests)?.into_iter().zip(&expected) {
+                match outcome.error {
+                    Some(error) => {
+                        failures += 1;
+                        names_the_place(&error, "experts.flash");
+                        assert!(error.contains(&format!("layer 1 expert {expert}:")) && error.contains("flashctl verify"), "{error}");
+                    }
+                    None => assert_eq!(outcome.ids, *expected),
+                }
+            }
+        }
+        assert_eq!(engine.report().experts.checksum_errors > 0, failures > 0);
+        told_apart += usize::from(failures > 0 && failures < 2 * requests.len());
+        std::fs::write(&path, &good)?;
+    }
+    assert!(told_apart > 0, "no expert told the requests apart");
+    Ok(())
+}
+
+/// The disk goes away in mid-stream: who needs it fails, naming the record; who does not ends as ever.
+#[test]
+fn a_disk_that_vanishes_in_mid_stream() -> Result<()> {
+    for mut subject in [subject()?, packed()?] {
+        let requests: Vec<Request> = ["one", "two", "three"].map(|text| greedy(&prompt(text), 24)).to_vec();
+        let expected = ids(run(&mut subject.engine, &requests)?)?;
+        let late: Vec<Late> = requests.iter().map(|request| Late { at: 0, request: request.clone() }).collect();
+        for gone_at in [0, 1, 5, 20] {
+            let faults = Arc::clone(&subject.faults);
+            let outcomes = run_with(&mut subject.engine, &late, &mut |_, step| {
+                if step == gone_at {
+                    faults.arm(When::Always, Fault::Vanished);
+                }
+            })?;
+            let mut failed = 0;
+            for (outcome, expected) in outcomes.into_iter().zip(&expected) {
+                match outcome.error {
+                    Some(error) => {
+                        failed += 1;
+                        names_the_place(&error, "");
+                    }
+                    None => assert_eq!(outcome.ids, *expected, "gone at step {gone_at}"),
+                }
+            }
+            assert!(failed > 0, "nobody needed the disk after step {gone_at}");
+            subject.faults.heal();
+            assert_eq!(ids(run(&mut subject.engine, &requests)?)?, expected);
+        }
     }
     Ok(())
 }
@@ -77,7 +164,7 @@ fn a_failure_at_every_point_of_a_request() -> Result<()> {
         match outcome.error {
             Some(error) => {
                 failures += 1;
-                names_the_place(&error);
+                names_the_place(&error, "model.safetensors");
                 assert!(subject.faults.struck() > struck);
             }
             None => assert_eq!(outcome.ids, expected, "read {n}"),
@@ -126,7 +213,13 @@ fn only_requests_that_need_the_bytes_fail() -> Result<()> {
 /// A disk that does not answer stops the step, not the process; when it answers, the tokens are right.
 #[test]
 fn reads_that_hang_for_a_while() -> Result<()> {
-    let mut subject = subject()?;
+    for subject in [subject()?, packed()?] {
+        hangs_for_a_while(subject)?;
+    }
+    Ok(())
+}
+
+fn hangs_for_a_while(mut subject: Subject) -> Result<()> {
     let request = greedy(&prompt("wait"), 6);
     let expected = ids(run(&mut subject.engine, std::slice::from_ref(&request))?)?;
     // Another prompt, so that the slots hold other experts.

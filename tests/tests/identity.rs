@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use flash_engine::{CacheBudget, Engine, Kernels, Options, Request};
+use flash_engine::{CacheBudget, Engine, Io, Kernels, Lookahead, Options, PolicyKind, Request};
 use flash_tests::{
     daemon::bundled_model,
     drive::{Late, Outcome, answered, drawn, greedy, run, run_with},
@@ -119,6 +119,31 @@ impl Subject<'_> {
         Ok(())
     }
 
+    /// Every policy, way of reading and lookahead, under a budget that shrinks and grows every ten tokens.
+    fn settings(&self, kernels: Kernels) -> Result<()> {
+        let expected = self.expected(kernels)?;
+        let policies = [PolicyKind::Lfru, PolicyKind::Lru, PolicyKind::Lcp, PolicyKind::None];
+        let ios = [Io::Direct, Io::Buffered, Io::Uring, Io::Mmap];
+        for (round, policy) in policies.iter().cycle().take(8).enumerate() {
+            // Two rounds: each policy with two ways of reading, with and without lookahead.
+            let (io, lookahead) = (ios[(round + round / 4) % 4], if round < 4 { Lookahead::On } else { Lookahead::Off });
+            let options =
+                Options { policy: *policy, io, lookahead, ..self.options(Setting { slots: self.experts / 2, threads: 2, kernels }) };
+            let mut engine = Engine::load(self.dir, &options, &mut |_| {})?;
+            let requests: Vec<Late> = self.requests.iter().map(|request| Late { at: 0, request: request.clone() }).collect();
+            let got = run_with(&mut engine, &requests, &mut |engine, step| {
+                if step % 10 == 0 {
+                    let slots = if step % 20 == 0 { self.experts / 8 } else { self.experts / 2 };
+                    engine.set_cache(share(slots, self.experts));
+                }
+            })?;
+            same(got, &expected, &format!("{kernels:?}, {policy}, {io}, lookahead {lookahead}"))?;
+            let looked = engine.report().lookahead_wanted > 0;
+            assert_eq!(looked, lookahead == Lookahead::On, "lookahead {lookahead} did as it was told");
+        }
+        Ok(())
+    }
+
     /// Neighbours that come and go at other times than the first request.
     fn neighbours(&self, kernels: Kernels) -> Result<()> {
         let expected = self.expected(kernels)?;
@@ -169,6 +194,11 @@ fn budgets_that_move_in_mid_stream() -> Result<()> {
 }
 
 #[test]
+fn policies_storages_and_lookahead() -> Result<()> {
+    with_tiny(|subject, kernels| subject.settings(kernels))
+}
+
+#[test]
 fn batch_neighbours() -> Result<()> {
     with_tiny(|subject, kernels| subject.neighbours(kernels))
 }
@@ -183,6 +213,7 @@ fn the_bundled_model() -> Result<()> {
     subject.slots(Kernels::Auto, &[1, 3, 8, 16, 32, 64])?;
     subject.shuffled_loads(Kernels::Auto, 16)?;
     subject.moving_budgets(Kernels::Auto)?;
+    subject.settings(Kernels::Auto)?;
     subject.neighbours(Kernels::Auto)
 }
 

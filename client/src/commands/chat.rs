@@ -27,7 +27,7 @@ use crate::{
     connect::{self, Daemon},
     failure::{Failure, exit},
     load, render,
-    reply::{self, Reply},
+    reply::{self, Reply, Said},
     term::{self, Paint},
 };
 
@@ -256,7 +256,10 @@ impl<'a> Chat<'a> {
         let mut reply = Reply::default();
         let prompt = Prompt::Chat(reply::chat(self.talk.messages(Some(&text))));
         let request = reply::request(&load::model_name(&self.model), prompt, &self.generation);
-        let mut sink = term::print;
+        let mut sink = |said: Said<'_>| match said {
+            Said::Text(text) => term::print(text),
+            Said::Routing(_) => Ok(()),
+        };
         let received = reply::receive(&daemon, request, self.global, &mut reply, &mut sink);
         let ended = until_interrupt(received, interrupt).await;
         if !reply.text.is_empty() && !reply.text.ends_with('\n') {

@@ -76,7 +76,8 @@ fn text(report: &DoctorResponse, paint: Paint) -> String {
         let mark = if check.ok { paint.good("ok ") } else { paint.bad("BAD") };
         lines.push(format!("{mark}  {}: {}", check.name, check.finding));
         if !check.fix.is_empty() {
-            lines.push(format!("     fix: {}", check.fix));
+            let what = if check.ok { "try" } else { "fix" };
+            lines.push(format!("     {what}: {}", check.fix));
         }
     }
     if !report.settings.is_empty() {

@@ -1,7 +1,9 @@
 //! One verb per file. Each gets its arguments and the global options, calls the daemon, prints, and returns.
 
+mod bench;
 mod chat;
 mod completions;
+mod convert;
 mod daemon;
 mod doctor;
 mod load;
@@ -13,6 +15,8 @@ mod service;
 mod stats;
 mod stop;
 mod tokenize;
+mod trace;
+mod verify;
 mod version;
 
 use std::{
@@ -23,7 +27,7 @@ use std::{
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    args::{Cli, Command},
+    args::{BenchArgs, Cli, Command, TraceCommand},
     failure::{Failure, exit},
     term,
 };
@@ -37,7 +41,8 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<(), Failure> {
         Command::Run(args) if run::is_chat(&args) => return chat::run(args.into(), &global).await,
         other => other,
     };
-    interruptible(async {
+    let left_behind = left_behind(&command).filter(|_| !global.quiet && !global.json);
+    interruptible(left_behind, async {
         match command {
             Command::Run(args) => run::run(args, &global).await,
             Command::Tokenize(args) => tokenize::run(args, &global).await,
@@ -46,6 +51,10 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<(), Failure> {
             Command::Ps => ps::run(&global).await,
             Command::Stop(args) => stop::run(args, &global).await,
             Command::Stats(args) => stats::run(args, &global).await,
+            Command::Convert(args) => convert::run(args, &global).await,
+            Command::Verify(args) => verify::run(args, &global).await,
+            Command::Bench(args) => bench::run(args, &global).await,
+            Command::Trace(command) => trace::run(command, &global).await,
             Command::Daemon(command) => daemon::run(command, &global).await,
             Command::Service(args) => service::run(&args, &global).await,
             Command::Doctor => doctor::run(&global).await,
@@ -57,16 +66,33 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<(), Failure> {
     .await
 }
 
-/// Dropping the work cancels its requests and puts the terminal back; what was printed has been flushed already.
-async fn interruptible(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
-    let mut terminate = terminations()?;
-    tokio::select! {
-        result = work => return result,
-        _ = tokio::signal::ctrl_c() => {}
-        _ = terminate.recv() => return Err(Failure::silent(exit::SIGTERM)),
+/// What an interrupted command leaves on disk, where that is in question.
+fn left_behind(command: &Command) -> Option<String> {
+    match command {
+        Command::Convert(args) if args.in_place => {
+            Some(format!("cancelled; `flashctl convert --in-place {}` goes on where this stopped", args.model))
+        }
+        Command::Bench(BenchArgs { synth: Some(_), .. }) | Command::Convert(_) => Some("cancelled; nothing is left behind".into()),
+        Command::Trace(TraceCommand::Record(args)) => Some(format!("cancelled; {} holds the tokens until now", args.out.display())),
+        _ => None,
     }
-    term::note("");
-    Err(Failure::silent(exit::SIGINT))
+}
+
+/// Dropping the work cancels its requests and puts the terminal back; what was printed has been flushed already.
+async fn interruptible(left_behind: Option<String>, work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    let mut terminate = terminations()?;
+    let exit = tokio::select! {
+        result = work => return result,
+        _ = tokio::signal::ctrl_c() => {
+            term::note("");
+            exit::SIGINT
+        }
+        _ = terminate.recv() => exit::SIGTERM,
+    };
+    if let Some(text) = left_behind {
+        term::note(&text);
+    }
+    Err(Failure::silent(exit))
 }
 
 fn terminations() -> Result<tokio::signal::unix::Signal, Failure> {

@@ -45,7 +45,7 @@ fn row(model: &Model, room: Option<u64>, now: u64) -> [String; 8] {
         model.id.clone(),
         model.arch.clone(),
         format!("{} ({})", render::count(model.params), render::count(model.active_params)),
-        model.quantization.clone(),
+        if model.packed { format!("{} · packed", model.quantization) } else { model.quantization.clone() },
         render::bytes(model.size_bytes),
         model.context_length.to_string(),
         fits(model, room).into(),

@@ -30,7 +30,7 @@ fn row(snapshot: &Snapshot) -> Option<[String; 9]> {
     let experts = snapshot.experts.as_ref();
     let cache = experts.and_then(|experts| experts.cache.as_ref());
     Some([
-        model.id.clone(),
+        if model.packed { format!("{} · packed", model.id) } else { model.id.clone() },
         render::state(model),
         snapshot.memory.map_or("–".into(), |memory| render::bytes(memory.process_bytes)),
         cache.map_or("–".into(), |cache| format!("{} slots/layer, {}", cache.slots_per_layer, render::bytes(cache.resident_bytes))),

@@ -15,7 +15,7 @@ use crate::{
     connect::connect,
     failure::{Failure, exit},
     json, load, render,
-    reply::{self, Reply},
+    reply::{self, Reply, Said},
     term::{self, Paint},
 };
 
@@ -54,7 +54,10 @@ async fn answer(args: RunArgs, global: &Global) -> Result<(), Failure> {
     let request = reply::request(&load::model_name(&args.model), prompt, &args.generation);
     let mut reply = Reply::default();
     let streaming = !args.no_stream && !global.json;
-    let mut sink = |text: &str| if streaming { term::print(text) } else { Ok(()) };
+    let mut sink = |said: Said<'_>| match said {
+        Said::Text(text) if streaming => term::print(text),
+        _ => Ok(()),
+    };
     let outcome = reply::receive(&daemon, request, global, &mut reply, &mut sink).await;
     if let Err(failure) = outcome {
         // The partial answer stays; what is said about it begins on a line of its own.
@@ -94,7 +97,7 @@ fn read_file(path: &Path) -> Result<String, Failure> {
 }
 
 /// Arguments, files, standard input, with a blank line between them; what is empty counts as not given.
-fn join_prompt(words: &[String], files: &[String], stdin: Option<&str>) -> Option<String> {
+pub(super) fn join_prompt(words: &[String], files: &[String], stdin: Option<&str>) -> Option<String> {
     let words = words.join(" ");
     let parts = [words.as_str()].into_iter().chain(files.iter().map(String::as_str)).chain(stdin);
     // A lone part goes as it is; between parts the final newline of a file would make two blank lines.

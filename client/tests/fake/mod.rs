@@ -147,6 +147,13 @@ impl Generate for Script {
                 });
                 return Ok(Response::new(Box::pin(tokio_stream::iter(events).chain(ReceiverStream::new(receiver)))));
             }
+            _ if request.record_routing => {
+                let routing = |tokens: &[u32]| {
+                    let ids = tokens.iter().flat_map(|_| [0, 1, 4, 5]).collect();
+                    event(Event::Routing(Routing { tokens: tokens.into(), layers: 2, ids }))
+                };
+                events.extend([routing(&[7, 9]), text("Once "), routing(&[3]), done(prompt_tokens, 2)]);
+            }
             _ => events.extend([text("Once "), text(""), text("upon a time."), done(prompt_tokens, 4)]),
         }
         Ok(Response::new(Box::pin(tokio_stream::iter(events))))
@@ -187,8 +194,58 @@ fn cache() -> Cache {
     }
 }
 
+fn job(events: impl IntoIterator<Item = job_event::Event>) -> Answer<Events<JobEvent>> {
+    let events: Vec<_> = events.into_iter().map(|event| Ok(JobEvent { event: Some(event) })).collect();
+    Ok(Response::new(Box::pin(tokio_stream::iter(events))))
+}
+
+fn progress(stage: &str, done: u64) -> job_event::Event {
+    job_event::Event::Progress(JobProgress { stage: stage.into(), done, total: 4000 })
+}
+
+fn job_done(bad: &[&str]) -> job_event::Event {
+    let bad = bad.iter().map(|text| (*text).into()).collect();
+    job_event::Event::Done(JobDone { model: "tiny".into(), path: "/m/experts.flash".into(), records: 16, bytes: 4000, seconds: 2.0, bad })
+}
+
 #[tonic::async_trait]
 impl Models for Script {
+    type ConvertStream = Events<JobEvent>;
+    type VerifyStream = Events<JobEvent>;
+    type SynthStream = Events<JobEvent>;
+
+    async fn convert(&self, request: Request<ConvertRequest>) -> Answer<Self::ConvertStream> {
+        match request.into_inner().model.as_str() {
+            // Progress, then nothing until the client leaves.
+            "endless" => {
+                let progress = JobEvent { event: Some(progress("packing", 1000)) };
+                let seen = Arc::clone(&self.seen);
+                let (sender, receiver) = mpsc::channel(1);
+                tokio::spawn(async move {
+                    let _ = sender.send(Ok(progress)).await;
+                    sender.closed().await;
+                    seen.cancelled.store(true, SeqCst);
+                });
+                Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+            }
+            "busy" => Err(code::status(code::BUSY, "tiny is loaded; unload it first: flashctl stop tiny")),
+            "cut" => job([progress("packing", 0)]),
+            _ => job([progress("packing", 0), progress("packing", 10), progress("packing", 4000), job_done(&[])]),
+        }
+    }
+
+    async fn verify(&self, request: Request<VerifyRequest>) -> Answer<Self::VerifyStream> {
+        let bad: &[&str] = if request.into_inner().model == "bad" { &["layer 1 expert 3: checksum"] } else { &[] };
+        job([progress("verifying", 4000), job_done(bad)])
+    }
+
+    async fn synth(&self, request: Request<SynthRequest>) -> Answer<Self::SynthStream> {
+        match request.into_inner().shape.as_str() {
+            "tiny" => job([progress("writing", 4000), job_done(&[])]),
+            shape => Err(code::with_param(code::status(code::INVALID_VALUE, format!("`{shape}` is none of tiny, olmoe")), "shape")),
+        }
+    }
+
     async fn list(&self, _: Request<ListRequest>) -> Answer<ListResponse> {
         let broken = Model { id: "broken".into(), problem: "model.safetensors is truncated".into(), ..Model::default() };
         Ok(Response::new(ListResponse { models: vec![model(), broken], default_model: "tiny".into() }))
@@ -238,6 +295,38 @@ impl Admin for Script {
         let setting = Setting { name: "memory".into(), value: "auto".into(), origin: "default".into() };
         let check = Check { name: "simd".into(), ok: true, finding: "avx2".into(), fix: String::new() };
         Ok(Response::new(DoctorResponse { settings: vec![setting], checks: vec![check] }))
+    }
+
+    type BenchStream = Events<BenchEvent>;
+
+    async fn bench(&self, _: Request<BenchRequest>) -> Answer<Self::BenchStream> {
+        let machine = BenchMachine {
+            memory_bytes_s: 39.5e9,
+            threads: 2,
+            disk_bytes_s: 1.7e9,
+            record_bytes: 82_944,
+            readers: 4,
+            io: "direct".into(),
+            ..BenchMachine::default()
+        };
+        let variant = BenchVariant { io: "direct".into(), policy: "lfru".into(), lookahead: "auto".into() };
+        let row = BenchRow {
+            cache: "25%".into(),
+            slots: 16,
+            state: "cold".into(),
+            variant: Some(variant),
+            decode_tok_s: Some(12.3),
+            ..BenchRow::default()
+        };
+        let progress = BenchProgress { stage: "25% cold".into(), done: 1, total: 2 };
+        let events = [bench_event::Event::Machine(machine), bench_event::Event::Progress(progress), bench_event::Event::Row(row)];
+        Ok(Response::new(Box::pin(tokio_stream::iter(events.map(|event| Ok(BenchEvent { event: Some(event) }))))))
+    }
+
+    async fn replay(&self, request: Request<ReplayRequest>) -> Answer<ReplayResponse> {
+        let policy = request.into_inner().policies.first().cloned().unwrap_or("lfru".into());
+        let rows = vec![ReplayRow { policy, slots: 16, hits: 3, misses: 1, gap: 0.05 }];
+        Ok(Response::new(ReplayResponse { tokens: 2, layers: 2, experts: 64, top_k: 8, rows }))
     }
 
     async fn shutdown(&self, _: Request<ShutdownRequest>) -> Answer<ShutdownResponse> {

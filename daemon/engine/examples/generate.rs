@@ -22,7 +22,7 @@ fn main() -> anyhow::Result<()> {
             Event::Token { text, .. } => print!("{text}"),
             Event::Done(done) => outcome = Some(Ok(done)),
             Event::Failed(error) => outcome = Some(Err(error)),
-            Event::Prefill { .. } => {}
+            Event::Prefill { .. } | Event::Routing { .. } => {}
         }
         if std::io::stdout().flush().is_ok() { Delivery::Taken } else { Delivery::Gone }
     }) == Step::Worked

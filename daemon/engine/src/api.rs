@@ -2,6 +2,8 @@
 
 use std::{collections::HashMap, fmt, path::PathBuf, str::FromStr, time::Duration};
 
+pub use flash_experts::{Error as ExpertsError, Io, Measured, PolicyKind};
+
 use crate::Error;
 
 /// A byte count.
@@ -46,6 +48,44 @@ pub struct Options {
     pub loaders: usize,
     /// What [`CacheBudget::Auto`] takes half of; `None` = what the system says is available.
     pub available: Option<Bytes>,
+    /// How experts are read; [`Io::Auto`] tries what there is on a large model and takes the fastest.
+    pub io: Io,
+    /// Which expert makes room for another.
+    pub policy: PolicyKind,
+    pub lookahead: Lookahead,
+}
+
+/// Whether the next layer's experts are read before they are asked for, while the disk has nothing else to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lookahead {
+    /// On for packed models, for as long as it is useful.
+    #[default]
+    Auto,
+    On,
+    Off,
+}
+
+impl FromStr for Lookahead {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text.trim().to_ascii_lowercase().as_str() {
+            "auto" => Ok(Self::Auto),
+            "on" => Ok(Self::On),
+            "off" => Ok(Self::Off),
+            _ => Err(Error::Setting { value: text.into(), wants: "`auto`, `on` or `off`" }),
+        }
+    }
+}
+
+impl fmt::Display for Lookahead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Auto => "auto",
+            Self::On => "on",
+            Self::Off => "off",
+        })
+    }
 }
 
 impl Default for Options {
@@ -60,6 +100,9 @@ impl Default for Options {
             queue: 64,
             loaders: 4,
             available: None,
+            io: Io::Auto,
+            policy: PolicyKind::default(),
+            lookahead: Lookahead::default(),
         }
     }
 }
@@ -80,6 +123,8 @@ pub struct Request {
     /// `Some(n)`: log-probabilities with n alternatives each.
     pub top_logprobs: Option<usize>,
     pub ignore_eos: bool,
+    /// Says in [`Event::Routing`] how every position was routed, prompt included.
+    pub record_routing: bool,
     /// Fairness key: clients take turns, requests of one client queue behind each other.
     pub client: String,
 }
@@ -94,6 +139,7 @@ impl Request {
             max_tokens: None,
             top_logprobs: None,
             ignore_eos: false,
+            record_routing: false,
             client: String::new(),
         }
     }
@@ -151,6 +197,12 @@ pub enum Event {
     Token {
         text: String,
         logprobs: Vec<TokenLogprob>,
+    },
+    /// Which experts the next tokens were routed to: ids are [tokens, MoE layers, top_k], in rank order.
+    Routing {
+        tokens: Vec<u32>,
+        layers: usize,
+        ids: Vec<u16>,
     },
     Done(Done),
     /// Last event: the request is gone.
@@ -227,8 +279,10 @@ pub struct ModelInfo {
     pub active_params: u64,
     /// "4-bit g64", "bf16" …
     pub quantization: String,
-    /// Of the weight files.
+    /// Of the weight files; of a packed model, of the trunk and the expert store, whatever else is kept beside them.
     pub size_bytes: Bytes,
+    /// The routed experts are in an expert store of their own.
+    pub packed: bool,
     pub context_max: usize,
     pub layers: usize,
     pub experts: usize,
@@ -254,8 +308,25 @@ pub struct Report {
     /// "avx2", "portable" …
     pub kernels: String,
     pub threads: usize,
+    pub io: Io,
+    /// Experts that layers wanted where lookahead had a say, and those of them that it had foreseen.
+    pub lookahead_wanted: u64,
+    pub lookahead_foreseen: u64,
     pub experts: flash_experts::Stats,
 }
+
+/// How far a long job (converting, verifying, writing a synthetic model) has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// What is being done, as a person would say it: "writing experts".
+    pub stage: &'static str,
+    /// Bytes; of this stage.
+    pub done: u64,
+    pub total: u64,
+}
+
+/// Hears a job's progress; `false` stops it with [`Error::Cancelled`].
+pub type Tell<'a> = &'a mut dyn FnMut(Progress) -> bool;
 
 impl FromStr for CacheBudget {
     type Err = Error;

@@ -9,24 +9,32 @@ use std::{
     io,
     path::Path,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
-use flash_experts::{Experts, Pread, Slab, Source, Storage};
+use flash_experts::{ExpertId, Experts, Hot, Io, PolicyKind, Record, Slab, Source, Storage, replay::Trace};
 
 use crate::{
-    Bytes, CacheBudget, Delivery, Error, Event, ModelInfo, Options, Report, Request, RequestId, Step, Text,
-    backend::cpu::{Batch, Cpu, Row},
-    forward::Forward,
+    Bytes, CacheBudget, Delivery, Error, Event, Lookahead, ModelInfo, Options, Report, Request, RequestId, Step, Text,
+    backend::cpu::{Cpu, PIECE_MAX, Row},
+    bench::Variant,
+    forward::{Cut, Forward, Pass},
     kv::{BLOCK, BlockId, Blocks},
     memory::{SlabShape, available},
-    model::families::{FfnSpec, Model},
-    moe::Router,
-    schedule::{ROWS_MAX, Waiting, Wants, rows},
+    model::families::{Ffn, FfnSpec, Model},
+    moe::{Forced, Router},
+    schedule::{CHUNK_MIN, Waiting, Worth, chunk, slice},
     sequence::{Counters, Sequence},
+    storage,
 };
 
 /// What `auto` divides where neither the caller nor the system says what is available.
 const AVAILABLE_UNKNOWN: Bytes = 8 << 30;
+
+/// Share of the slab that the activations of long prompts may take besides.
+const CHUNK_SHARE: Bytes = 4;
+/// Rows of attention between two looks at the clock while others decode.
+const PIECE_SHARED: usize = 64;
 
 /// Default limit of a request, prompt and completion, below the model's own.
 const CONTEXT_DEFAULT: usize = 32 * 1024;
@@ -38,6 +46,8 @@ pub struct Engine {
     text: Arc<Text>,
     cpu: Cpu,
     experts: Experts,
+    /// How they are read.
+    io: Io,
     forward: Forward,
     slab: SlabShape,
     context: usize,
@@ -49,6 +59,11 @@ pub struct Engine {
     ceiling: Option<Bytes>,
     blocks: Blocks,
     running: Vec<Sequence>,
+    /// Every decoding sequence's next position, computed together.
+    decoding: Pass,
+    /// Which of the running sequences reads its prompt next: they take turns.
+    turn: usize,
+    worth: Worth,
     waiting: Waiting<Sequence>,
     next_id: u64,
     scratch: Vec<f32>,
@@ -58,7 +73,9 @@ impl Engine {
     /// Loads everything but the routed experts from a folder with config.json, safetensors and tokenizer files;
     /// `progress` hears the share done, 0.0..=1.0.
     pub fn load(dir: &Path, options: &Options, progress: &mut dyn FnMut(f64)) -> Result<Self, Error> {
-        Self::load_from(dir, options, &|path| Ok(Box::new(Pread::open(path)?)), progress)
+        let model = Model::open(dir)?;
+        let io = storage::choose(&model, options);
+        Self::load_model(model, options, &|path| flash_experts::open(path, io), progress)
     }
 
     /// As [`Engine::load`], reading experts through the storage that `open` gives for each weight file.
@@ -68,21 +85,32 @@ impl Engine {
         open: &dyn Fn(&Path) -> io::Result<Box<dyn Storage>>,
         progress: &mut dyn FnMut(f64),
     ) -> Result<Self, Error> {
-        let model = Model::open(dir)?;
-        let text = Arc::new(Text::open(dir)?);
+        Self::load_model(Model::open(dir)?, options, open, progress)
+    }
+
+    fn load_model(
+        model: Model,
+        options: &Options,
+        open: &dyn Fn(&Path) -> io::Result<Box<dyn Storage>>,
+        progress: &mut dyn FnMut(f64),
+    ) -> Result<Self, Error> {
+        let text = Arc::new(Text::open(&model.info.path)?);
         let threads = options.threads.unwrap_or_else(crate::backend::cpu::physical_cores).max(1);
-        let cpu = Cpu::load(&model, options.kernels, ROWS_MAX.max(options.parallel), progress)?;
+        let cpu = Cpu::load(&model, options.kernels, progress)?;
         let moe_layers = model.layers.iter().filter(|layer| matches!(layer.ffn, FfnSpec::Moe { .. })).count();
         if moe_layers == 0 {
             return Err(Error::Unsupported {
-                path: dir.join("config.json"),
+                path: model.info.path.join("config.json"),
                 reason: "the model has no routed experts; flashd serves Mixture-of-Experts models".into(),
             });
         }
         let anonymous = Slab::anonymous(cpu.slot_bytes(), moe_layers * model.arch.experts).map_err(Arc::new)?;
         let slab = SlabShape { layers: moe_layers, experts: model.arch.experts, stride: anonymous.stride_bytes() as Bytes };
-        let config = flash_experts::Config { top_k: model.arch.top_k, slots_per_layer: 1, loaders: options.loaders.max(1) };
-        let experts = Experts::open(source(&model, &cpu, open)?, anonymous, config).map_err(Arc::new)?;
+        let config =
+            flash_experts::Config { top_k: model.arch.top_k, slots_per_layer: 1, loaders: options.loaders.max(1), policy: options.policy };
+        let source = source(&model, &cpu, open)?;
+        let io = source.files.first().map_or(Io::Auto, |file| file.kind());
+        let experts = Experts::open(source, anonymous, config).map_err(Arc::new)?;
         let router = Router { experts: model.arch.experts, top_k: model.arch.top_k, normalize: model.arch.norm_topk_prob };
         let context = options.context.unwrap_or(CONTEXT_DEFAULT).clamp(1, model.arch.context_max);
         let mut engine = Self {
@@ -91,6 +119,7 @@ impl Engine {
             info: model.info,
             cpu,
             experts,
+            io,
             slab,
             context,
             options: options.clone(),
@@ -98,6 +127,9 @@ impl Engine {
             ceiling: None,
             blocks: Blocks::default(),
             running: Vec::new(),
+            decoding: Pass::default(),
+            turn: 0,
+            worth: Worth::default(),
             waiting: Waiting::default(),
             next_id: 0,
             scratch: Vec::new(),
@@ -211,80 +243,186 @@ impl Engine {
         self.settle();
     }
 
-    /// Takes every running request one step further and hands its events to `deliver`.
-    pub fn step(&mut self, deliver: &mut dyn FnMut(RequestId, Event) -> Delivery) -> Step {
-        self.start_waiting();
-        let wants: Vec<Wants> = self.running.iter().map(wants).collect();
-        let counts = rows(&wants);
-        if counts.iter().all(|count| *count == 0) {
-            return Step::Idle;
-        }
-        let mut batch_rows = Vec::with_capacity(counts.iter().sum());
-        for (sequence, (running, count)) in self.running.iter().zip(&counts).enumerate() {
-            let positions = running.cached..running.cached + count;
-            batch_rows.extend(positions.map(|position| Row { token: running.tokens[position], position, sequence }));
-        }
-        let tables: Vec<&[BlockId]> = self.running.iter().map(|sequence| &sequence.blocks[..]).collect();
-        let lost = self.forward.run(&mut self.cpu, &mut self.experts, &Batch { rows: &batch_rows, tables: &tables });
-        let mut gone = HashSet::new();
-        for lost in lost {
-            let id = self.running[lost.sequence].id;
-            deliver(id, Event::Failed(Error::Experts(lost.error)));
-            gone.insert(id);
-        }
-        self.emit(&counts, &mut gone, deliver);
-        self.retire(&gone);
-        Step::Worked
+    /// Evicts every expert and forgets what was learned about them: a cold cache.
+    pub fn clear_cache(&mut self) {
+        self.experts.clear();
     }
 
-    /// After a forward pass: draws tokens where a row was the last known one, and delivers.
-    fn emit(&mut self, counts: &[usize], gone: &mut HashSet<RequestId>, deliver: &mut dyn FnMut(RequestId, Event) -> Delivery) {
-        let mut end = 0;
-        let (mut rows, mut drawing) = (Vec::new(), Vec::new());
-        for (sequence, count) in self.running.iter_mut().zip(counts) {
-            end += count;
-            sequence.cached += count;
-            let draws = *count > 0 && sequence.cached == sequence.tokens.len() && !gone.contains(&sequence.id);
-            if draws {
-                rows.push(end - 1);
-            }
-            drawing.push(draws);
+    pub fn set_lookahead(&mut self, lookahead: Lookahead) {
+        self.options.lookahead = lookahead;
+    }
+
+    pub fn set_policy(&mut self, policy: PolicyKind) {
+        self.experts.set_policy(policy);
+    }
+
+    /// What the cache knows and holds, to be kept for the next time.
+    pub fn hot(&self) -> Hot {
+        self.experts.hot()
+    }
+
+    /// Takes over what [`Engine::hot`] kept, and has it read back while the disk idles.
+    pub fn warm(&mut self, hot: Hot) {
+        self.experts.warm(&hot);
+    }
+
+    /// The routing of the latest decoded tokens.
+    pub fn recent(&self) -> Trace {
+        self.experts.recent()
+    }
+
+    /// Replaces the routers' choices by a recording, ids [tokens, MoE layers, top_k], which starts over at its end; `None` =
+    /// the model's own routing. For measurements: what the model says is nonsense then.
+    pub fn force_routing(&mut self, ids: Option<&[u16]>) -> Result<(), Error> {
+        let (layers, top_k, experts) = (self.slab.layers, self.info.top_k, self.info.experts);
+        let Some(ids) = ids else {
+            self.forward.forced = None;
+            return Ok(());
+        };
+        let fits = |choice: &[u16]| {
+            let once = |(i, id): (usize, &u16)| usize::from(*id) < experts && !choice[..i].contains(id);
+            choice.iter().enumerate().all(once)
+        };
+        if ids.is_empty() || !ids.len().is_multiple_of(layers * top_k) || !ids.chunks(top_k).all(fits) {
+            let wants = "a recording of this model's shape: as many MoE layers, top_k distinct experts in each, none beyond the last";
+            return Err(Error::Setting { value: format!("routing of {} choices", ids.len()), wants });
         }
-        let now = counters(&self.experts);
-        let mut logits = self.cpu.logits(&rows).chunks_exact(self.info.vocab_size);
-        for ((sequence, count), draws) in self.running.iter_mut().zip(counts).zip(drawing) {
-            let id = sequence.id;
-            if *count == 0 || gone.contains(&id) {
+        let chosen = ids.iter().map(|id| ExpertId(*id)).collect();
+        self.forward.forced = Some(Arc::new(Forced::new(chosen, layers, top_k)));
+        Ok(())
+    }
+
+    /// What a bench names beside its figures.
+    pub(crate) fn settings(&self) -> Variant {
+        let Options { policy, lookahead, .. } = self.options;
+        Variant { io: Some(self.io), policy: Some(policy), lookahead: Some(lookahead) }
+    }
+
+    /// Takes every decoding request one token further, prompts a little, and hands the events to `deliver`.
+    pub fn step(&mut self, deliver: &mut dyn FnMut(RequestId, Event) -> Delivery) -> Step {
+        self.start_waiting();
+        let mut gone = HashSet::new();
+        let start = Instant::now();
+        let decoded = self.decode(&mut gone, deliver).then(|| start.elapsed());
+        let read = self.prefill(decoded, &mut gone, deliver);
+        self.retire(&gone);
+        if decoded.is_some() || read { Step::Worked } else { Step::Idle }
+    }
+
+    /// One position of every decoding request; false if there is none.
+    fn decode(&mut self, gone: &mut HashSet<RequestId>, deliver: &mut dyn FnMut(RequestId, Event) -> Delivery) -> bool {
+        let decodes = |sequence: &Sequence| !sequence.paused && !sequence.prefilling();
+        self.look_ahead();
+        let Self { running, decoding, cpu, experts, forward, .. } = self;
+        let record = running.iter().any(|sequence| sequence.record && decodes(sequence));
+        decoding.start(cpu, record, |batch| {
+            for sequence in running.iter().filter(|sequence| decodes(sequence)) {
+                let (position, index) = (sequence.cached, batch.tables.len());
+                batch.rows.push(Row { token: sequence.tokens[position], position, sequence: index });
+                batch.tables.push(sequence.blocks.clone());
+            }
+        });
+        let rows: Vec<usize> = (0..decoding.batch.rows.len()).collect();
+        if rows.is_empty() {
+            return false;
+        }
+        forward.run(cpu, experts, decoding);
+        let now = counters(experts);
+        let logits = cpu.logits(&decoding.act, &rows);
+        let sequences = running.iter_mut().filter(|sequence| decodes(sequence));
+        for ((row, sequence), logits) in sequences.enumerate().zip(logits.chunks_exact(self.info.vocab_size)) {
+            if let Some(lost) = decoding.lost.iter().find(|lost| lost.sequence == row) {
+                deliver(sequence.id, Event::Failed(Error::Experts(lost.error.clone())));
+                gone.insert(sequence.id);
                 continue;
             }
-            let delivery = if !draws {
-                deliver(id, Event::Prefill { done: sequence.cached, total: sequence.prompt })
-            } else {
-                let logits = logits.next().expect("one row of logits for each that draws");
-                match sequence.advance(&self.text, logits, &mut self.scratch) {
-                    None => {
-                        deliver(id, Event::Failed(Error::Internal("the model's logits are not finite".into())));
-                        Delivery::Gone
-                    }
-                    Some(said) => {
-                        let mut delivery = Delivery::Taken;
-                        if said.finish.is_none() || !said.text.is_empty() || !said.logprobs.is_empty() {
-                            delivery = deliver(id, Event::Token { text: said.text, logprobs: said.logprobs });
-                        }
-                        if let (Some(finish), true) = (said.finish, delivery != Delivery::Gone) {
-                            deliver(id, Event::Done(sequence.done(finish, now)));
-                            delivery = Delivery::Gone;
-                        }
-                        delivery
-                    }
-                }
-            };
-            match delivery {
-                Delivery::Taken => {}
-                Delivery::Full => sequence.paused = true,
-                Delivery::Gone => drop(gone.insert(id)),
+            sequence.cached += 1;
+            if sequence.record {
+                deliver(sequence.id, decoding.routing(row..row + 1));
+            }
+            say(sequence, &self.text, logits, now, &mut self.scratch, gone, deliver);
+        }
+        true
+    }
+
+    fn look_ahead(&mut self) {
+        self.forward.foresight.on = match self.options.lookahead {
+            Lookahead::Off => false,
+            Lookahead::On => true,
+            Lookahead::Auto => {
+                let (useful, wasted) = self.experts.prefetches();
+                self.info.packed && self.worth.go_on(useful, wasted)
+            }
+        };
+    }
+
+    /// Reads on in one prompt, for a slice of time; false if there is none to read.
+    fn prefill(
+        &mut self,
+        decoded: Option<Duration>,
+        gone: &mut HashSet<RequestId>,
+        deliver: &mut dyn FnMut(RequestId, Event) -> Delivery,
+    ) -> bool {
+        let reads = |sequence: &Sequence| sequence.prefilling() && !sequence.paused;
+        let count = self.running.len();
+        let Some(index) = (self.turn..self.turn + count).map(|i| i % count).find(|&i| reads(&self.running[i])) else { return false };
+        self.turn = index + 1;
+        let mut pass = self.running[index].pass.take().unwrap_or_else(|| self.begin_chunk(index));
+        let end = Instant::now() + slice(decoded);
+        let mut cut = Cut { piece: if decoded.is_some() { PIECE_SHARED } else { PIECE_MAX }, enough: &mut || Instant::now() >= end };
+        let done = self.forward.advance(&mut self.cpu, &mut self.experts, &mut pass, &mut cut);
+        let sequence = &mut self.running[index];
+        let id = sequence.id;
+        if let Some(lost) = pass.lost.pop() {
+            deliver(id, Event::Failed(Error::Experts(lost.error)));
+            gone.insert(id);
+            return true;
+        }
+        let rows = pass.batch.rows.len();
+        if done {
+            sequence.cached += rows;
+            if sequence.record {
+                deliver(id, pass.routing(0..rows));
+            }
+            if !sequence.prefilling() {
+                let now = counters(&self.experts);
+                let logits = self.cpu.logits(&pass.act, &[rows - 1]);
+                say(sequence, &self.text, logits, now, &mut self.scratch, gone, deliver);
+                drop(pass);
+                self.settle();
+                return true;
             }
         }
+        let read = sequence.cached + if done { 0 } else { (rows as f64 * pass.progress(self.forward.layers())) as usize };
+        if !done {
+            sequence.pass = Some(pass);
+        }
+        let delivery = deliver(id, Event::Prefill { done: read, total: sequence.prompt });
+        note(sequence, delivery, gone);
+        true
+    }
+
+    /// The next chunk of a prompt, as long as the memory allows.
+    fn begin_chunk(&mut self, index: usize) -> Box<Pass> {
+        let row_bytes = self.cpu.row_bytes();
+        let kv = self.blocks.reserved() as Bytes * self.cpu.kv_block_bytes();
+        let spare = self.options.memory.map(|cap| cap.saturating_sub(self.fixed_bytes() + kv + self.slab.bytes(self.least_slots())));
+        let share = (self.slab.bytes(self.experts.slots()) / CHUNK_SHARE).saturating_sub(self.passes_bytes());
+        let sequence = &self.running[index];
+        let (from, table, record) = (sequence.cached, sequence.blocks.clone(), sequence.record);
+        let rows = chunk(sequence.prompt - from, row_bytes, spare.map_or(share, |spare| spare.min(share)));
+        let mut pass = Box::<Pass>::default();
+        // The slab makes room before the memory is taken: `settle` counts what a sequence's pass says.
+        pass.batch.rows = (from..from + rows).map(|position| Row { token: sequence.tokens[position], position, sequence: 0 }).collect();
+        self.running[index].pass = Some(pass);
+        self.settle();
+        let mut pass = self.running[index].pass.take().expect("put there above");
+        let rows = std::mem::take(&mut pass.batch.rows);
+        pass.start(&mut self.cpu, record, |batch| {
+            batch.rows = rows;
+            batch.tables.push(table);
+        });
+        pass
     }
 
     /// Counters and gauges; cheap enough to take after every step.
@@ -297,9 +435,12 @@ impl Engine {
             trunk_bytes: self.cpu.trunk_bytes(),
             kv_bytes: self.cpu.kv_blocks_used() as Bytes * block_bytes,
             kv_reserved_bytes: self.blocks.reserved() as Bytes * block_bytes,
-            scratch_bytes: self.cpu.scratch_bytes(),
+            scratch_bytes: self.fixed_bytes() - self.cpu.trunk_bytes() + self.passes_bytes(),
             kernels: self.cpu.kernels().into(),
             threads: self.cpu.threads(),
+            io: self.io,
+            lookahead_wanted: self.forward.foresight.wanted,
+            lookahead_foreseen: self.forward.foresight.foreseen,
             experts: self.experts.stats(),
         }
     }
@@ -310,17 +451,20 @@ impl Engine {
         self.check_ids(tokens)?;
         let blocks = self.blocks.take(tokens.len());
         let mut result = Ok(());
-        for (chunk, part) in tokens.chunks(ROWS_MAX).enumerate() {
-            let first = chunk * ROWS_MAX;
-            let rows: Vec<Row> =
-                part.iter().enumerate().map(|(i, token)| Row { token: *token, position: first + i, sequence: 0 }).collect();
-            let batch = Batch { rows: &rows, tables: &[&blocks] };
-            if let Some(lost) = self.forward.run(&mut self.cpu, &mut self.experts, &batch).pop() {
+        let mut pass = Pass::default();
+        for (chunk, part) in tokens.chunks(CHUNK_MIN).enumerate() {
+            let first = chunk * CHUNK_MIN;
+            pass.start(&mut self.cpu, false, |batch| {
+                batch.rows.extend(part.iter().zip(first..).map(|(token, position)| Row { token: *token, position, sequence: 0 }));
+                batch.tables.push(blocks.clone());
+            });
+            self.forward.run(&mut self.cpu, &mut self.experts, &mut pass);
+            if let Some(lost) = pass.lost.pop() {
                 result = Err(Error::Experts(lost.error));
                 break;
             }
-            for row in (0..rows.len()).filter(|row| first + row >= from) {
-                each(first + row, self.cpu.logits(&[row]));
+            for row in (0..part.len()).filter(|row| first + row >= from) {
+                each(first + row, self.cpu.logits(&pass.act, &[row]));
             }
         }
         self.free(&blocks);
@@ -329,7 +473,7 @@ impl Engine {
 
     /// Starts waiting requests while there is room for them.
     fn start_waiting(&mut self) {
-        while self.running.len() < self.options.parallel.max(1) {
+        while self.running.len() < self.options.parallel.clamp(1, PIECE_MAX) {
             let (cap, slab, block) = (self.options.memory, self.slab.bytes(self.least_slots()), self.cpu.kv_block_bytes());
             let taken = self.fixed_bytes() + slab + self.blocks.reserved() as Bytes * block;
             let fits = |sequence: &Sequence| cap.is_none_or(|cap| taken + kv_bytes(block, sequence.positions()) <= cap);
@@ -365,8 +509,11 @@ impl Engine {
     fn settle(&mut self) {
         let wanted = self.wanted;
         let kv = self.blocks.reserved() as Bytes * self.cpu.kv_block_bytes();
-        let left = self.options.memory.map(|cap| cap.saturating_sub(self.fixed_bytes() + kv));
-        let limit = left.into_iter().chain(self.ceiling).min();
+        // Beyond what is always set aside.
+        let passes = self.passes_bytes().saturating_sub(CHUNK_MIN as Bytes * self.cpu.row_bytes());
+        let left = self.options.memory.map(|cap| cap.saturating_sub(self.fixed_bytes() + kv + passes));
+        let ceiling = self.ceiling.map(|ceiling| ceiling.saturating_sub(passes));
+        let limit = left.into_iter().chain(ceiling).min();
         let slots = limit.map_or(wanted, |bytes| wanted.min(self.slab.slots_in(bytes))).max(1);
         self.experts.set_wanted(wanted);
         if slots != self.experts.slots() {
@@ -379,9 +526,15 @@ impl Engine {
         self.info.top_k.min(self.wanted)
     }
 
-    /// Resident whatever happens: weights and scratch.
+    /// Resident whatever happens: weights, scratch, the activations of decoding and of one small chunk.
     fn fixed_bytes(&self) -> Bytes {
-        self.cpu.trunk_bytes() + self.cpu.scratch_bytes()
+        self.cpu.trunk_bytes() + self.cpu.scratch_bytes() + (self.options.parallel + CHUNK_MIN) as Bytes * self.cpu.row_bytes()
+    }
+
+    /// Activations of the chunks that are being read.
+    fn passes_bytes(&self) -> Bytes {
+        let rows = self.running.iter().filter_map(|sequence| sequence.pass.as_ref()).map(|pass| pass.batch.rows.len()).sum::<usize>();
+        rows as Bytes * self.cpu.row_bytes()
     }
 
     fn check_ids(&self, ids: &[u32]) -> Result<(), Error> {
@@ -397,39 +550,77 @@ fn kv_bytes(block_bytes: Bytes, positions: usize) -> Bytes {
     positions.div_ceil(BLOCK) as Bytes * block_bytes
 }
 
-fn wants(sequence: &Sequence) -> Wants {
-    if sequence.paused {
-        Wants::Nothing
-    } else if sequence.prefilling() {
-        Wants::Prefill(sequence.prompt - sequence.cached)
-    } else {
-        Wants::Decode
+/// Draws a request's next token and delivers what it adds.
+fn say(
+    sequence: &mut Sequence,
+    text: &Text,
+    logits: &[f32],
+    now: Counters,
+    scratch: &mut Vec<f32>,
+    gone: &mut HashSet<RequestId>,
+    deliver: &mut dyn FnMut(RequestId, Event) -> Delivery,
+) {
+    let id = sequence.id;
+    let Some(said) = sequence.advance(text, logits, scratch) else {
+        deliver(id, Event::Failed(Error::Internal("the model's logits are not finite".into())));
+        gone.insert(id);
+        return;
+    };
+    let mut delivery = Delivery::Taken;
+    if said.finish.is_none() || !said.text.is_empty() || !said.logprobs.is_empty() {
+        delivery = deliver(id, Event::Token { text: said.text, logprobs: said.logprobs });
+    }
+    if let (Some(finish), true) = (said.finish, delivery != Delivery::Gone) {
+        deliver(id, Event::Done(sequence.done(finish, now)));
+        delivery = Delivery::Gone;
+    }
+    note(sequence, delivery, gone);
+}
+
+fn note(sequence: &mut Sequence, delivery: Delivery, gone: &mut HashSet<RequestId>) {
+    match delivery {
+        Delivery::Taken => {}
+        Delivery::Full => sequence.paused = true,
+        Delivery::Gone => drop(gone.insert(sequence.id)),
     }
 }
 
 fn counters(experts: &Experts) -> Counters {
-    let stats = experts.stats();
-    Counters { hits: stats.hits, misses: stats.misses, bytes: stats.bytes_read }
+    let (hits, misses, bytes) = experts.counters();
+    Counters { hits, misses, bytes }
 }
 
 /// Where every routed expert's bytes lie, for the slots of this backend.
 fn source(model: &Model, cpu: &Cpu, open: &dyn Fn(&Path) -> io::Result<Box<dyn Storage>>) -> Result<Source, Error> {
     let read = |path: &Path| open(path).map_err(|source| Error::Read { path: path.into(), source });
-    let files = model.weights.files().iter().map(|path| read(path)).collect::<Result<_, _>>()?;
-    let mut layers = Vec::new();
-    for (index, layer) in model.layers.iter().enumerate() {
-        let FfnSpec::Moe { experts, .. } = &layer.ffn else { continue };
-        let mut records = Vec::with_capacity(experts.len());
-        for ffn in experts {
-            records.push(cpu.slices(index, ffn).ok_or_else(|| Error::Tensor {
-                path: model.info.path.clone(),
-                tensor: ffn.gate.name.clone(),
-                reason: "its shape or quantisation differs from the layer's first expert".into(),
-            })?);
+    let layers = model.layers.iter().enumerate().filter_map(|(index, layer)| match &layer.ffn {
+        FfnSpec::Moe { experts, .. } => Some((index, experts)),
+        FfnSpec::Dense(_) => None,
+    });
+    let slices = |layer: usize, ffn: &Ffn| {
+        cpu.slices(layer, ffn).ok_or_else(|| Error::Tensor {
+            path: model.info.path.clone(),
+            tensor: ffn.gate.name.clone(),
+            reason: "its shape or quantisation differs from the layer's first expert".into(),
+        })
+    };
+    if let Some(packed) = &model.packed {
+        let mut records = Vec::with_capacity(packed.records.len());
+        for ((layer, experts), entries) in layers.zip(&packed.records) {
+            // A record goes into a slot as it is, so it must be what the slot's layout says.
+            for (ffn, entry) in experts.iter().zip(entries) {
+                if slices(layer, ffn)?.iter().any(|slice| slice.offset != entry.offset + u64::from(slice.at)) {
+                    let reason = format!("records of layer {layer} are not laid out as slots are; run `flashctl convert` again");
+                    return Err(Error::File { path: packed.path.clone(), reason });
+                }
+            }
+            records.push(entries.iter().map(|entry| Record::stored(0, entry)).collect());
         }
-        layers.push(records);
+        return Ok(Source { files: vec![read(&packed.path)?], layers: records });
     }
-    Ok(Source { files, layers })
+    let files = model.weights.files().iter().map(|path| read(path)).collect::<Result<_, _>>()?;
+    let records = |(layer, experts): (usize, &Vec<Ffn>)| experts.iter().map(|ffn| Ok(Record::unchecked(slices(layer, ffn)?))).collect();
+    Ok(Source { files, layers: layers.map(records).collect::<Result<_, Error>>()? })
 }
 
 fn mib(bytes: Bytes) -> String {

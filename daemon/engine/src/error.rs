@@ -32,6 +32,9 @@ pub enum Error {
     Memory { what: &'static str, needed: u64, left: u64 },
     #[error(transparent)]
     Experts(#[from] std::sync::Arc<flash_experts::Error>),
+    /// The caller's [`crate::Tell`] said so; what the job had written is gone.
+    #[error("cancelled")]
+    Cancelled,
     #[error("internal error: {0}")]
     Internal(String),
 }

@@ -1,23 +1,57 @@
-//! The decoder on one page.
+//! The decoder on one page: a pass through the layers, which may stop between pieces and be taken up again.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use flash_experts::{Arrival, ExpertId, Experts, LayerId, Slot};
 
 use crate::{
-    backend::cpu::{Batch, Cpu},
-    moe::{Plan, Router},
+    Event,
+    backend::cpu::{Activations, Batch, Cpu, PIECE_MAX, PLACES_MAX},
+    moe::{Forced, Plan, Router, most_likely},
 };
 
-/// What a forward pass keeps between layers and steps.
+/// What every pass shares.
 #[derive(Debug)]
 pub(crate) struct Forward {
     router: Router,
-    /// For each layer, how many MoE layers come before it.
-    moe_layers: Vec<LayerId>,
+    /// For each layer, its number among the MoE layers.
+    moe_layers: Vec<Option<LayerId>>,
+    /// Replaces the routers' choices, for measurements.
+    pub(crate) forced: Option<Arc<Forced>>,
+    pub(crate) foresight: Foresight,
+}
+
+/// Some rows on their way through the layers. A long one stops between pieces, so that others get their turn.
+#[derive(Debug, Default)]
+pub(crate) struct Pass {
+    pub(crate) batch: Batch,
+    pub(crate) act: Activations,
     plan: Plan,
     /// Rows whose sequence has all its experts so far.
     alive: Vec<bool>,
+    layer: usize,
+    stage: Stage,
+    /// Experts of this layer that have not run.
+    left: Vec<ExpertId>,
+    /// Sequences that lost an expert.
+    pub(crate) lost: Vec<Lost>,
+    /// What the routers chose, if somebody wants to know: [MoE layers, rows, top_k].
+    pub(crate) recorded: Option<Vec<ExpertId>>,
+}
+
+/// Where a pass is within its layer.
+#[derive(Debug, PartialEq, Eq)]
+enum Stage {
+    /// Rows from here on have no attention yet.
+    Rows(usize),
+    /// All rows are routed; `first` until their experts have been asked for.
+    Experts { first: bool },
+}
+
+impl Default for Stage {
+    fn default() -> Self {
+        Self::Rows(0)
+    }
 }
 
 /// A sequence that lost an expert: its rows were left out from that layer on.
@@ -28,62 +62,213 @@ pub(crate) struct Lost {
     pub(crate) error: Arc<flash_experts::Error>,
 }
 
+/// How a pass is cut up.
+pub(crate) struct Cut<'a> {
+    /// Rows of attention between two looks at the clock.
+    pub(crate) piece: usize,
+    /// Asked after every piece: true = stop here for now.
+    pub(crate) enough: &'a mut dyn FnMut() -> bool,
+}
+
+impl Pass {
+    /// Starts over with other rows, in the memory that is there.
+    pub(crate) fn start(&mut self, cpu: &mut Cpu, record: bool, fill: impl FnOnce(&mut Batch)) {
+        self.batch.rows.clear();
+        self.batch.tables.clear();
+        fill(&mut self.batch);
+        self.alive.clear();
+        self.alive.resize(self.batch.rows.len(), true);
+        (self.layer, self.stage) = (0, Stage::Rows(0));
+        self.lost.clear();
+        self.recorded = record.then(Vec::new);
+        cpu.begin(&mut self.act, &self.batch);
+    }
+
+    /// What the routers chose for some rows, if it was recorded.
+    pub(crate) fn routing(&self, rows: Range<usize>) -> Event {
+        let (all, top_k) = (self.batch.rows.len(), self.plan.top_k());
+        let layers = self.recorded.iter().flat_map(|recorded| recorded.chunks_exact(all * top_k));
+        let ids = rows.clone().flat_map(|row| layers.clone().flat_map(move |layer| &layer[row * top_k..][..top_k]).map(|expert| expert.0));
+        let layers = layers.clone().count();
+        Event::Routing { tokens: self.batch.rows[rows.clone()].iter().map(|row| row.token).collect(), layers, ids: ids.collect() }
+    }
+
+    /// Share of the layers that are done.
+    pub(crate) fn progress(&self, layers: usize) -> f64 {
+        self.layer as f64 / layers.max(1) as f64
+    }
+}
+
 impl Forward {
     pub(crate) fn new(router: Router, moe: impl Iterator<Item = bool>) -> Self {
         let mut next = 0;
         let moe_layers = moe
             .map(|moe| {
                 next += u16::from(moe);
-                LayerId(next - u16::from(moe))
+                moe.then(|| LayerId(next - 1))
             })
             .collect();
-        Self { router, moe_layers, plan: Plan::default(), alive: Vec::new() }
+        Self { router, moe_layers, forced: None, foresight: Foresight::default() }
     }
 
-    /// Embed, then for each layer attention, route, experts; [`Cpu::logits`] reads the result.
-    pub(crate) fn run(&mut self, cpu: &mut Cpu, experts: &mut Experts, batch: &Batch<'_>) -> Vec<Lost> {
-        let Self { router, moe_layers, plan, alive } = self;
-        let mut lost = Vec::new();
-        alive.clear();
-        alive.resize(batch.rows.len(), true);
-        cpu.begin(batch);
-        for (layer, moe_layer) in moe_layers.iter().enumerate() {
-            cpu.attention(layer, batch);
-            let Some(logits) = cpu.route(layer) else {
-                cpu.dense(layer);
-                continue;
-            };
-            plan.route(*router, logits, alive);
-            // Experts run as their bytes arrive, those in the cache first; their sum is taken in rank order.
-            let mut fetch = experts.fetch(*moe_layer, plan.experts());
-            while let Some(arrivals) = fetch.next() {
-                let mut ready: Vec<(ExpertId, Slot)> = Vec::with_capacity(arrivals.len());
-                for arrival in arrivals {
-                    match arrival {
-                        Arrival::Ready { expert, slot } => ready.push((expert, slot)),
-                        Arrival::Failed { expert, error } => drop_rows(batch, plan, expert, &error, alive, &mut lost),
+    pub(crate) fn layers(&self) -> usize {
+        self.moe_layers.len()
+    }
+
+    /// From embedding to the last layer; [`Cpu::logits`] reads the result.
+    pub(crate) fn run(&mut self, cpu: &mut Cpu, experts: &mut Experts, pass: &mut Pass) {
+        let done = self.advance(cpu, experts, pass, &mut Cut { piece: PIECE_MAX, enough: &mut || false });
+        debug_assert!(done, "nothing stops it");
+    }
+
+    /// Takes a pass further, for each layer attention, route, experts; true at the end.
+    pub(crate) fn advance(&mut self, cpu: &mut Cpu, experts: &mut Experts, pass: &mut Pass, cut: &mut Cut<'_>) -> bool {
+        while pass.layer < self.moe_layers.len() && pass.alive.contains(&true) {
+            match pass.stage {
+                Stage::Rows(from) => self.rows(cpu, pass, from, cut.piece),
+                Stage::Experts { .. } => {
+                    let moe_layer = self.moe_layers[pass.layer].expect("only routed layers come to this stage");
+                    if self.experts(cpu, experts, pass, moe_layer, cut) {
+                        cpu.combine(&mut pass.act, &pass.plan);
+                        (pass.layer, pass.stage) = (pass.layer + 1, Stage::Rows(0));
                     }
                 }
-                let slots: Vec<(ExpertId, &[u8])> = ready.iter().map(|(expert, slot)| (*expert, fetch.slot_bytes(*slot))).collect();
-                cpu.experts(layer, plan, &slots);
-                let computed: Vec<ExpertId> = ready.iter().map(|(expert, _)| *expert).collect();
-                fetch.done(&computed);
             }
-            cpu.combine(plan);
+            if pass.layer < self.moe_layers.len() && (cut.enough)() {
+                return false;
+            }
         }
-        lost
+        true
+    }
+
+    /// Attention and routing, or the dense feed-forward, of the next piece of the rows.
+    fn rows(&mut self, cpu: &mut Cpu, pass: &mut Pass, from: usize, piece: usize) {
+        let Pass { batch, act, plan, alive, layer, stage, left, recorded, .. } = pass;
+        let (layer, rows) = (*layer, batch.rows.len());
+        let piece = from..(from + piece).min(rows);
+        if from == 0 {
+            plan.begin(self.router);
+        }
+        cpu.attention(layer, act, batch, alive, piece.clone());
+        match cpu.route(layer, act, piece.clone()) {
+            None => cpu.dense(layer, act, piece.clone()),
+            Some(logits) => {
+                let forced = |row: usize| {
+                    let forced = self.forced.as_ref()?;
+                    Some(forced.choice(batch.rows[row].position, self.moe_layers[layer]?))
+                };
+                plan.route(logits, &alive[piece.clone()], |row| forced(piece.start + row));
+            }
+        }
+        *stage = Stage::Rows(piece.end);
+        if piece.end == rows {
+            if self.moe_layers[layer].is_some() {
+                plan.group();
+                if let Some(recorded) = recorded {
+                    (0..rows).for_each(|row| recorded.extend_from_slice(plan.chosen(row)));
+                }
+                self.foresight.check(layer, plan.experts());
+                left.clear();
+                left.extend_from_slice(plan.experts());
+                *stage = Stage::Experts { first: true };
+            } else {
+                (pass.layer, pass.stage) = (layer + 1, Stage::Rows(0));
+            }
+        }
+    }
+
+    /// Runs experts as their bytes arrive, those in the cache first; their sum is taken in rank order. False: enough for
+    /// now, `left` says what is to do.
+    fn experts(&mut self, cpu: &mut Cpu, experts: &mut Experts, pass: &mut Pass, moe_layer: LayerId, cut: &mut Cut<'_>) -> bool {
+        let Pass { batch, act, plan, alive, layer, left, lost, stage, .. } = pass;
+        let first = std::mem::replace(stage, Stage::Experts { first: false }) == Stage::Experts { first: true };
+        // A prompt needs most experts of the next layer anyway, and a full cache has them.
+        let foresees = batch.rows.len() <= FORESEE_ROWS && self.foresight.on && self.forced.is_none();
+        let next = self.moe_layers.get(*layer + 1).copied().flatten().filter(|_| foresees && experts.slots() < self.router.experts);
+        let mut fetch = experts.fetch(moe_layer, &if first { plan.routing() } else { plan.rest(left) });
+        if let Some((next_layer, logits)) = next.zip(next.and_then(|_| cpu.foresee(*layer + 1, act))) {
+            fetch.prefetch(next_layer, self.foresight.rank(*layer + 1, logits, self.router));
+        }
+        let mut arrivals = Vec::new();
+        while fetch.next(&mut arrivals) {
+            let mut ready: Vec<(ExpertId, Slot)> = Vec::with_capacity(arrivals.len());
+            for arrival in arrivals.drain(..) {
+                match arrival {
+                    Arrival::Ready { expert, slot } => ready.push((expert, slot)),
+                    Arrival::Failed { expert, error } => {
+                        left.retain(|left| *left != expert);
+                        drop_rows(batch, plan, expert, &error, alive, lost);
+                    }
+                }
+            }
+            let mut ready = &ready[..];
+            while !ready.is_empty() {
+                let mut rows = 0;
+                let fits = |(expert, _): &&(ExpertId, Slot)| {
+                    rows += plan.rows_of(*expert).0.len();
+                    rows <= PLACES_MAX
+                };
+                let (group, rest) = ready.split_at(ready.iter().take_while(fits).count().max(1));
+                let slots: Vec<(ExpertId, &[u8])> = group.iter().map(|(expert, slot)| (*expert, fetch.slot_bytes(*slot))).collect();
+                cpu.experts(*layer, act, plan, &slots);
+                let computed: Vec<ExpertId> = group.iter().map(|(expert, _)| *expert).collect();
+                fetch.done(&computed);
+                left.retain(|left| !computed.contains(left));
+                ready = rest;
+                if !left.is_empty() && (cut.enough)() {
+                    return false;
+                }
+            }
+        }
+        true
+    }
+}
+
+/// Passes of more rows are not looked ahead of.
+const FORESEE_ROWS: usize = 16;
+
+/// Which experts the next layer will want, by its own router on this layer's residual (arXiv 2603.19289), and how often
+/// that was right.
+#[derive(Debug, Default)]
+pub(crate) struct Foresight {
+    pub(crate) on: bool,
+    layer: usize,
+    /// For `layer`: every row's favourites first, then their seconds, and so on.
+    ranked: Vec<ExpertId>,
+    favourites: Vec<ExpertId>,
+    /// Experts that were wanted, and those of them that had been foreseen.
+    pub(crate) wanted: u64,
+    pub(crate) foreseen: u64,
+}
+
+impl Foresight {
+    fn rank(&mut self, layer: usize, logits: &[f32], router: Router) -> &[ExpertId] {
+        self.layer = layer;
+        self.favourites.clear();
+        logits.chunks_exact(router.experts).for_each(|logits| most_likely(logits, router.top_k, &mut self.favourites));
+        self.ranked.clear();
+        for rank in 0..router.top_k {
+            for row in self.favourites.chunks_exact(router.top_k) {
+                if !self.ranked.contains(&row[rank]) {
+                    self.ranked.push(row[rank]);
+                }
+            }
+        }
+        &self.ranked
+    }
+
+    /// The layer has been routed.
+    fn check(&mut self, layer: usize, wanted: &[ExpertId]) {
+        if self.layer == layer && !self.ranked.is_empty() {
+            self.wanted += wanted.len() as u64;
+            self.foreseen += wanted.iter().filter(|expert| self.ranked.contains(expert)).count() as u64;
+            self.ranked.clear();
+        }
     }
 }
 
 /// Every row of a sequence that needed `expert` is out: later positions build on the one that failed.
-fn drop_rows(
-    batch: &Batch<'_>,
-    plan: &Plan,
-    expert: ExpertId,
-    error: &Arc<flash_experts::Error>,
-    alive: &mut [bool],
-    lost: &mut Vec<Lost>,
-) {
+fn drop_rows(batch: &Batch, plan: &Plan, expert: ExpertId, error: &Arc<flash_experts::Error>, alive: &mut [bool], lost: &mut Vec<Lost>) {
     for &row in plan.rows_of(expert).0 {
         let sequence = batch.rows[row as usize].sequence;
         if lost.iter().all(|lost| lost.sequence != sequence) {

@@ -6,18 +6,28 @@
 
 mod api;
 mod backend;
+pub mod bench;
+mod convert;
 mod engine;
 mod error;
 mod forward;
 mod kv;
+mod machine;
 mod memory;
 mod model;
 mod moe;
 mod sample;
 mod schedule;
 mod sequence;
+mod storage;
+pub mod synth;
+mod trace;
 
 pub use api::*;
+pub use convert::{Converted, Verified, convert, verify};
 pub use engine::Engine;
 pub use error::Error;
+pub use flash_experts::{Hot, replay};
 pub use model::{Message, Text, hub};
+pub use storage::{StorageReport, storage_report};
+pub use trace::read_trace;

@@ -1,9 +1,60 @@
 //! Who runs in a step, and who waits. Pure data; the engine performs it.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Duration};
 
-/// Rows of a step at most: a prompt is read in chunks of what decoding leaves of this.
-pub(crate) const ROWS_MAX: usize = 256;
+use crate::Bytes;
+
+/// Rows of a prompt that are always read together, whatever the memory.
+pub(crate) const CHUNK_MIN: usize = 256;
+/// A prompt's time between two looks at the commands, with nobody else to be served.
+const SLICE: Duration = Duration::from_millis(50);
+/// With others decoding, prompts get as much of a step as they do, and this at least.
+const SLICE_SHARED: Duration = Duration::from_millis(2);
+
+/// Rows of a prompt to read in one pass: every expert it needs is then loaded once for all of them. `room` bytes are
+/// free for its activations.
+pub(crate) fn chunk(tokens: usize, row_bytes: Bytes, room: Bytes) -> usize {
+    tokens.min(usize::try_from(room / row_bytes).unwrap_or(usize::MAX).max(CHUNK_MIN))
+}
+
+/// How long prompts may be read in a step in which decoding took `decoded`.
+pub(crate) fn slice(decoded: Option<Duration>) -> Duration {
+    decoded.map_or(SLICE, |decoded| decoded.max(SLICE_SHARED))
+}
+
+/// Switches lookahead off while it does more harm than good, and tries again later.
+#[derive(Debug, Default)]
+pub(crate) struct Worth {
+    /// Useful and wasted prefetches at the last look.
+    seen: (u64, u64),
+    /// Steps until it may try again.
+    pause: u32,
+}
+
+/// Prefetches that a verdict needs.
+const VERDICT: u64 = 256;
+/// Steps without lookahead after a bad one.
+const PAUSE: u32 = 512;
+
+impl Worth {
+    /// Asked once a step with the counters of useful and wasted prefetches: whether to look ahead.
+    pub(crate) fn go_on(&mut self, useful: u64, wasted: u64) -> bool {
+        if self.pause > 0 {
+            self.pause -= 1;
+            self.seen = (useful, wasted);
+            return false;
+        }
+        let (good, bad) = (useful.saturating_sub(self.seen.0), wasted.saturating_sub(self.seen.1));
+        if good + bad >= VERDICT {
+            self.seen = (useful, wasted);
+            // A wasted read has cost an idle disk nothing but the expert it displaced.
+            if bad > good {
+                self.pause = PAUSE;
+            }
+        }
+        self.pause == 0
+    }
+}
 
 /// Requests that wait: one queue a client, clients take turns.
 #[derive(Debug)]
@@ -59,34 +110,6 @@ impl<T> Waiting<T> {
     }
 }
 
-/// What a running sequence wants of a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wants {
-    Nothing,
-    /// One row.
-    Decode,
-    /// This many rows of prompt.
-    Prefill(usize),
-}
-
-/// Rows for each sequence: every decoding one gets its row, prompts share the rest in order.
-pub(crate) fn rows(wants: &[Wants]) -> Vec<usize> {
-    let decoding = wants.iter().filter(|wants| **wants == Wants::Decode).count();
-    let mut left = ROWS_MAX.saturating_sub(decoding);
-    wants
-        .iter()
-        .map(|wants| match wants {
-            Wants::Nothing => 0,
-            Wants::Decode => 1,
-            Wants::Prefill(tokens) => {
-                let rows = (*tokens).min(left);
-                left -= rows;
-                rows
-            }
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,11 +129,21 @@ mod tests {
     }
 
     #[test]
-    fn decoding_comes_first_and_prompts_share_the_rest() {
-        use Wants::*;
-        let check = |wants: &[Wants], expected: &[usize]| assert_eq!(rows(wants), expected);
-        check(&[Decode, Prefill(1000), Decode, Nothing], &[1, ROWS_MAX - 2, 1, 0]);
-        check(&[Prefill(100), Prefill(1000)], &[100, ROWS_MAX - 100]);
-        check(&[Prefill(1000), Prefill(10)], &[ROWS_MAX, 0]);
+    fn lookahead_pauses_when_most_of_it_is_wasted() {
+        let mut worth = Worth::default();
+        assert!(worth.go_on(0, 0) && worth.go_on(200, 55));
+        assert!(worth.go_on(200, 200), "half is worth it");
+        assert!(!worth.go_on(300, 400), "a third is not");
+        assert!((1..PAUSE).all(|_| !worth.go_on(300, 400)));
+        assert!(!worth.go_on(300, 400) && worth.go_on(300, 400), "tries again");
+    }
+
+    #[test]
+    fn chunks_grow_with_the_room_and_end_with_the_prompt() {
+        let check = |tokens, room, expected| assert_eq!(chunk(tokens, 100, room), expected, "{tokens} tokens, {room} bytes");
+        check(10, 0, 10);
+        check(1000, 0, CHUNK_MIN);
+        check(1000, 50_099, 500);
+        check(1000, u64::MAX, 1000);
     }
 }

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use crate::{
     Done, Finish, Request, RequestId, Text, Timing,
-    kv::BlockId,
+    forward::Pass,
+    kv::Table,
     model::text::Decoder,
     sample::{Sampler, logprob},
 };
@@ -19,9 +20,13 @@ pub(crate) struct Sequence {
     /// Positions whose keys and values are in the KV cache.
     pub(crate) cached: usize,
     /// Taken when it starts to run, for every position it may reach.
-    pub(crate) blocks: Vec<BlockId>,
+    pub(crate) blocks: Table,
+    /// A chunk of its prompt that is being read.
+    pub(crate) pass: Option<Box<Pass>>,
     /// The receiver has no room: no step until it says so.
     pub(crate) paused: bool,
+    /// Wants [`crate::Event::Routing`].
+    pub(crate) record: bool,
     max_tokens: usize,
     ignore_eos: bool,
     top_logprobs: Option<usize>,
@@ -64,8 +69,10 @@ impl Sequence {
             prompt: request.prompt.len(),
             tokens: request.prompt,
             cached: 0,
-            blocks: Vec::new(),
+            blocks: Table::default(),
+            pass: None,
             paused: false,
+            record: request.record_routing,
             max_tokens,
             ignore_eos: request.ignore_eos,
             top_logprobs: request.top_logprobs,

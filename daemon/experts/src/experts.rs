@@ -4,9 +4,11 @@
 use std::{sync::Arc, thread::JoinHandle};
 
 use crate::{
-    Error, ExpertId, LayerId, Slab, Slot, SlotPtr, Source, Stats,
+    Error, ExpertId, Hot, LayerId, PolicyKind, Routing, Slab, Slot, SlotPtr, Source, Stats,
     cache::{Cache, Found, Pin, Shape},
     load::{self, Shared},
+    recent::Recent,
+    replay::Trace,
     store::Store,
 };
 
@@ -17,6 +19,7 @@ pub struct Config {
     pub slots_per_layer: usize,
     /// Threads that read; at least one is started.
     pub loaders: usize,
+    pub policy: PolicyKind,
 }
 
 /// A model's routed experts, some of them in memory.
@@ -25,6 +28,10 @@ pub struct Experts {
     shared: Arc<Shared>,
     loaders: Vec<JoinHandle<()>>,
     shape: Shape,
+    /// What the fetch has handed out and is not done with. Here, so that fetches use one list.
+    pins: Vec<Pin>,
+    found: Vec<Found>,
+    recent: Recent,
 }
 
 /// The experts that one layer's step needs, as they arrive. Dropping it unpins them all, takes waiting loads back and lets
@@ -32,8 +39,6 @@ pub struct Experts {
 #[derive(Debug)]
 pub struct Fetch<'a> {
     experts: &'a mut Experts,
-    /// Handed out, not done.
-    pins: Vec<Pin>,
 }
 
 /// What became of one expert of a fetch.
@@ -51,29 +56,70 @@ impl Experts {
         if config.top_k == 0 || config.top_k > experts {
             return Err(Error::Source(format!("top-{} of {experts} experts", config.top_k)));
         }
-        let shape = Shape { layers, experts, places: (slab.slots() / layers).min(experts) };
+        let loaders = config.loaders.max(1);
+        let shape = Shape { layers, experts, places: (slab.slots() / layers).min(experts), loaders };
         if shape.places == 0 {
             return Err(Error::Source(format!("{} slots for {layers} layers; each needs one at least", slab.slots())));
         }
-        let shared = Arc::new(Shared { store, slab, cache: Cache::new(shape) });
-        let mut opened = Self { shared, loaders: Vec::new(), shape };
+        let shared = Arc::new(Shared { store, slab, cache: Cache::new(shape, config.policy) });
+        let recent = Recent::new(layers, experts, config.top_k);
+        let mut opened = Self { shared, loaders: Vec::new(), shape, pins: Vec::new(), found: Vec::new(), recent };
         opened.set_slots(config.slots_per_layer);
         opened.set_wanted(opened.slots());
-        for number in 0..config.loaders.max(1) {
+        for number in 0..loaders {
             opened.loaders.push(load::spawn(number, &opened.shared)?);
         }
         Ok(opened)
     }
 
-    /// Starts loading what is missing. `ids` are distinct experts of the layer.
-    pub fn fetch(&mut self, layer: LayerId, ids: &[ExpertId]) -> Fetch<'_> {
-        let mut sorted = ids.to_vec();
-        sorted.sort_unstable();
-        assert!(layer.index() < self.shape.layers, "layer {} of {}", layer.0, self.shape.layers);
-        assert!(sorted.last().is_none_or(|last| last.index() < self.shape.experts), "experts {sorted:?} of {}", self.shape.experts);
-        assert!(sorted.is_sorted_by(|a, b| a < b), "one fetch asks for an expert twice: {sorted:?}");
-        self.shared.cache.begin(layer, ids);
-        Fetch { experts: self, pins: Vec::new() }
+    /// Starts loading what is missing of `routing.experts`, which arrive in that order where they are in memory.
+    pub fn fetch(&mut self, layer: LayerId, routing: &Routing<'_>) -> Fetch<'_> {
+        self.shared.cache.begin(layer, routing);
+        self.recent.record(layer, routing);
+        Fetch { experts: self }
+    }
+
+    /// Says which experts the layer's next fetch is likely to want, the likeliest first. Those in memory stay there; the
+    /// others are loaded while at least half of the loaders have nothing better to do. Replaces what was said before, and
+    /// is over when that fetch begins. No effect with [`PolicyKind::None`] or during a fetch of that very layer.
+    pub fn prefetch(&mut self, layer: LayerId, ranked: &[ExpertId]) {
+        let (layers, experts) = (self.shape.layers, self.shape.experts);
+        assert!(layer.index() < layers, "layer {} of {layers}", layer.0);
+        assert!(ranked.iter().all(|expert| expert.index() < experts), "experts {ranked:?} of {experts}");
+        self.shared.cache.prefetch(layer, ranked);
+    }
+
+    /// What has been learned and what is in memory, to be kept for the next run.
+    pub fn hot(&self) -> Hot {
+        self.shared.cache.hot()
+    }
+
+    /// Takes over what another run has learned, and has half of the loaders bring back what it had in memory, the dearest
+    /// first, where slots are free and there is nothing better to do. Of use to a cache that was just opened; another model's
+    /// is passed over.
+    pub fn warm(&mut self, hot: &Hot) {
+        let Shape { layers, experts, .. } = self.shape;
+        if (hot.layers.len(), hot.experts) == (layers, experts) {
+            self.shared.cache.warm(hot);
+        } else {
+            let of = format!("{} layers of {} experts", hot.layers.len(), hot.experts);
+            tracing::warn!(of, "a hot set of another model; the cache starts cold");
+        }
+    }
+
+    /// Which experts the latest tokens used, for [`crate::replay`]: about a thousand, without those of prompts.
+    pub fn recent(&self) -> Trace {
+        self.recent.trace()
+    }
+
+    /// What was learned about experts is kept, whatever the policy.
+    pub fn set_policy(&mut self, policy: PolicyKind) {
+        self.shared.cache.set_policy(policy);
+    }
+
+    /// Evicts everything and forgets what was learned: a cold cache. Loads that run for nobody still end in it.
+    pub fn clear(&mut self) {
+        self.shared.cache.clear();
     }
 
     /// Changes the slots of every layer, within 1 and the number of experts. Fewer: the policy's victims go, and their
@@ -110,6 +156,21 @@ impl Experts {
         self.shared.cache.resident(layer)
     }
 
+    /// Hits, misses and bytes read so far: what a step looks at, for less than [`Experts::stats`].
+    pub fn counters(&self) -> (u64, u64, u64) {
+        self.shared.cache.counters()
+    }
+
+    /// Useful and wasted prefetches so far.
+    pub fn prefetches(&self) -> (u64, u64) {
+        self.shared.cache.prefetches()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn settled(&self) -> bool {
+        self.shared.cache.settled()
+    }
+
     pub fn stats(&self) -> Stats {
         let mut stats = self.shared.cache.stats();
         stats.slot_bytes = self.slot_bytes();
@@ -130,30 +191,36 @@ impl Drop for Experts {
 }
 
 impl Fetch<'_> {
-    /// Everything that has arrived since the last call: first what was in memory, in the order asked for, then loads as
-    /// they end. Blocks only if there is nothing; `None` once every expert has been handed out.
+    /// Fills `into` with everything that has arrived since the last call: first what was in memory, in the order asked for,
+    /// then loads as they end. Blocks only if there is nothing; false, with nothing, once every expert has been handed out.
     ///
     /// # Panics
     /// If it could only wait for ever: nothing loads, and every slot is held by an expert that [`Fetch::done`] was not
     /// called for.
-    #[expect(clippy::should_implement_trait, reason = "a `for` loop would hold the borrow that `done` needs")]
-    pub fn next(&mut self) -> Option<Vec<Arrival>> {
-        let found = self.experts.shared.cache.take()?;
-        let arrival = |found| match found {
+    pub fn next(&mut self, into: &mut Vec<Arrival>) -> bool {
+        into.clear();
+        let Experts { shared, pins, found, .. } = &mut *self.experts;
+        let more = shared.cache.take(found);
+        into.extend(found.drain(..).map(|found| match found {
             Found::Ready(pin) => {
                 let arrival = Arrival::Ready { expert: pin.expert(), slot: pin.slot() };
-                self.pins.push(pin);
+                pins.push(pin);
                 arrival
             }
             Found::Failed(expert, error) => Arrival::Failed { expert, error },
-        };
-        Some(found.into_iter().map(arrival).collect())
+        }));
+        more
     }
 
     /// These have been computed: their slots may go to experts that wait for one. Failed ones hold none and are passed over.
     pub fn done(&mut self, experts: &[ExpertId]) {
-        let done = self.pins.extract_if(.., |pin| experts.contains(&pin.expert()));
-        self.experts.shared.cache.done(done);
+        let Experts { shared, pins, .. } = &mut *self.experts;
+        shared.cache.done(pins.extract_if(.., |pin| experts.contains(&pin.expert())));
+    }
+
+    /// As [`Experts::prefetch`], while this layer's experts load.
+    pub fn prefetch(&mut self, layer: LayerId, ranked: &[ExpertId]) {
+        self.experts.prefetch(layer, ranked);
     }
 
     /// The bytes of an expert that was handed out (region 0), until [`Fetch::done`].
@@ -161,13 +228,14 @@ impl Fetch<'_> {
     /// # Panics
     /// If the slot is not one that this fetch holds.
     pub fn slot_bytes(&self, slot: Slot) -> &[u8] {
-        let pin = self.pins.iter().find(|pin| pin.slot() == slot);
+        let pin = self.experts.pins.iter().find(|pin| pin.slot() == slot);
         self.experts.shared.slab.bytes(pin.unwrap_or_else(|| panic!("slot {} is not held by this fetch", slot.0)))
     }
 }
 
 impl Drop for Fetch<'_> {
     fn drop(&mut self) {
+        self.experts.pins.clear();
         self.experts.shared.cache.end();
     }
 }

@@ -20,9 +20,16 @@ pub struct ExpertKey {
     pub expert: ExpertId,
 }
 
-/// The number of fetches so far: the only clock that eviction policies see, so that a replay decides as the run did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// The number of tokens that a layer has seen: the only clock that eviction policies see, so that a replay decides as the run
+/// did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Tick(pub(crate) u64);
+
+impl Tick {
+    pub(crate) fn as_f64(self) -> f64 {
+        self.0 as f64
+    }
+}
 
 impl LayerId {
     pub(crate) fn index(self) -> usize {

@@ -6,20 +6,31 @@
 //! policy's victim, and a loader thread reads the bytes through [`Storage`] straight into the slot. [`Fetch::next`]
 //! hands it out, [`Fetch::done`] unpins it, and it stays until its slot is wanted for another.
 
+mod build;
 mod cache;
 mod error;
 mod experts;
+mod format;
+mod hot;
 mod key;
 mod load;
+mod recent;
+pub mod replay;
+mod routing;
 mod slab;
 mod stats;
 mod store;
 #[cfg(test)]
 mod tests;
 
+pub use build::{Plan, StoreReader, StoreWriter, free_space, part_path, sync_folder};
+pub use cache::PolicyKind;
 pub use error::Error;
 pub use experts::{Arrival, Config, Experts, Fetch};
+pub use format::Entry;
+pub use hot::Hot;
 pub use key::{ExpertId, ExpertKey, LayerId, Slot};
+pub use routing::Routing;
 pub use slab::{Region, Slab, SlotPtr};
 pub use stats::{LayerStats, Stats};
-pub use store::{Pread, Read, Slice, Source, Storage};
+pub use store::{Io, Measured, Pread, Read, Record, Slice, Source, Storage, measure, open};

@@ -1,10 +1,12 @@
 //! Counters of a cache, copied out for whoever asks. No logic and no locks: `cache/` counts, `Experts::stats` copies.
 
+use crate::PolicyKind;
 use std::time::Duration;
 
 /// What the cache has done since it was opened, and what it holds now.
 #[derive(Clone, Debug, Default)]
 pub struct Stats {
+    pub policy: PolicyKind,
     pub slots_per_layer: usize,
     /// What the configured budget asks for, before pressure.
     pub slots_wanted: usize,
@@ -14,12 +16,24 @@ pub struct Stats {
     pub resident_bytes: u64,
     pub hits: u64,
     pub misses: u64,
-    /// Asked for while a fetch that was dropped had its load running: neither hit nor miss.
+    /// Asked for while a load was running for a fetch that was dropped, or for a prefetch: neither hit nor miss.
     pub joined: u64,
     pub evictions: u64,
     /// Loads that succeeded.
     pub loads: u64,
     pub load_errors: u64,
+    /// Those of `load_errors` whose bytes came and were not what was written.
+    pub checksum_errors: u64,
+    /// Prefetches that were read; `hits` or `joined` when they were wanted, `evictions` when not.
+    pub prefetched: u64,
+    /// Asked for when in memory already.
+    pub prefetch_useful: u64,
+    /// Gone from memory without having been asked for.
+    pub prefetch_wasted: u64,
+    /// Asked for while still being read.
+    pub prefetch_late: u64,
+    /// Reads that a hot set asked for.
+    pub warm_loads: u64,
     /// Experts whose last load failed.
     pub bad_records: usize,
     pub bytes_read: u64,

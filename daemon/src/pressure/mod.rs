@@ -108,7 +108,7 @@ fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc:
         // The cap holds for what is measured from outside, allocators and code included, not only for what the engine counts.
         let cap = state.options.memory.zip(readings.process);
         readings.limits.extend(cap.map(|(bytes, held)| Limit { name: "--memory".into(), bytes, held, code: false }));
-        let slab = state.ready().map(|(_, ready)| slab(&ready.report));
+        let slab = state.report().map(slab);
         let verdict = governor.decide(&readings, slab);
         worker.set_ceiling(verdict.ceiling);
         if slab.is_some() {
@@ -127,7 +127,7 @@ fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc:
             view.decisions.push_back((Instant::now(), decision));
         }
         drop(view);
-        let busy = state.ready().is_some_and(|(_, ready)| ready.report.running > 0);
+        let busy = state.report().is_some_and(|report| report.running > 0);
         let period = match (busy, verdict.close) {
             (false, false) => PERIOD_IDLE,
             (true, false) => PERIOD,

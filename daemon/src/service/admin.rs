@@ -1,21 +1,36 @@
 //! Admin: version, stats, doctor, shutdown. Reads what others publish; never waits for the engine.
 
-use std::{fs, os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt, pin::Pin, sync::Arc, time::Duration};
 
+use flash_engine::{
+    Measured, StorageReport,
+    bench::BenchEvent,
+    replay::{self, ReplayPolicy},
+};
 use flash_proto::{PROTOCOL_VERSION, v1};
 use rustix::process::{Resource, getrlimit};
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
+    task::spawn_blocking,
     time::{MissedTickBehavior, interval},
 };
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status};
 
 use super::{Daemon, convert};
-use crate::{catalog::Entry, config::Setting, pressure::Finding, worker::State};
+use crate::{
+    Error,
+    catalog::Entry,
+    config::Setting,
+    pressure::Finding,
+    worker::{BENCH_EVENTS, Bench, Command, State},
+};
 
 /// More often than this costs more than it tells.
 const INTERVAL_MIN: Duration = Duration::from_millis(100);
+
+/// How much faster whole experts must have been read before packing is recommended.
+const WORTH_PACKING: f64 = 1.1;
 
 pub(super) struct Service {
     pub(super) daemon: Arc<Daemon>,
@@ -23,8 +38,11 @@ pub(super) struct Service {
     pub(super) stop: watch::Receiver<bool>,
 }
 
+type BenchStream = Pin<Box<dyn Stream<Item = Result<v1::BenchEvent, Status>> + Send>>;
+
 #[tonic::async_trait]
 impl v1::admin_server::Admin for Service {
+    type BenchStream = BenchStream;
     type WatchStatsStream = ReceiverStream<Result<v1::Snapshot, Status>>;
 
     async fn version(&self, _: Request<v1::VersionRequest>) -> Result<Response<v1::VersionResponse>, Status> {
@@ -43,7 +61,7 @@ impl v1::admin_server::Admin for Service {
     }
 
     async fn stats(&self, _: Request<v1::StatsRequest>) -> Result<Response<v1::Snapshot>, Status> {
-        Ok(Response::new(self.daemon.snapshot()))
+        Ok(Response::new(self.daemon.snapshot().await))
     }
 
     async fn watch_stats(&self, request: Request<v1::WatchStatsRequest>) -> Result<Response<Self::WatchStatsStream>, Status> {
@@ -56,7 +74,7 @@ impl v1::admin_server::Admin for Service {
             let ticks = async {
                 loop {
                     tick.tick().await;
-                    if snapshots.send(Ok(daemon.snapshot())).await.is_err() {
+                    if snapshots.send(Ok(daemon.snapshot().await)).await.is_err() {
                         return;
                     }
                 }
@@ -74,8 +92,20 @@ impl v1::admin_server::Admin for Service {
         let state = self.daemon.worker.state();
         let entries = self.daemon.catalog.list().await;
         let settings = settings(&self.daemon.config.settings, &state);
-        let checks = self.daemon.checks(&state, &entries).into_iter().map(convert::check).collect();
+        let mut checks = self.daemon.checks(&state, &entries);
+        checks.extend(self.daemon.storage(&state, &entries).await);
+        let checks = checks.into_iter().map(convert::check).collect();
         Ok(Response::new(v1::DoctorResponse { settings: settings.into_iter().map(convert::setting).collect(), checks }))
+    }
+
+    async fn bench(&self, request: Request<v1::BenchRequest>) -> Result<Response<BenchStream>, Status> {
+        let events = self.bench(request.into_inner()).await.map_err(|error| convert::status(&error))?;
+        let events = ReceiverStream::new(events).map(|event| event.map(convert::bench_event).map_err(|error| convert::status(&error)));
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn replay(&self, request: Request<v1::ReplayRequest>) -> Result<Response<v1::ReplayResponse>, Status> {
+        self.replay(request.into_inner()).await.map(Response::new).map_err(|error| convert::status(&error))
     }
 
     async fn shutdown(&self, request: Request<v1::ShutdownRequest>) -> Result<Response<v1::ShutdownResponse>, Status> {
@@ -84,10 +114,92 @@ impl v1::admin_server::Admin for Service {
     }
 }
 
+impl Service {
+    async fn bench(&self, request: v1::BenchRequest) -> Result<mpsc::Receiver<Result<BenchEvent, Error>>, Error> {
+        let daemon = &self.daemon;
+        if daemon.drain.begun() {
+            return Err(Error::Draining);
+        }
+        let live: Vec<String> = daemon.sessions.list().into_iter().map(|session| session.request_id).collect();
+        if !live.is_empty() {
+            return Err(busy(&live));
+        }
+        let model = daemon.catalog.resolve(&request.model).await?;
+        let routing = match request.routing.as_str() {
+            "" => None,
+            path => {
+                let path = convert::absolute("routing", path)?;
+                Some(blocking(move || Ok(flash_engine::read_trace(&path)?)).await?)
+            }
+        };
+        let options = convert::bench(request, routing.as_ref())?;
+        let (events, receiver) = mpsc::channel(BENCH_EVENTS);
+        let (reply, begun) = oneshot::channel();
+        daemon.worker.send(Command::Bench(Box::new(Bench { model, options, events, reply, running: daemon.jobs.enter() })))?;
+        begun.await.map_err(|_| Error::Draining)??;
+        Ok(receiver)
+    }
+
+    /// One row after the other on a blocking thread, so that a caller who leaves is not computed for.
+    async fn replay(&self, request: v1::ReplayRequest) -> Result<v1::ReplayResponse, Error> {
+        let path = convert::absolute("path", &request.path)?;
+        let trace = Arc::new(blocking(move || Ok(flash_engine::read_trace(&path)?)).await?);
+        let mut response = convert::replayed(&trace);
+        let (policies, slots) = (convert::replay_policies(&request.policies)?, convert::replay_slots(&request.slots, trace.experts)?);
+        for slots in slots {
+            let run = |policy| {
+                let trace = trace.clone();
+                blocking(move || Ok(replay::replay(&trace, policy, slots)))
+            };
+            let best = run(ReplayPolicy::Belady).await?;
+            for (name, policy) in &policies {
+                let found = if *policy == ReplayPolicy::Belady { best.clone() } else { run(*policy).await? };
+                response.rows.push(convert::replay_row(name, slots, &found, &best));
+            }
+        }
+        Ok(response)
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
+    spawn_blocking(work).await.unwrap_or_else(|error| Err(Error::Panicked(error.to_string())))
+}
+
+/// Names what is in a benchmark's way.
+fn busy(requests: &[String]) -> Error {
+    let named = requests.iter().take(5).map(String::as_str).collect::<Vec<_>>().join(", ");
+    let more = requests.len().checked_sub(5).filter(|more| *more > 0).map(|more| format!(" and {more} more")).unwrap_or_default();
+    let what = "a benchmark needs the memory for itself; wait for them, or end them: flashctl stop --force";
+    Error::Busy(format!("requests are running ({named}{more}), and {what}"))
+}
+
 impl Daemon {
-    fn snapshot(&self) -> v1::Snapshot {
-        let process = self.monitor.sensors.process().unwrap_or(0);
-        convert::snapshot(self.started, &self.worker.state(), &self.totals, &self.monitor.view(), process)
+    async fn snapshot(&self) -> v1::Snapshot {
+        let gap = self.gap().await;
+        convert::snapshot(convert::Seen {
+            started: self.started,
+            state: &self.worker.state(),
+            totals: &self.totals,
+            view: &self.monitor.view(),
+            process_bytes: self.monitor.sensors.process().unwrap_or(0),
+            gap,
+        })
+    }
+
+    /// How fast the experts of the loaded model, else of the default one, come from its disk.
+    async fn storage(&self, state: &State, entries: &[Entry]) -> Vec<Finding> {
+        let loaded = state.ready().map(|(model, _)| model.clone());
+        let default = || {
+            let id = self.catalog.default_model(entries)?;
+            entries.iter().find(|entry| entry.model.id == id && entry.info.is_ok()).map(|entry| entry.model.clone())
+        };
+        let Some(model) = loaded.or_else(default) else { return Vec::new() };
+        let loaders = state.options.loaders;
+        let measured = blocking(move || Ok((flash_engine::storage_report(&model.path, loaders)?, model.id))).await;
+        match measured {
+            Ok((report, id)) => storage(&id, &report),
+            Err(error) => vec![Finding::bad("storage", error.to_string(), "see `flashctl models`")],
+        }
     }
 
     fn checks(&self, state: &State, entries: &[Entry]) -> Vec<Finding> {
@@ -121,6 +233,26 @@ impl Daemon {
         checks.push(Finding::check("open files", files.is_none_or(|files| files >= 256), found, "raise it: ulimit -n 1024"));
         checks
     }
+}
+
+/// The trial in words, and a recommendation where it found a gain.
+fn storage(id: &str, report: &StorageReport) -> Vec<Finding> {
+    let speed = |speed: &Result<f64, String>| match speed {
+        Ok(speed) => format!("{:.2} GB/s", speed / 1e9),
+        Err(error) => format!("no ({error})"),
+    };
+    let Measured { best, tried } = &report.model;
+    let speeds = tried.iter().map(|(io, found)| format!("{io} {}", speed(found))).collect::<Vec<_>>().join(", ");
+    let reads = if report.packed.is_some() { "experts in their pieces" } else { "packed experts" };
+    let mut findings = vec![Finding::good("storage", format!("{id}, {reads}: {speeds}; the best is {best}"))];
+    let now = tried.iter().find(|(io, _)| io == best).and_then(|(_, speed)| speed.as_ref().ok());
+    if let (Some(packed), Some(now)) = (&report.packed, now) {
+        let gain = packed.as_ref().map_or(0.0, |packed| packed / now);
+        let found = format!("experts of {} kB in one piece: {}", report.expert_bytes / 1000, speed(packed));
+        let fix = if gain >= WORTH_PACKING { "faster: pack the model with `flashctl convert`" } else { "" };
+        findings.push(Finding { name: "packing", ok: true, finding: found, fix });
+    }
+    findings
 }
 
 /// The configured settings, with what Load calls have changed since.

@@ -2,18 +2,29 @@
 //! Checks ranges on the way in. Pure.
 
 use std::{
+    collections::VecDeque,
+    path::PathBuf,
+    str::FromStr,
     sync::atomic::Ordering::Relaxed,
     time::{Duration, Instant, SystemTime},
 };
 
-use flash_engine::{CacheBudget, Done, Finish, Message, ModelInfo, Request, Sampling, Text, TokenLogprob, parse_bytes};
+use flash_engine::{
+    CacheBudget, Done, ExpertsError, Finish, Message, ModelInfo, Options, PolicyKind, Report, Request, Sampling, Text, TokenLogprob,
+    bench::{self, BenchEvent, BenchOptions, Machine, Row, Variant},
+    parse_bytes,
+    replay::{ReplayPolicy, Replayed, Trace},
+    synth::Synth,
+};
 use flash_proto::{code, v1};
 use tonic::Status;
 
+use super::gap;
 use crate::{
     Error,
     catalog::Entry,
     config::{self, KEEP_ALIVE_WANTS, KeepAlive, parse_keep_alive},
+    jobs,
     pressure::{self, Finding, Level},
     stats::Totals,
     worker::{Admitted, Model, Phase, Ready, State},
@@ -33,6 +44,7 @@ pub(super) fn status(error: &Error) -> Status {
         Error::ModelNotFound { .. } => code::with_param(code::status(code::MODEL_NOT_FOUND, message), "model"),
         Error::Value { param, .. } => code::with_param(code::status(code::INVALID_VALUE, message), param),
         Error::QueueFull { retry_after_s, .. } => code::with_retry_after(code::status(code::QUEUE_FULL, message), *retry_after_s),
+        Error::Busy(_) => code::status(code::BUSY, message),
         Error::Draining => code::status(code::DRAINING, message),
         Error::Cancelled(_) => code::status(code::CANCELLED, message),
         Error::Engine(error) => engine_status(error, message),
@@ -53,8 +65,10 @@ fn engine_status(error: &flash_engine::Error, message: String) -> Status {
         E::Template { .. } => code::with_param(code::status(code::CHAT_TEMPLATE, message), "messages"),
         E::ContextLength { .. } => code::with_param(code::status(code::CONTEXT_LENGTH, message), "messages"),
         E::EmptyPrompt | E::TokenId { .. } => code::with_param(code::status(code::INVALID_VALUE, message), "prompt"),
+        E::Cancelled => code::status(code::CANCELLED, message),
         E::QueueFull { .. } => code::status(code::QUEUE_FULL, message),
         E::Memory { .. } => code::status(code::INSUFFICIENT_MEMORY, message),
+        E::Experts(error) if matches!(**error, ExpertsError::Space { .. }) => code::status(code::NO_SPACE, message),
         E::Tokenizer { .. } | E::Experts(_) | E::Internal(_) => code::status(code::ENGINE, message),
     }
 }
@@ -91,6 +105,7 @@ pub(super) struct Rest {
     max_tokens: Option<usize>,
     top_logprobs: Option<usize>,
     ignore_eos: bool,
+    record_routing: bool,
     client: String,
 }
 
@@ -125,6 +140,7 @@ pub(super) fn generate(request: v1::GenerateRequest) -> Result<Wanted, Error> {
             max_tokens: request.max_tokens.map(|n| n as usize),
             top_logprobs: request.top_logprobs.map(|n| n as usize),
             ignore_eos: request.ignore_eos,
+            record_routing: request.record_routing,
             client: request.client,
         },
     })
@@ -206,8 +222,8 @@ impl Overrides {
 
 impl Rest {
     pub(super) fn request(self, prompt: Vec<u32>, sampling: Sampling) -> Request {
-        let Self { stop, max_tokens, top_logprobs, ignore_eos, client } = self;
-        Request { prompt, sampling, stop, max_tokens, top_logprobs, ignore_eos, client }
+        let Self { stop, max_tokens, top_logprobs, ignore_eos, record_routing, client } = self;
+        Request { prompt, sampling, stop, max_tokens, top_logprobs, ignore_eos, record_routing, client }
     }
 }
 
@@ -280,6 +296,17 @@ pub(super) fn token(text: String, logprobs: Vec<TokenLogprob>, side: &Text) -> v
     event(v1::generate_event::Event::Text(v1::Text { text, logprobs: logprobs.into_iter().map(logprob).collect() }))
 }
 
+/// In parts of a few hundred kilobytes: messages have a largest size.
+pub(super) fn routing(tokens: &[u32], layers: usize, ids: &[u16]) -> VecDeque<v1::GenerateEvent> {
+    let per_token = ids.len().checked_div(tokens.len()).unwrap_or(0);
+    let parts = tokens.chunks(256).zip(ids.chunks((256 * per_token).max(1)));
+    let part = |(tokens, ids): (&[u32], &[u16])| {
+        let ids = ids.iter().copied().map(u32::from).collect();
+        event(v1::generate_event::Event::Routing(v1::Routing { tokens: tokens.into(), layers: u32(layers), ids }))
+    };
+    parts.map(part).collect()
+}
+
 pub(super) fn done(done: Done) -> v1::GenerateEvent {
     let (finish, stop) = match done.finish {
         Finish::Stop(stop) => (v1::done::Finish::Stop, stop),
@@ -306,6 +333,196 @@ pub(super) fn done(done: Done) -> v1::GenerateEvent {
 
 pub(super) fn failed(code: &str, message: &str) -> v1::GenerateEvent {
     event(v1::generate_event::Event::Failed(v1::Failed { code: code.into(), message: message.into() }))
+}
+
+// ---- jobs ----
+
+pub(super) fn job(event: jobs::Event) -> v1::JobEvent {
+    use v1::job_event::Event as E;
+    let event = match event {
+        jobs::Event::Progress(progress) => {
+            E::Progress(v1::JobProgress { stage: progress.stage.into(), done: progress.done, total: progress.total })
+        }
+        jobs::Event::Done(done) => E::Done(v1::JobDone {
+            model: done.model,
+            path: done.path,
+            records: done.records,
+            bytes: done.bytes,
+            seconds: done.seconds,
+            bad: done.bad,
+        }),
+    };
+    v1::JobEvent { event: Some(event) }
+}
+
+pub(super) fn synth(request: &v1::SynthRequest) -> Result<Synth, Error> {
+    for (param, count) in [("layers", request.layers), ("context", request.context)] {
+        if count == Some(0) {
+            return Err(bad(param, "must be at least 1"));
+        }
+    }
+    let routing = match request.routing.as_str() {
+        "" => "uniform",
+        routing => routing,
+    };
+    Ok(Synth {
+        shape: request.shape.clone(),
+        layers: request.layers.map(|n| n as usize),
+        context: request.context.map(|n| n as usize),
+        seed: request.seed,
+        routing: routing.parse().map_err(|error: flash_engine::Error| bad("routing", error.to_string()))?,
+    })
+}
+
+/// `routing` is what the request's trace file holds.
+pub(super) fn bench(request: v1::BenchRequest, routing: Option<&Trace>) -> Result<BenchOptions, Error> {
+    let defaults = BenchOptions::default();
+    let caches = match (&request.cache[..], request.no_cache) {
+        (_, true) => Vec::new(),
+        ([], false) => defaults.caches,
+        (sizes, false) => sizes.iter().map(|size| parsed("cache", size)).collect::<Result<_, _>>()?,
+    };
+    let variant = |variant: &v1::BenchVariant| {
+        Ok(Variant {
+            io: optional("io", &variant.io)?,
+            policy: optional("policy", &variant.policy)?,
+            lookahead: optional("lookahead", &variant.lookahead)?,
+        })
+    };
+    let flat = |trace: &Trace| {
+        let places = (0..trace.tokens()).flat_map(|token| (0..trace.layers).map(move |layer| (token, layer)));
+        places.flat_map(|(token, layer)| trace.get(token, layer)).map(|expert| expert.0).collect()
+    };
+    Ok(BenchOptions {
+        caches,
+        prompt: request.prompt.map_or(defaults.prompt, |tokens| tokens as usize),
+        generate: request.generate.map_or(defaults.generate, |tokens| tokens as usize),
+        routing: routing.map(flat),
+        variants: request.variants.iter().map(variant).collect::<Result<_, Error>>()?,
+        repeat: request.repeat.max(1) as usize,
+        seed: request.seed,
+    })
+}
+
+fn parsed<T: FromStr<Err: ToString>>(param: &'static str, text: &str) -> Result<T, Error> {
+    text.parse().map_err(|error: T::Err| bad(param, error.to_string()))
+}
+
+/// Empty: not said.
+fn optional<T: FromStr<Err: ToString>>(param: &'static str, text: &str) -> Result<Option<T>, Error> {
+    if text.is_empty() { Ok(None) } else { parsed(param, text).map(Some) }
+}
+
+pub(super) fn bench_event(event: BenchEvent) -> v1::BenchEvent {
+    use v1::bench_event::Event as E;
+    let event = match event {
+        BenchEvent::Progress { stage, done, total } => E::Progress(v1::BenchProgress { stage, done, total }),
+        BenchEvent::Machine(machine) => E::Machine(bench_machine(machine)),
+        BenchEvent::Row(row) => E::Row(bench_row(*row)),
+    };
+    v1::BenchEvent { event: Some(event) }
+}
+
+fn bench_machine(machine: Machine) -> v1::BenchMachine {
+    v1::BenchMachine {
+        memory_bytes_s: machine.memory_bytes_s,
+        threads: machine.threads as u32,
+        disk_bytes_s: machine.disk_bytes_s,
+        record_bytes: machine.expert_bytes,
+        readers: machine.readers as u32,
+        io: machine.io.to_string(),
+        kernels: machine.kernels,
+        notes: Vec::new(),
+    }
+}
+
+fn bench_row(row: Row) -> v1::BenchRow {
+    let Row { cache, slots, state, variant, prompt_tokens, ttft, prefill_tok_s, prefill_disk_bytes, decode } = row;
+    let said = |text: Option<String>| text.unwrap_or_default();
+    let prompt = v1::BenchRow {
+        cache: cache.map_or_else(|| "none".into(), |cache| cache.to_string()),
+        slots: slots as u32,
+        state: if state == bench::State::Cold { "cold" } else { "warm" }.into(),
+        variant: Some(v1::BenchVariant {
+            io: said(variant.io.map(|io| io.to_string())),
+            policy: said(variant.policy.map(|policy| policy.to_string())),
+            lookahead: said(variant.lookahead.map(|lookahead| lookahead.to_string())),
+        }),
+        prompt_tokens: prompt_tokens as u32,
+        prefill_tok_s: Some(prefill_tok_s),
+        prefill_disk_bytes,
+        ttft_s: Some(ttft.as_secs_f64()),
+        ..v1::BenchRow::default()
+    };
+    let Some(decode) = decode else { return prompt };
+    v1::BenchRow {
+        decode_tokens: decode.tokens as u32,
+        decode_tok_s: Some(decode.tok_s),
+        decode_mean_tok_s: Some(decode.mean_tok_s),
+        hit_rate: Some(decode.hit_rate),
+        disk_bytes_per_token: Some(decode.disk_bytes_per_token),
+        disk_bytes_s: Some(decode.disk_bytes_s),
+        wait_share: Some(decode.wait_share),
+        memory_bound_tok_s: Some(decode.bounds.memory),
+        io_bound_tok_s: decode.bounds.io,
+        overlapped_tok_s: Some(decode.bounds.overlapped),
+        serial_tok_s: Some(decode.bounds.serial),
+        of_overlapped: Some(decode.of_overlapped()),
+        of_serial: Some(decode.of_serial()),
+        lookahead_recall: decode.lookahead_recall,
+        prefetch_useful: decode.prefetch_useful,
+        prefetch_wasted: decode.prefetch_wasted,
+        ..prompt
+    }
+}
+
+pub(super) fn replayed(trace: &Trace) -> v1::ReplayResponse {
+    v1::ReplayResponse {
+        tokens: trace.tokens() as u32,
+        layers: trace.layers as u32,
+        experts: trace.experts as u32,
+        top_k: trace.top_k() as u32,
+        rows: Vec::new(),
+    }
+}
+
+/// A path on the wire: relative ones would mean the daemon's working directory.
+pub(super) fn absolute(param: &'static str, text: &str) -> Result<PathBuf, Error> {
+    let path = PathBuf::from(text);
+    if path.is_absolute() { Ok(path) } else { Err(bad(param, format!("`{text}` is not an absolute path"))) }
+}
+
+/// The policies of a replay, by name.
+const REPLAYED: [(&str, ReplayPolicy); 4] = [
+    ("lfru", ReplayPolicy::Live(PolicyKind::Lfru)),
+    ("lru", ReplayPolicy::Live(PolicyKind::Lru)),
+    ("lcp", ReplayPolicy::Live(PolicyKind::Lcp)),
+    ("belady", ReplayPolicy::Belady),
+];
+
+pub(super) fn replay_policies(names: &[String]) -> Result<Vec<(&'static str, ReplayPolicy)>, Error> {
+    let find = |name: &String| {
+        let found = REPLAYED.into_iter().find(|(known, _)| known.eq_ignore_ascii_case(name));
+        found.ok_or_else(|| bad("policy", format!("`{name}` is none of lfru, lru, lcp and belady")))
+    };
+    if names.is_empty() { Ok(REPLAYED.into()) } else { names.iter().map(find).collect() }
+}
+
+pub(super) fn replay_slots(wanted: &[String], experts: usize) -> Result<Vec<usize>, Error> {
+    let read = |text: &str| {
+        let slots = match text.parse() {
+            Ok(CacheBudget::Share(share)) => Some(((experts as f64 * share) as usize).max(1)),
+            _ => text.parse().ok(),
+        };
+        let slots = slots.filter(|slots| (1..=experts).contains(slots));
+        slots.ok_or_else(|| bad("slots", format!("`{text}` is neither a number from 1 to {experts} nor a share such as 25%")))
+    };
+    if wanted.is_empty() { ["12.5%", "25%", "50%"].into_iter().map(read).collect() } else { wanted.iter().map(|text| read(text)).collect() }
+}
+
+pub(super) fn replay_row(policy: &str, slots: usize, found: &Replayed, best: &Replayed) -> v1::ReplayRow {
+    let share = |replayed: &Replayed| replayed.hits as f64 / (replayed.hits + replayed.misses).max(1) as f64;
+    v1::ReplayRow { policy: policy.into(), slots: u32(slots), hits: found.hits, misses: found.misses, gap: share(best) - share(found) }
 }
 
 // ---- models ----
@@ -338,6 +555,7 @@ pub(super) fn loaded_model(model: &Model, info: &ModelInfo, state: &State) -> v1
         Some((loaded, phase)) if loaded.path == model.path => match phase {
             Phase::Loading(_) => (S::Loading, None),
             Phase::Ready(ready) => (S::Ready, Some(ready.context)),
+            Phase::Bench(_) => (S::NotLoaded, None),
         },
         _ => (S::NotLoaded, None),
     };
@@ -358,35 +576,52 @@ pub(super) fn loaded_model(model: &Model, info: &ModelInfo, state: &State) -> v1
         state: phase.into(),
         expert_bytes: info.expert_bytes,
         trunk_bytes: info.trunk_bytes,
+        packed: info.packed,
         ..v1::Model::default()
     }
 }
 
 pub(super) fn cache(ready: &Ready) -> v1::Cache {
     let experts = &ready.report.experts;
-    let per_slot_row = experts.layers.len() as u64 * experts.slot_bytes;
     v1::Cache {
         slots_per_layer: u32(experts.slots_per_layer),
         slots_wanted: u32(experts.slots_wanted),
         slot_bytes: experts.slot_bytes,
-        budget_bytes: experts.slots_per_layer as u64 * per_slot_row,
+        budget_bytes: slab_bytes(&ready.report),
         resident_bytes: experts.resident_bytes,
-        working_set_bytes: ready.info.top_k as u64 * per_slot_row,
+        working_set_bytes: (ready.info.top_k * experts.layers.len()) as u64 * experts.slot_bytes,
     }
+}
+
+fn slab_bytes(report: &Report) -> u64 {
+    (report.experts.slots_per_layer * report.experts.layers.len()) as u64 * report.experts.slot_bytes
 }
 
 // ---- stats and doctor ----
 
-pub(super) fn snapshot(started: Instant, state: &State, totals: &Totals, view: &pressure::View, process_bytes: u64) -> v1::Snapshot {
+/// What Stats is made of.
+pub(super) struct Seen<'a> {
+    pub(super) started: Instant,
+    pub(super) state: &'a State,
+    pub(super) totals: &'a Totals,
+    pub(super) view: &'a pressure::View,
+    pub(super) process_bytes: u64,
+    pub(super) gap: Option<gap::Found>,
+}
+
+pub(super) fn snapshot(seen: Seen<'_>) -> v1::Snapshot {
+    let Seen { started, state, totals, view, process_bytes, gap } = seen;
     let ready = state.ready().map(|(_, ready)| ready);
-    let report = ready.map(|ready| &ready.report);
+    let report = state.report();
+    // A benchmark's requests are nobody's.
+    let served = state.ready().map(|(_, ready)| &ready.report);
     let speed = totals.speed();
     v1::Snapshot {
         uptime_s: started.elapsed().as_secs_f64(),
         model: state.model.as_ref().map(|(model, phase)| loaded(model, phase)),
         requests: Some(v1::Requests {
-            running: report.map_or(0, |report| u32(report.running)),
-            waiting: u32(state.in_line + report.map_or(0, |report| report.waiting)),
+            running: served.map_or(0, |report| u32(report.running)),
+            waiting: u32(state.in_line + served.map_or(0, |report| report.waiting)),
             finished: totals.finished.load(Relaxed),
             cancelled: totals.cancelled.load(Relaxed),
             failed: totals.failed.load(Relaxed),
@@ -400,11 +635,11 @@ pub(super) fn snapshot(started: Instant, state: &State, totals: &Totals, view: &
             ttft_ms_p50: speed.ttft_ms_p50,
             ttft_ms_p95: speed.ttft_ms_p95,
         }),
-        experts: ready.map(|ready| experts(ready)),
+        experts: ready.map(|ready| v1::Experts { belady: gap.map(belady), ..experts(ready, &state.options) }),
         memory: Some(v1::Memory {
             process_bytes,
             trunk_bytes: report.map_or(0, |report| report.trunk_bytes),
-            slab_bytes: ready.map_or(0, |ready| cache(ready).budget_bytes),
+            slab_bytes: report.map_or(0, slab_bytes),
             kv_bytes: report.map_or(0, |report| report.kv_bytes),
             kv_reserved_bytes: report.map_or(0, |report| report.kv_reserved_bytes),
             scratch_bytes: report.map_or(0, |report| report.scratch_bytes),
@@ -417,7 +652,7 @@ pub(super) fn snapshot(started: Instant, state: &State, totals: &Totals, view: &
                 Level::Critical => v1::pressure::Level::Critical,
             }
             .into(),
-            budget_bytes: view.ceiling.filter(|_| ready.is_some()),
+            budget_bytes: view.ceiling.filter(|_| report.is_some()),
             readings: view.readings.iter().map(|(name, value)| v1::Reading { name: name.clone(), value: value.clone() }).collect(),
             decisions: view
                 .decisions
@@ -442,11 +677,17 @@ fn loaded(model: &Model, phase: &Phase) -> v1::LoadedModel {
             unload_in_s: ready.unload_at.map(|at| at.saturating_duration_since(Instant::now()).as_secs_f64()),
             kernels: ready.report.kernels.clone(),
             threads: u32(ready.report.threads),
+            packed: ready.info.packed,
         },
+        Phase::Bench(_) => v1::LoadedModel { id, state: S::Benchmark.into(), progress: 1.0, ..v1::LoadedModel::default() },
     }
 }
 
-fn experts(ready: &Ready) -> v1::Experts {
+fn belady(found: gap::Found) -> v1::Belady {
+    v1::Belady { tokens: u32(found.tokens), policy: found.policy, belady: found.belady }
+}
+
+fn experts(ready: &Ready, options: &Options) -> v1::Experts {
     let stats = &ready.report.experts;
     v1::Experts {
         cache: Some(cache(ready)),
@@ -464,6 +705,18 @@ fn experts(ready: &Ready) -> v1::Experts {
             .map(|(index, layer)| v1::LayerHits { layer: index, hits: layer.hits, misses: layer.misses, resident: u32(layer.resident) })
             .collect(),
         bad_records: u32(stats.bad_records),
+        checksum_errors: stats.checksum_errors,
+        policy: stats.policy.to_string(),
+        io: ready.report.io.to_string(),
+        prefetch: Some(v1::Prefetch {
+            mode: options.lookahead.to_string(),
+            issued: stats.prefetched,
+            useful: stats.prefetch_useful,
+            wasted: stats.prefetch_wasted,
+            late: stats.prefetch_late,
+        }),
+        belady: None,
+        warm_loads: stats.warm_loads,
     }
 }
 
@@ -565,11 +818,28 @@ mod tests {
         check(flash_engine::Error::Template { reason: "x".into() }.into(), code::CHAT_TEMPLATE, tonic::Code::InvalidArgument);
         check(flash_engine::Error::EmptyPrompt.into(), code::INVALID_VALUE, tonic::Code::InvalidArgument);
         check(internal().into(), code::ENGINE, tonic::Code::Internal);
+        check(Error::Busy("x".into()), code::BUSY, tonic::Code::FailedPrecondition);
         check(Error::Draining, code::DRAINING, tonic::Code::Unavailable);
         check(Error::Cancelled("x"), code::CANCELLED, tonic::Code::Cancelled);
         check(Error::Panicked("x".into()), code::ENGINE, tonic::Code::Internal);
         let full = status(&Error::QueueFull { waiting: 64, retry_after_s: 7 });
         assert_eq!((code::of(&full), code::retry_after(&full)), (Some(code::QUEUE_FULL), Some(7)));
+    }
+
+    #[test]
+    fn replays_are_asked_for_by_name_and_size() {
+        let check = |wanted: &[&str], expected: Option<&[usize]>| {
+            let wanted: Vec<String> = wanted.iter().map(|text| (*text).into()).collect();
+            assert_eq!(replay_slots(&wanted, 64).ok().as_deref(), expected, "{wanted:?}");
+        };
+        check(&[], Some(&[8, 16, 32]));
+        check(&["8", "25%", "0.1%", "64"], Some(&[8, 16, 1, 64]));
+        for wrong in ["0", "65", "101%", "1MiB", "auto", ""] {
+            check(&[wrong], None);
+        }
+        assert_eq!(replay_policies(&["LRU".into()]).expect("known"), [("lru", ReplayPolicy::Live(PolicyKind::Lru))]);
+        assert_eq!(replay_policies(&[]).expect("all").len(), 4);
+        assert!(replay_policies(&["fifo".into()]).is_err());
     }
 
     #[test]

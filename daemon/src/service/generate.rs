@@ -2,6 +2,7 @@
 //! the cancellation; a slow one pauses its own request. Wire types meet engine types in `convert.rs` only.
 
 use std::{
+    collections::VecDeque,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -93,7 +94,16 @@ impl Service {
         let mut heartbeat = interval(HEARTBEAT);
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         heartbeat.reset();
-        Ok(Events { accepted: Some(accepted), receiver, progress: Some(progress), heartbeat, text, ended: false, guard })
+        Ok(Events {
+            accepted: Some(accepted),
+            receiver,
+            progress: Some(progress),
+            parts: VecDeque::new(),
+            heartbeat,
+            text,
+            ended: false,
+            guard,
+        })
     }
 }
 
@@ -104,6 +114,8 @@ pub(super) struct Events {
     receiver: mpsc::Receiver<Result<Event, Error>>,
     /// Repeated while nothing else is to be said; `None` once text flows.
     progress: Option<v1::Progress>,
+    /// Parts of an event that is too large for one message.
+    parts: VecDeque<v1::GenerateEvent>,
     heartbeat: Interval,
     text: Arc<Text>,
     ended: bool,
@@ -113,10 +125,13 @@ pub(super) struct Events {
 impl Stream for Events {
     type Item = Result<v1::GenerateEvent, Status>;
 
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let this = self.get_mut();
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = &mut *self;
         if let Some(accepted) = this.accepted.take() {
             return Poll::Ready(Some(Ok(accepted)));
+        }
+        if let Some(part) = this.parts.pop_front() {
+            return Poll::Ready(Some(Ok(part)));
         }
         if this.ended {
             return Poll::Ready(None);
@@ -143,6 +158,10 @@ impl Stream for Events {
             Some(Ok(Event::Token { text, logprobs })) => {
                 this.progress = None;
                 convert::token(text, logprobs, &this.text)
+            }
+            Some(Ok(Event::Routing { tokens, layers, ids })) => {
+                this.parts = convert::routing(&tokens, layers, &ids);
+                return self.poll_next(cx);
             }
             Some(Ok(Event::Done(done))) => {
                 this.ended = true;

@@ -3,6 +3,7 @@
 
 mod admin;
 mod convert;
+mod gap;
 mod generate;
 mod models;
 
@@ -18,9 +19,12 @@ use tonic::{
     transport::{Server, server::Router},
 };
 
+use self::gap::Gap;
 use crate::{
     Config, Error,
     catalog::Catalog,
+    hot::HotSets,
+    jobs::Jobs,
     pressure::{Monitor, Sensors},
     sessions::Sessions,
     shutdown::Drain,
@@ -39,8 +43,10 @@ pub(crate) struct Daemon {
     pub(crate) worker: Worker,
     pub(crate) sessions: Arc<Sessions>,
     pub(crate) drain: Drain,
+    pub(crate) jobs: Arc<Jobs>,
     catalog: Arc<Catalog>,
     totals: Arc<Totals>,
+    gap: Gap,
     monitor: Monitor,
     started: Instant,
 }
@@ -48,12 +54,15 @@ pub(crate) struct Daemon {
 impl Daemon {
     pub(crate) fn start(config: Config) -> Result<Self, Error> {
         let totals = Arc::new(Totals::default());
-        let worker = Worker::start(config.options.clone(), config.keep_alive, totals.clone())?;
+        let hot = HotSets(config.warm_start.then(|| config.home.join("state")));
+        let worker = Worker::start(config.options.clone(), config.keep_alive, hot, totals.clone())?;
         Ok(Self {
             monitor: Monitor::start(Sensors::default(), worker.clone())?,
             catalog: Arc::new(Catalog::new(config.model_roots.clone(), config.model.clone())),
             sessions: Sessions::new(),
             drain: Drain::new(),
+            jobs: Arc::new(Jobs::default()),
+            gap: Gap::default(),
             started: Instant::now(),
             worker,
             totals,

@@ -1,24 +1,49 @@
-//! Models: what is installed and what is loaded, loading and unloading. List answers from the catalog and the worker's
-//! published state and never waits for the engine.
+//! Models: what is installed and what is loaded, loading and unloading, and the jobs that write models. List answers from
+//! the catalog and the worker's published state and never waits for the engine.
 
-use std::sync::Arc;
+use std::{pin::Pin, sync::Arc, time::Instant};
 
+use flash_engine::{Tell, synth};
 use flash_proto::v1;
 use tokio::sync::oneshot;
+use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status};
 
 use super::{Daemon, convert};
 use crate::{
-    Error,
-    worker::{Command, Load, Unload},
+    Error, jobs,
+    worker::{Command, Load, Model, Reserve, Unload},
 };
 
 pub(super) struct Service {
     pub(super) daemon: Arc<Daemon>,
 }
 
+type JobStream = Pin<Box<dyn Stream<Item = Result<v1::JobEvent, Status>> + Send>>;
+
+fn stream(job: Result<jobs::Events, Error>) -> Result<Response<JobStream>, Status> {
+    let events = ReceiverStream::new(job.map_err(|error| convert::status(&error))?);
+    Ok(Response::new(Box::pin(events.map(|event| event.map(convert::job).map_err(|error| convert::status(&error))))))
+}
+
 #[tonic::async_trait]
 impl v1::models_server::Models for Service {
+    type ConvertStream = JobStream;
+    type VerifyStream = JobStream;
+    type SynthStream = JobStream;
+
+    async fn convert(&self, request: Request<v1::ConvertRequest>) -> Result<Response<JobStream>, Status> {
+        stream(self.convert(request.into_inner()).await)
+    }
+
+    async fn verify(&self, request: Request<v1::VerifyRequest>) -> Result<Response<JobStream>, Status> {
+        stream(self.verify(request.into_inner()).await)
+    }
+
+    async fn synth(&self, request: Request<v1::SynthRequest>) -> Result<Response<JobStream>, Status> {
+        stream(self.synth(request.into_inner()).await)
+    }
+
     async fn list(&self, _: Request<v1::ListRequest>) -> Result<Response<v1::ListResponse>, Status> {
         let entries = self.daemon.catalog.list().await;
         let default_model = self.daemon.catalog.default_model(&entries).unwrap_or_default();
@@ -45,9 +70,7 @@ impl v1::models_server::Models for Service {
 impl Service {
     async fn load(&self, request: v1::LoadRequest) -> Result<v1::LoadResponse, Error> {
         let daemon = &self.daemon;
-        if daemon.drain.begun() {
-            return Err(Error::Draining);
-        }
+        self.taken()?;
         let settings = convert::load_settings(&request)?;
         let model = daemon.catalog.resolve(&request.model).await?;
         let (reply, loaded) = oneshot::channel();
@@ -70,6 +93,67 @@ impl Service {
             cache: ready.map(|ready| convert::cache(ready)),
             warnings: loaded.warnings,
         })
+    }
+
+    async fn convert(&self, request: v1::ConvertRequest) -> Result<jobs::Events, Error> {
+        let in_place = request.in_place;
+        let model = self.daemon.catalog.locate(&request.model).await?;
+        self.write(model, in_place, move |model, tell| {
+            let packed = flash_engine::convert(&model.path, in_place, tell)?;
+            let (records, bytes, seconds) = (packed.records as u64, packed.bytes, packed.seconds);
+            Ok(jobs::Done { path: packed.path.display().to_string(), records, bytes, seconds, ..jobs::Done::default() })
+        })
+        .await
+    }
+
+    async fn verify(&self, request: v1::VerifyRequest) -> Result<jobs::Events, Error> {
+        self.taken()?;
+        let model = self.daemon.catalog.locate(&request.model).await?;
+        self.daemon.jobs.start(move |tell| {
+            let started = Instant::now();
+            let found = flash_engine::verify(&model.path, tell)?;
+            let (path, seconds) = (model.path.display().to_string(), started.elapsed().as_secs_f64());
+            Ok(jobs::Done { model: model.id, path, records: found.records as u64, bytes: found.bytes, seconds, bad: found.bad })
+        })
+    }
+
+    async fn synth(&self, request: v1::SynthRequest) -> Result<jobs::Events, Error> {
+        let wanted = convert::synth(&request)?;
+        let path = match request.path.as_str() {
+            "" => self.daemon.config.home.join("models").join(format!("synth-{}", wanted.shape)),
+            path => convert::absolute("path", path)?,
+        };
+        let id = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        self.write(Model { id, path }, true, move |model, tell| {
+            let written = synth::write(&model.path, &wanted, tell)?;
+            let (records, bytes, seconds) = (written.records, written.bytes, written.time.as_secs_f64());
+            Ok(jobs::Done { path: written.path.display().to_string(), records, bytes, seconds, ..jobs::Done::default() })
+        })
+        .await
+    }
+
+    /// Starts a job that writes in a model's folder, which nobody else writes in meanwhile; nor loads from it if `exclusive`.
+    async fn write(
+        &self,
+        model: Model,
+        exclusive: bool,
+        work: impl FnOnce(&Model, Tell<'_>) -> Result<jobs::Done, Error> + Send + 'static,
+    ) -> Result<jobs::Events, Error> {
+        self.taken()?;
+        let (reply, reserved) = oneshot::channel();
+        self.daemon.worker.send(Command::Reserve(Reserve { model: model.clone(), exclusive, reply }))?;
+        let reservation = reserved.await.map_err(|_| Error::Draining)??;
+        let catalog = self.daemon.catalog.clone();
+        self.daemon.jobs.start(move |tell| {
+            let _held = reservation;
+            let done = work(&model, tell);
+            catalog.forget_listing();
+            Ok(jobs::Done { model: model.id, ..done? })
+        })
+    }
+
+    fn taken(&self) -> Result<(), Error> {
+        if self.daemon.drain.begun() { Err(Error::Draining) } else { Ok(()) }
     }
 
     async fn unload(&self, request: v1::UnloadRequest) -> Result<v1::UnloadResponse, Error> {

@@ -319,7 +319,7 @@ impl Chunks {
                 }
                 out.push_str("data: [DONE]\n\n");
             }
-            Event::Text(_) | Event::Progress(_) | Event::Failed(_) => {}
+            Event::Text(_) | Event::Progress(_) | Event::Failed(_) | Event::Routing(_) => {}
         }
     }
 
@@ -354,7 +354,7 @@ impl Collected {
                 head.system_fingerprint = std::mem::take(&mut self.fingerprint);
                 return Some(self.completion(&done, head, with_logprobs));
             }
-            Event::Progress(_) | Event::Failed(_) => {}
+            Event::Progress(_) | Event::Failed(_) | Event::Routing(_) => {}
         }
         None
     }

@@ -201,6 +201,22 @@ impl Models for Service {
     async fn unload(&self, _: Request<v1::UnloadRequest>) -> Result<Response<v1::UnloadResponse>, Status> {
         Err(Status::unimplemented("no test needs it"))
     }
+
+    type ConvertStream = ReceiverStream<Result<v1::JobEvent, Status>>;
+    type VerifyStream = ReceiverStream<Result<v1::JobEvent, Status>>;
+    type SynthStream = ReceiverStream<Result<v1::JobEvent, Status>>;
+
+    async fn convert(&self, _: Request<v1::ConvertRequest>) -> Result<Response<Self::ConvertStream>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
+
+    async fn verify(&self, _: Request<v1::VerifyRequest>) -> Result<Response<Self::VerifyStream>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
+
+    async fn synth(&self, _: Request<v1::SynthRequest>) -> Result<Response<Self::SynthStream>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
 }
 
 #[tonic::async_trait]
@@ -221,6 +237,16 @@ impl Admin for Service {
     }
 
     async fn doctor(&self, _: Request<v1::DoctorRequest>) -> Result<Response<v1::DoctorResponse>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
+
+    type BenchStream = ReceiverStream<Result<v1::BenchEvent, Status>>;
+
+    async fn bench(&self, _: Request<v1::BenchRequest>) -> Result<Response<Self::BenchStream>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
+
+    async fn replay(&self, _: Request<v1::ReplayRequest>) -> Result<Response<v1::ReplayResponse>, Status> {
         Err(Status::unimplemented("no test needs it"))
     }
 

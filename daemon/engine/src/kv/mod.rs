@@ -1,11 +1,16 @@
 //! Which KV block belongs to whom. The bytes live in the backend; this counts.
 
+use std::sync::Arc;
+
 /// Tokens of a block.
 pub(crate) const BLOCK: usize = 32;
 
 /// Names a block in the backend's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct BlockId(pub(crate) u32);
+
+/// The blocks of one sequence, in order of position.
+pub(crate) type Table = Arc<[BlockId]>;
 
 /// Hands out blocks; a number is reused before a new one is made.
 #[derive(Debug, Default)]
@@ -16,7 +21,7 @@ pub(crate) struct Blocks {
 
 impl Blocks {
     /// Enough blocks for `tokens` positions.
-    pub(crate) fn take(&mut self, tokens: usize) -> Vec<BlockId> {
+    pub(crate) fn take(&mut self, tokens: usize) -> Table {
         (0..tokens.div_ceil(BLOCK))
             .map(|_| {
                 self.free.pop().unwrap_or_else(|| {

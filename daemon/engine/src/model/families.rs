@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::{
     arch::{Arch, LayerKind, Quantization},
+    packed::Packed,
     weights::{Format, MatrixSpec, VectorSpec, Weights},
 };
 use crate::{Error, ModelInfo};
@@ -15,6 +16,8 @@ pub(crate) struct Model {
     pub(crate) arch: Arch,
     pub(crate) info: ModelInfo,
     pub(crate) weights: Weights,
+    /// Where the routed experts are, if not in the checkpoint's own files.
+    pub(crate) packed: Option<Packed>,
     /// [vocab, hidden]; also the head if `arch.tied_head`.
     pub(crate) embed: MatrixSpec,
     pub(crate) head: Option<MatrixSpec>,
@@ -101,6 +104,8 @@ struct Finder<'a> {
     arch: &'a Arch,
     weights: &'a Weights,
     quantization: &'a Quantization,
+    /// With its number among the weight files.
+    packed: Option<(&'a Packed, u32)>,
 }
 
 impl Model {
@@ -108,9 +113,14 @@ impl Model {
     pub(crate) fn open(dir: &Path) -> Result<Self, Error> {
         let dir = &dir.canonicalize().map_err(|source| Error::Read { path: dir.into(), source })?;
         let (arch, quantization) = Arch::read(dir)?;
-        let weights = Weights::open(dir)?;
+        let packed = Packed::open(dir, &arch)?;
+        let mut weights = Weights::open(dir)?;
+        let numbered = match &packed {
+            Some(packed) => Some((packed, weights.append(&packed.path)?)),
+            None => None,
+        };
         let family = FAMILIES.iter().find(|family| family.model_type == arch.model_type).expect("Arch::read took it from the table");
-        let find = Finder { family, arch: &arch, weights: &weights, quantization: &quantization };
+        let find = Finder { family, arch: &arch, weights: &weights, quantization: &quantization, packed: numbered };
 
         let embed = find.matrix(family.embed, arch.vocab, arch.hidden)?;
         let head = match arch.tied_head {
@@ -119,8 +129,10 @@ impl Model {
         };
         let norm = weights.vector(family.norm, arch.hidden)?;
         let layers = (0..arch.layers.len()).map(|index| find.layer(index)).collect::<Result<Vec<_>, _>>()?;
-        let info = info(dir, &arch, &weights, Tally::of(&embed, head.as_ref(), &norm, &layers));
-        Ok(Self { info, embed, head, norm, layers, arch, weights })
+        let tally = Tally::of(&embed, head.as_ref(), &norm, &layers);
+        let size = packed.as_ref().map_or(weights.size(), |packed| tally.trunk_bytes + packed.len);
+        let info = ModelInfo { size_bytes: size, packed: packed.is_some(), ..info(dir, &arch, tally) };
+        Ok(Self { info, embed, head, norm, layers, arch, weights, packed })
     }
 }
 
@@ -147,7 +159,8 @@ impl Finder<'_> {
             ffn: match arch.layers[index] {
                 LayerKind::Dense { width } => FfnSpec::Dense(self.ffn(&name(family.dense), width)?),
                 LayerKind::Moe => {
-                    FfnSpec::Moe { router: self.matrix(&name(family.router), arch.experts, arch.hidden)?, experts: self.experts(&prefix)? }
+                    let router = self.matrix(&name(family.router), arch.experts, arch.hidden)?;
+                    FfnSpec::Moe { router, experts: self.experts(index, &prefix)? }
                 }
             },
         })
@@ -162,8 +175,11 @@ impl Finder<'_> {
         })
     }
 
-    /// Stacked if the layer has stacked tensors, else one by one.
-    fn experts(&self, layer: &str) -> Result<Vec<Ffn>, Error> {
+    /// From the store if there is one; else stacked if the layer has stacked tensors, else one by one.
+    fn experts(&self, index: usize, layer: &str) -> Result<Vec<Ffn>, Error> {
+        if let Some(experts) = self.packed.and_then(|(packed, file)| packed.experts(index, layer, file)) {
+            return Ok(experts);
+        }
         let Arch { experts, hidden, moe_width: width, .. } = *self.arch;
         let stacked = format!("{layer}.{}", self.family.stacked);
         if !self.weights.contains(&format!("{stacked}.gate_proj.weight")) {
@@ -244,7 +260,7 @@ fn params(matrix: &MatrixSpec) -> u64 {
     (matrix.rows * matrix.cols) as u64
 }
 
-fn info(dir: &Path, arch: &Arch, weights: &Weights, tally: Tally<'_>) -> ModelInfo {
+fn info(dir: &Path, arch: &Arch, tally: Tally<'_>) -> ModelInfo {
     let quantization = match tally.expert.map(|matrix| matrix.format) {
         Some(Format::Affine { bits, group, .. }) => format!("{bits}-bit g{group}"),
         Some(Format::F32) => "f32".into(),
@@ -258,7 +274,8 @@ fn info(dir: &Path, arch: &Arch, weights: &Weights, tally: Tally<'_>) -> ModelIn
         params: tally.trunk_params + tally.expert_params,
         active_params: tally.trunk_params + arch.top_k as u64 * tally.one_expert_params,
         quantization,
-        size_bytes: weights.size(),
+        size_bytes: 0,
+        packed: false,
         context_max: arch.context_max,
         layers: arch.layers.len(),
         experts: arch.experts,

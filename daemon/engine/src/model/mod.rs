@@ -5,13 +5,14 @@ pub(crate) mod arch;
 pub(crate) mod families;
 mod files;
 pub mod hub;
+pub(crate) mod packed;
 mod pattern;
 mod python;
 mod rewrite;
 mod safetensors;
 mod template;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 pub(crate) mod text;
 mod tokenizer;
 pub(crate) mod weights;

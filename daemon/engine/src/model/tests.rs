@@ -22,13 +22,13 @@ pub(super) fn bundled() -> PathBuf {
 
 /// A checkpoint to be written: config and tensors by name (dtype, shape); payload bytes count up from 0.
 #[derive(Clone)]
-struct Checkpoint {
+pub(crate) struct Checkpoint {
     config: Value,
     tensors: BTreeMap<String, (&'static str, Vec<usize>)>,
 }
 
 /// Two layers: the first dense and in bf16, the second with 2 experts, 4-bit and stacked.
-fn small() -> Checkpoint {
+pub(crate) fn small() -> Checkpoint {
     let config = json!({
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 96,
         "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -90,10 +90,28 @@ fn framed(header: &str, data: usize) -> Vec<u8> {
 }
 
 impl Checkpoint {
-    fn write(&self) -> TempDir {
+    pub(crate) fn write(&self) -> TempDir {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("config.json"), self.config.to_string()).unwrap();
         fs::write(dir.path().join("model.safetensors"), safetensors(&self.tensors)).unwrap();
+        dir
+    }
+
+    /// Dealt like cards to two files, but for a third that has experts alone; and an index.
+    pub(crate) fn write_sharded(&self) -> TempDir {
+        let dir = self.write();
+        fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+        let mut map = serde_json::Map::new();
+        for shard in 0..3 {
+            let file = format!("model-{shard}.safetensors");
+            let (apart, rest): (BTreeMap<_, _>, BTreeMap<_, _>) =
+                self.tensors.clone().into_iter().partition(|(name, _)| name.contains("switch_mlp.gate"));
+            let dealt = if shard == 2 { apart } else { rest.into_iter().skip(shard).step_by(2).collect() };
+            map.extend(dealt.keys().map(|name| (name.clone(), json!(file))));
+            fs::write(dir.path().join(&file), safetensors(&dealt)).unwrap();
+        }
+        let index = json!({ "metadata": {}, "weight_map": map });
+        fs::write(dir.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
         dir
     }
 

@@ -177,7 +177,15 @@ impl Weights {
         &self.files
     }
 
-    /// Of all weight files.
+    /// Adds a file that holds no tensors by name; returns its number.
+    pub(crate) fn append(&mut self, path: &Path) -> Result<u32, Error> {
+        let (file, _) = files::open(path)?;
+        self.files.push(path.into());
+        self.handles.push(file);
+        Ok(self.files.len() as u32 - 1)
+    }
+
+    /// Of the checkpoint's own weight files.
     pub(crate) fn size(&self) -> Bytes {
         self.size
     }
@@ -319,12 +327,17 @@ fn shard_path(dir: &Path, name: &str, source: &Path) -> Result<PathBuf, Error> {
         return refuse("is not the plain name of a .safetensors file");
     }
     let path = dir.join(name);
-    let real = |path: &Path| path.canonicalize().map_err(|source| Error::Read { path: path.into(), source });
-    let (target, folder) = (real(&path)?, real(dir)?);
-    match target.starts_with(&folder) || blobs(&folder).is_some_and(|blobs| target.starts_with(blobs)) {
+    match stays_inside(dir, &path)? {
         true => Ok(path),
         false => refuse("is a link that leads outside the model's folder"),
     }
+}
+
+/// The file, links followed, lies in the folder or its cache entry's `blobs`.
+pub(super) fn stays_inside(dir: &Path, path: &Path) -> Result<bool, Error> {
+    let real = |path: &Path| path.canonicalize().map_err(|source| Error::Read { path: path.into(), source });
+    let (target, folder) = (real(path)?, real(dir)?);
+    Ok(target.starts_with(&folder) || blobs(&folder).is_some_and(|blobs| target.starts_with(blobs)))
 }
 
 /// `models--x--y/blobs` of a folder `models--x--y/snapshots/rev`.

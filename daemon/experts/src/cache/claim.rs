@@ -15,6 +15,8 @@ pub(crate) struct Load {
 pub(crate) struct Pin {
     pub(super) slot: Slot,
     pub(super) expert: ExpertId,
+    /// The fetch that pins it had it loaded.
+    pub(super) missed: bool,
 }
 
 /// The right to throw away the contents of a slot that is out of use.

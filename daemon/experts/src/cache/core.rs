@@ -12,6 +12,14 @@
 //!
 //! At most one fetch is going on. What it has found is pinned until it says so or ends; what it cannot place waits in
 //! `pending` until a slot of its layer can be had.
+//!
+//! Loads start in this order: what the fetch waits for; what a prefetch has wished for; what a warm start brings back. The
+//! last two go from Free to Loading at once, are never waited for, and together leave half of the loaders to demand.
+
+mod ahead;
+mod budget;
+#[cfg(test)]
+mod validate;
 
 use std::{
     collections::{BTreeSet, HashSet, VecDeque},
@@ -21,10 +29,10 @@ use std::{
 
 use super::{
     claim::{Load, Pin, Vacant},
-    policy::{Lru, Policy},
+    policy::{Idle, PolicyKind, Use},
 };
 use crate::{
-    Error,
+    Error, Routing,
     key::{ExpertId, ExpertKey, LayerId, Slot, Tick},
     stats::{LayerStats, Stats},
 };
@@ -40,15 +48,26 @@ enum State {
     Queued(ExpertId),
     Loading {
         expert: ExpertId,
-        /// The fetch that is going on waits for it.
-        wanted: bool,
+        for_whom: ForWhom,
     },
     Resident {
         expert: ExpertId,
         pinned: bool,
+        /// A prefetch brought it, and nobody has asked for it.
+        unused: bool,
     },
     /// Over the budget, and a loader has not let go of it yet.
     Draining,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ForWhom {
+    /// The fetch that is going on waits for it.
+    Demand,
+    /// A fetch that has ended.
+    Nobody,
+    Prefetch,
+    Warm,
 }
 
 #[derive(Debug)]
@@ -60,6 +79,8 @@ struct Entry {
 
 #[derive(Debug)]
 struct Layer {
+    /// 0 for the first layer to 1 for the last.
+    depth: f64,
     /// Per expert: the slot that is queued for it, loads it or holds it.
     slot_of: Vec<Option<Slot>>,
     /// Free slots that are touched: taken first.
@@ -67,11 +88,16 @@ struct Layer {
     /// Free slots that are not. Lowest first, so that memory in use stays together.
     fresh: BTreeSet<Slot>,
     off: BTreeSet<Slot>,
-    policy: Box<dyn Policy>,
+    /// Per expert, resident or not.
+    uses: Vec<Use>,
+    /// Tokens so far.
+    tick: Tick,
+    /// Resident and not pinned.
+    idle: Idle,
+    /// What a prefetch says that the layer's next fetch wants: loading or resident, and the last to be evicted.
+    expected: Vec<ExpertId>,
     /// Slots that are not Off or Draining.
     enabled: usize,
-    /// Resident and not pinned.
-    idle: usize,
     /// Resident.
     resident: usize,
     /// Populating, Queued, Loading or Draining: somebody will be back with it.
@@ -80,16 +106,22 @@ struct Layer {
     misses: u64,
 }
 
-/// The fetch that is going on.
-#[derive(Debug)]
+/// The fetch that is going on. Its lists are used again by the next one.
+#[derive(Debug, Default)]
 struct Demand {
-    layer: LayerId,
+    layer: Option<LayerId>,
     ids: Vec<ExpertId>,
     /// Misses without a slot.
     pending: VecDeque<ExpertId>,
     ready: Vec<Found>,
     /// Neither taken nor given up, `ready` included.
     undelivered: usize,
+    /// Neither done nor failed.
+    undone: usize,
+    /// Of those, misses that have a slot.
+    streaming: usize,
+    /// More than one token asks.
+    many: bool,
 }
 
 /// What became of an expert that was asked for.
@@ -100,9 +132,9 @@ pub(crate) enum Found {
 }
 
 /// What [`Core::take`] has for the engine.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Taken {
-    Found(Vec<Found>),
+    Found,
     /// Nothing yet; a loader will bring something.
     Wait,
     /// Nothing ever: every slot is pinned by what has been handed out.
@@ -116,38 +148,64 @@ pub(crate) struct Shape {
     pub(crate) experts: usize,
     /// Slots of a layer, Off ones included.
     pub(crate) places: usize,
+    pub(crate) loaders: usize,
+}
+
+impl Shape {
+    /// Loads at a time that nobody waits for.
+    fn quota(&self) -> usize {
+        self.loaders.div_ceil(2)
+    }
+
+    /// Misses of a prompt that may hold slots which dearer experts had to leave: enough to keep every loader busy while one
+    /// is computed.
+    fn stream(&self) -> usize {
+        self.loaders + 1
+    }
 }
 
 #[derive(Debug)]
 pub(crate) struct Core {
     shape: Shape,
+    policy: PolicyKind,
     /// The budget: slots of a layer that may be in use.
     per_layer: usize,
     slots: Vec<Entry>,
     layers: Vec<Layer>,
-    demand: Option<Demand>,
+    demand: Demand,
     /// Queued slots, first come first served.
     queue: VecDeque<Slot>,
+    /// What to prefetch, and for which layer; the likeliest last.
+    wish: (LayerId, Vec<ExpertId>),
+    /// What a warm start is still to bring back, the dearest last.
+    warm: Vec<ExpertKey>,
+    /// Loads that run for a prefetch or a warm start.
+    background: usize,
     /// One loader at most populates, so that the others are there for demand.
     populating: bool,
     /// The layer whose slot is populated next.
     cursor: usize,
-    tick: Tick,
+    /// Per expert the number of the latest fetch that asked for it, whatever the layer: nobody asks twice.
+    asked: Vec<u64>,
+    fetches: u64,
     bad: HashSet<ExpertKey>,
     counted: Stats,
 }
 
 impl Core {
     /// All slots Off: [`Core::resize`] sets the budget.
-    pub(crate) fn new(shape: Shape) -> Self {
+    pub(crate) fn new(shape: Shape, policy: PolicyKind) -> Self {
         let layer = |l: usize| Layer {
+            depth: l as f64 / (shape.layers - 1).max(1) as f64,
             slot_of: vec![None; shape.experts],
             free: Vec::new(),
             fresh: BTreeSet::new(),
             off: (0..shape.places).map(|j| Slot((j * shape.layers + l) as u32)).collect(),
-            policy: Box::new(Lru::new(l, shape.layers, shape.places)),
+            uses: vec![Use::NEVER; shape.experts],
+            tick: Tick(0),
+            idle: Idle::new(shape.experts),
+            expected: Vec::new(),
             enabled: 0,
-            idle: 0,
             resident: 0,
             busy: 0,
             hits: 0,
@@ -155,59 +213,107 @@ impl Core {
         };
         Self {
             shape,
+            policy,
             per_layer: 0,
             slots: (0..shape.places * shape.layers).map(|_| Entry { state: State::Off, touched: false }).collect(),
             layers: (0..shape.layers).map(layer).collect(),
-            demand: None,
+            demand: Demand::default(),
             queue: VecDeque::new(),
+            wish: (LayerId(0), Vec::new()),
+            warm: Vec::new(),
+            background: 0,
             populating: false,
             cursor: 0,
-            tick: Tick(0),
+            asked: vec![0; shape.experts],
+            fetches: 0,
             bad: HashSet::new(),
             counted: Stats::default(),
         }
     }
 
-    /// Starts a fetch: pins what is there, joins what is loading, queues what there is a slot for.
-    pub(crate) fn begin(&mut self, layer_id: LayerId, ids: &[ExpertId]) {
+    // ---- the fetch ----
+
+    /// Starts a fetch: learns its uses, pins what is there, joins what is loading, queues what there is a slot for.
+    pub(crate) fn begin(&mut self, layer_id: LayerId, routing: &Routing<'_>) {
+        self.check(layer_id, routing);
         self.end(); // no-op, unless the last Fetch was leaked
-        self.tick.0 += 1;
-        let mut demand = Demand { layer: layer_id, ids: ids.to_vec(), pending: VecDeque::new(), ready: Vec::new(), undelivered: ids.len() };
-        let layer = &mut self.layers[layer_id.index()];
+        if self.wish.0 == layer_id {
+            self.wish.1.clear();
+        }
+        let ids = routing.experts;
+        let demand = &mut self.demand;
+        demand.layer = Some(layer_id);
+        demand.ids.extend_from_slice(ids);
+        (demand.undelivered, demand.undone, demand.many) = (ids.len(), ids.len(), routing.tokens > 1);
+        if routing.first_time {
+            self.layers[layer_id.index()].learn(routing);
+        }
         // All hits and joins before the first miss: no miss may evict what the same fetch needs.
         for &expert in ids {
-            let Some(slot) = layer.slot_of[expert.index()] else {
-                demand.pending.push_back(expert);
-                continue;
-            };
-            match &mut self.slots[slot.index()].state {
-                State::Resident { pinned: pinned @ false, .. } => {
-                    *pinned = true;
-                    layer.idle -= 1;
-                    layer.hits += 1;
-                    layer.policy.hit(slot, self.tick);
-                    demand.ready.push(Found::Ready(Pin { slot, expert }));
-                }
-                State::Loading { wanted: wanted @ false, .. } => {
-                    *wanted = true;
-                    self.counted.joined += 1;
-                }
-                state => panic!("expert {} is asked for twice in one fetch: {state:?}", expert.0),
+            self.claim(layer_id, expert, u64::from(routing.first_time));
+        }
+        let layer = &mut self.layers[layer_id.index()];
+        while let Some(expert) = layer.expected.pop() {
+            if layer.idle.contains(expert) {
+                layer.idle.remove(expert);
+                layer.idle.push(layer.key(self.policy, expert), expert);
             }
         }
-        layer.misses += demand.pending.len() as u64;
-        self.demand = Some(demand);
-        self.assign();
+        self.assign(false);
     }
 
-    /// Everything found and not taken yet.
-    pub(crate) fn take(&mut self) -> Taken {
-        let Some(demand) = &mut self.demand else { return Taken::End };
-        if !demand.ready.is_empty() {
-            demand.undelivered -= demand.ready.len();
-            return Taken::Found(std::mem::take(&mut demand.ready));
+    fn check(&mut self, layer_id: LayerId, routing: &Routing<'_>) {
+        let (layers, experts, ids) = (self.shape.layers, self.shape.experts, routing.experts);
+        assert!(layer_id.index() < layers, "layer {} of {layers}", layer_id.0);
+        assert!(!routing.first_time || routing.first.len() == ids.len() + 1, "a routing has one list of rows per expert");
+        self.fetches += 1;
+        for expert in ids {
+            let asked = self.asked.get_mut(expert.index()).unwrap_or_else(|| panic!("expert {} of {experts}", expert.0));
+            assert!(std::mem::replace(asked, self.fetches) != self.fetches, "one fetch asks for expert {} twice", expert.0);
         }
-        match (demand.undelivered, self.layers[demand.layer.index()].busy) {
+    }
+
+    /// Pins or joins an expert, or has it wait for a slot.
+    fn claim(&mut self, layer_id: LayerId, expert: ExpertId, count: u64) {
+        let (layer, counted) = (&mut self.layers[layer_id.index()], &mut self.counted);
+        let Some(slot) = layer.slot_of[expert.index()] else {
+            self.demand.pending.push_back(expert);
+            layer.misses += count;
+            counted.misses += count;
+            return;
+        };
+        match &mut self.slots[slot.index()].state {
+            State::Resident { pinned: pinned @ false, unused, .. } => {
+                *pinned = true;
+                counted.prefetch_useful += u64::from(std::mem::take(unused));
+                layer.idle.remove(expert);
+                layer.hits += count;
+                counted.hits += count;
+                self.demand.ready.push(Found::Ready(Pin { slot, expert, missed: false }));
+            }
+            State::Loading { for_whom, .. } => {
+                self.background -= usize::from(matches!(for_whom, ForWhom::Prefetch | ForWhom::Warm));
+                counted.prefetch_late += u64::from(*for_whom == ForWhom::Prefetch);
+                counted.joined += count;
+                self.demand.streaming += 1;
+                *for_whom = ForWhom::Demand;
+            }
+            state => unreachable!("between fetches nothing is in state {state:?}"),
+        }
+    }
+
+    /// Everything found and not taken yet; `into` is empty.
+    pub(crate) fn take(&mut self, into: &mut Vec<Found>) -> Taken {
+        let Some(layer) = self.demand.layer.map(LayerId::index) else { return Taken::End };
+        if !self.demand.ready.is_empty() {
+            self.demand.undelivered -= self.demand.ready.len();
+            std::mem::swap(into, &mut self.demand.ready);
+            return Taken::Found;
+        }
+        if self.demand.undelivered > 0 && self.layers[layer].busy == 0 {
+            self.assign(true); // the engine waits before it is done with what it has
+        }
+        match (self.demand.undelivered, self.layers[layer].busy) {
             (0, _) => Taken::End,
             (_, 0) => Taken::Stuck,
             _ => Taken::Wait,
@@ -216,13 +322,15 @@ impl Core {
 
     /// An expert has been used: its slot may be taken for what is pending.
     pub(crate) fn done(&mut self, pin: Pin) {
+        self.demand.undone -= 1;
+        self.demand.streaming -= usize::from(pin.missed);
         self.unpin(pin.slot);
-        self.assign();
+        self.assign(false);
     }
 
     /// Ends the fetch: unpins what it holds and takes its waiting loads back. Loads that run go on, for nobody.
     pub(crate) fn end(&mut self) {
-        let Some(demand) = self.demand.take() else { return };
+        let Some(layer_id) = self.demand.layer.take() else { return };
         while let Some(slot) = self.queue.pop_front() {
             let State::Queued(expert) = self.slots[slot.index()].state else { unreachable!("queued slots are in state Queued") };
             let layer = self.layer_of(slot);
@@ -230,117 +338,111 @@ impl Core {
             layer.busy -= 1;
             self.free(slot);
         }
-        for expert in demand.ids {
-            let Some(slot) = self.layers[demand.layer.index()].slot_of[expert.index()] else { continue };
+        let ids = std::mem::take(&mut self.demand.ids);
+        let held = if self.demand.undone > 0 { &ids[..] } else { &[] };
+        for expert in held {
+            let Some(slot) = self.layers[layer_id.index()].slot_of[expert.index()] else { continue };
             match &mut self.slots[slot.index()].state {
-                State::Loading { wanted, .. } => *wanted = false,
+                State::Loading { for_whom: whom @ ForWhom::Demand, .. } => *whom = ForWhom::Nobody,
                 State::Resident { pinned: true, .. } => self.unpin(slot),
                 _ => {}
             }
         }
+        self.demand = Demand {
+            ids,
+            pending: std::mem::take(&mut self.demand.pending),
+            ready: std::mem::take(&mut self.demand.ready),
+            ..Demand::default()
+        };
+        self.demand.ids.clear();
+        self.demand.pending.clear();
+        self.demand.ready.clear();
     }
 
-    /// The next load, for a loader that has nothing to do.
+    /// Gives pending experts slots while there are any. An expert of a prompt that is cheaper than the one it would evict
+    /// waits for a slot that passes through, while enough others stream; `force` lets one such expert evict all the same.
+    fn assign(&mut self, mut force: bool) {
+        let Some(layer_id) = self.demand.layer else { return };
+        while let Some(&expert) = self.demand.pending.front() {
+            let layer = &mut self.layers[layer_id.index()];
+            let slot = match layer.free.pop().or_else(|| layer.fresh.pop_first()) {
+                Some(slot) => slot,
+                None => {
+                    let Some((key, victim)) = layer.idle.lowest() else { return };
+                    let streams = self.demand.many && self.demand.streaming >= self.shape.stream();
+                    if streams && !std::mem::take(&mut force) && key > layer.key(self.policy, expert) {
+                        return;
+                    }
+                    self.evict(layer_id, victim)
+                }
+            };
+            self.demand.pending.pop_front();
+            self.demand.streaming += 1;
+            let layer = &mut self.layers[layer_id.index()];
+            layer.slot_of[expert.index()] = Some(slot);
+            layer.busy += 1;
+            self.slots[slot.index()].state = State::Queued(expert);
+            self.queue.push_back(slot);
+        }
+    }
+
+    // ---- loaders ----
+
+    /// The next load that is waited for or expected, for a loader that has nothing to do.
     pub(crate) fn start(&mut self) -> Option<Load> {
-        let slot = self.queue.pop_front()?;
-        let entry = &mut self.slots[slot.index()];
-        let State::Queued(expert) = entry.state else { unreachable!("queued slots are in state Queued") };
-        *entry = Entry { state: State::Loading { expert, wanted: true }, touched: true };
-        Some(Load { slot, key: ExpertKey { layer: self.layer_id(slot), expert } })
+        if let Some(slot) = self.queue.pop_front() {
+            let State::Queued(expert) = self.slots[slot.index()].state else { unreachable!("queued slots are in state Queued") };
+            return Some(self.load(slot, expert, ForWhom::Demand));
+        }
+        self.start_wish()
+    }
+
+    fn load(&mut self, slot: Slot, expert: ExpertId, for_whom: ForWhom) -> Load {
+        self.slots[slot.index()] = Entry { state: State::Loading { expert, for_whom }, touched: true };
+        Load { slot, key: ExpertKey { layer: self.layer_id(slot), expert } }
     }
 
     /// A load is over, `Ok` with its bytes. Some: the slot was given up meanwhile; discard it, then [`Core::drained`].
     pub(crate) fn loaded(&mut self, load: Load, result: Result<u64, Error>, time: Duration) -> Option<Vacant> {
         let Load { slot, key } = load;
         self.count(key, &result, time);
-        let (expert, wanted) = match self.slots[slot.index()].state {
-            State::Loading { expert, wanted } => (expert, wanted),
+        let (expert, for_whom) = match self.slots[slot.index()].state {
+            State::Loading { expert, for_whom } => (expert, for_whom),
             State::Draining => return Some(Vacant { slot }),
             state => unreachable!("a load ends in state {state:?}"),
         };
-        let tick = self.tick;
+        self.background -= usize::from(matches!(for_whom, ForWhom::Prefetch | ForWhom::Warm));
+        let wanted = for_whom == ForWhom::Demand;
         let layer = self.layer_of(slot);
         layer.busy -= 1;
         let found = match result {
             Ok(_) => {
-                layer.policy.fill(slot, tick);
                 layer.resident += 1;
-                layer.idle += usize::from(!wanted);
-                self.slots[slot.index()].state = State::Resident { expert, pinned: wanted };
-                wanted.then_some(Found::Ready(Pin { slot, expert }))
+                self.slots[slot.index()].state = State::Resident { expert, pinned: wanted, unused: for_whom == ForWhom::Prefetch };
+                if !wanted {
+                    self.rest(slot, expert);
+                }
+                Found::Ready(Pin { slot, expert, missed: true })
             }
             Err(error) => {
                 layer.slot_of[expert.index()] = None;
+                layer.expected.retain(|other| *other != expert);
                 self.free(slot);
-                wanted.then(|| Found::Failed(expert, Arc::new(error)))
+                Found::Failed(expert, Arc::new(error))
             }
         };
-        if let (Some(found), Some(demand)) = (found, &mut self.demand) {
-            demand.ready.push(found);
-        }
-        self.assign();
-        None
-    }
-
-    /// A slot to fault in, for a loader that has nothing to load.
-    pub(crate) fn populate(&mut self) -> Option<Slot> {
-        if self.populating {
-            return None;
-        }
-        let layers = self.layers.len();
-        let l = (self.cursor..self.cursor + layers).map(|l| l % layers).find(|&l| !self.layers[l].fresh.is_empty())?;
-        let slot = self.layers[l].fresh.pop_first()?;
-        self.layers[l].busy += 1;
-        self.slots[slot.index()].state = State::Populating;
-        self.cursor = (l + 1) % layers;
-        self.populating = true;
-        Some(slot)
-    }
-
-    /// It is faulted in. Some: as for [`Core::loaded`].
-    pub(crate) fn populated(&mut self, slot: Slot) -> Option<Vacant> {
-        self.populating = false;
-        let entry = &mut self.slots[slot.index()];
-        if entry.state == State::Draining {
-            return Some(Vacant { slot });
-        }
-        assert_eq!(entry.state, State::Populating, "nobody else takes a slot that is being populated");
-        entry.touched = true;
-        self.layer_of(slot).busy -= 1;
-        self.free(slot);
-        self.assign();
-        None
-    }
-
-    /// The pages of a slot that was given up under a loader are gone; the budget may want it again by now.
-    pub(crate) fn drained(&mut self, vacant: Vacant) {
-        let (slot, per_layer) = (vacant.slot, self.per_layer);
-        let layer = self.layer_of(slot);
-        layer.busy -= 1;
-        layer.off.insert(slot);
-        self.slots[slot.index()] = Entry { state: State::Off, touched: false };
-        self.enable(self.layer_id(slot).index(), per_layer);
-        self.assign();
-    }
-
-    /// Sets the budget, between fetches. The result's pages are to be given back before the next call: until then nothing
-    /// enables those slots, because a layer that gave one up has all the slots it may have.
-    pub(crate) fn resize(&mut self, per_layer: usize) -> Vec<Vacant> {
-        assert!(
-            self.demand.is_none() && (1..=self.shape.places).contains(&per_layer),
-            "a budget of 1..={} between fetches",
-            self.shape.places
-        );
-        self.per_layer = per_layer;
-        let mut vacant = Vec::new();
-        for l in 0..self.layers.len() {
-            self.enable(l, per_layer);
-            while self.layers[l].enabled > per_layer {
-                vacant.extend(self.give_up(l));
+        if wanted {
+            if let Found::Failed(..) = found {
+                self.demand.undone -= 1;
+                self.demand.streaming -= 1;
             }
+            self.demand.ready.push(found);
         }
-        vacant
+        self.assign(false);
+        None
     }
+
+    // ---- what is asked ----
 
     pub(crate) fn want(&mut self, per_layer: usize) {
         self.counted.slots_wanted = per_layer;
@@ -354,8 +456,20 @@ impl Core {
         self.per_layer
     }
 
-    pub(crate) fn queued(&self) -> usize {
-        self.queue.len()
+    /// Loads that could start now.
+    pub(crate) fn startable(&self) -> usize {
+        let ahead = self.wish.1.len() + self.warm.len();
+        self.queue.len() + ahead.min(self.shape.quota().saturating_sub(self.background))
+    }
+
+    /// Hits, misses and bytes read, without the rest of [`Core::stats`].
+    pub(crate) fn counters(&self) -> (u64, u64, u64) {
+        (self.counted.hits, self.counted.misses, self.counted.bytes_read)
+    }
+
+    /// Useful and wasted ones.
+    pub(crate) fn prefetches(&self) -> (u64, u64) {
+        (self.counted.prefetch_useful + self.counted.prefetch_late, self.counted.prefetch_wasted)
     }
 
     pub(crate) fn resident(&self, layer: LayerId) -> Vec<ExpertId> {
@@ -368,75 +482,7 @@ impl Core {
     pub(crate) fn stats(&self) -> Stats {
         let layers: Vec<_> =
             self.layers.iter().map(|layer| LayerStats { hits: layer.hits, misses: layer.misses, resident: layer.resident }).collect();
-        Stats {
-            slots_per_layer: self.per_layer,
-            hits: layers.iter().map(|layer| layer.hits).sum(),
-            misses: layers.iter().map(|layer| layer.misses).sum(),
-            bad_records: self.bad.len(),
-            layers,
-            ..self.counted.clone()
-        }
-    }
-
-    /// Gives pending experts slots while there are any.
-    fn assign(&mut self) {
-        let Some(demand) = &mut self.demand else { return };
-        let layer = &mut self.layers[demand.layer.index()];
-        while let Some(&expert) = demand.pending.front() {
-            let free = layer.free.pop().or_else(|| layer.fresh.pop_first());
-            let Some(slot) = free.or_else(|| layer.evict(&self.slots)) else { return };
-            if let State::Resident { expert: old, .. } = self.slots[slot.index()].state {
-                layer.slot_of[old.index()] = None;
-                self.counted.evictions += 1;
-            }
-            assert!(layer.slot_of[expert.index()].is_none(), "expert {} is asked for twice in one fetch", expert.0);
-            demand.pending.pop_front();
-            layer.slot_of[expert.index()] = Some(slot);
-            layer.busy += 1;
-            self.slots[slot.index()].state = State::Queued(expert);
-            self.queue.push_back(slot);
-        }
-    }
-
-    /// Takes Off slots of a layer into use, up to the budget; fewer if some are still draining.
-    fn enable(&mut self, l: usize, per_layer: usize) {
-        let layer = &mut self.layers[l];
-        while layer.enabled < per_layer
-            && let Some(slot) = layer.off.pop_first()
-        {
-            self.slots[slot.index()].state = State::Free;
-            layer.fresh.insert(slot);
-            layer.enabled += 1;
-        }
-    }
-
-    /// Takes one slot of a layer out of use: a free one, else the policy's victim, else one that a loader is busy with.
-    /// Some: its pages can go now.
-    fn give_up(&mut self, l: usize) -> Option<Vacant> {
-        let layer = &mut self.layers[l];
-        layer.enabled -= 1;
-        if let Some(slot) = layer.fresh.pop_last() {
-            self.slots[slot.index()].state = State::Off;
-            layer.off.insert(slot);
-            return None;
-        }
-        if let Some(slot) = layer.free.pop().or_else(|| layer.evict(&self.slots)) {
-            if let State::Resident { expert, .. } = self.slots[slot.index()].state {
-                layer.slot_of[expert.index()] = None;
-                self.counted.evictions += 1;
-            }
-            self.slots[slot.index()] = Entry { state: State::Off, touched: false };
-            layer.off.insert(slot);
-            return Some(Vacant { slot });
-        }
-        let busy = |slot: &usize| matches!(self.slots[*slot].state, State::Loading { .. } | State::Populating);
-        let slot =
-            (l..self.slots.len()).step_by(self.shape.layers).find(busy).expect("between fetches a slot is free, idle or with a loader");
-        if let State::Loading { expert, .. } = self.slots[slot].state {
-            layer.slot_of[expert.index()] = None;
-        }
-        self.slots[slot].state = State::Draining;
-        None
+        Stats { policy: self.policy, slots_per_layer: self.per_layer, bad_records: self.bad.len(), layers, ..self.counted.clone() }
     }
 
     fn free(&mut self, slot: Slot) {
@@ -449,12 +495,39 @@ impl Core {
         }
     }
 
+    /// Takes an idle expert out of memory; its slot is the caller's.
+    fn evict(&mut self, layer_id: LayerId, victim: ExpertId) -> Slot {
+        let layer = &mut self.layers[layer_id.index()];
+        layer.idle.remove(victim);
+        layer.expected.retain(|expert| *expert != victim);
+        layer.resident -= 1;
+        let slot = layer.slot_of[victim.index()].take().expect("what idles has a slot");
+        let state = std::mem::replace(&mut self.slots[slot.index()].state, State::Free);
+        self.counted.evictions += 1;
+        self.counted.prefetch_wasted += u64::from(matches!(state, State::Resident { unused: true, .. }));
+        slot
+    }
+
     fn unpin(&mut self, slot: Slot) {
         match &mut self.slots[slot.index()].state {
-            State::Resident { pinned: pinned @ true, .. } => *pinned = false,
+            State::Resident { pinned: pinned @ true, expert, .. } => {
+                *pinned = false;
+                let expert = *expert;
+                self.rest(slot, expert);
+            }
             state => unreachable!("a pin on a slot in state {state:?}"),
         }
-        self.layer_of(slot).idle += 1;
+    }
+
+    /// An expert in memory that nobody holds: it stays if the policy lets it.
+    fn rest(&mut self, slot: Slot, expert: ExpertId) {
+        let (policy, layer_id) = (self.policy, self.layer_id(slot));
+        let layer = &mut self.layers[layer_id.index()];
+        layer.idle.push(layer.key(policy, expert), expert);
+        if policy == PolicyKind::None {
+            let slot = self.evict(layer_id, expert);
+            self.free(slot);
+        }
     }
 
     fn count(&mut self, key: ExpertKey, result: &Result<u64, Error>, time: Duration) {
@@ -468,6 +541,7 @@ impl Core {
             Err(error) => {
                 tracing::error!(%error, "expert not loaded");
                 self.counted.load_errors += 1;
+                self.counted.checksum_errors += u64::from(matches!(error, Error::Checksum { .. }));
                 self.bad.insert(key);
             }
         }
@@ -483,83 +557,21 @@ impl Core {
 }
 
 impl Layer {
-    /// Takes the policy's victim out of its order; the caller sees to the rest.
-    fn evict(&mut self, slots: &[Entry]) -> Option<Slot> {
-        if self.idle == 0 {
-            return None; // spares the policy a walk over pinned slots
+    fn learn(&mut self, routing: &Routing<'_>) {
+        for (i, expert) in routing.experts.iter().enumerate() {
+            let seen = &mut self.uses[expert.index()];
+            routing.rows_of(i).iter().for_each(|row| seen.used(Tick(self.tick.0 + 1 + u64::from(*row))));
         }
-        let idle = |slot: Slot| matches!(slots[slot.index()].state, State::Resident { pinned: false, .. });
-        let slot = self.policy.victim(&idle).expect("the policy knows every idle slot");
-        self.policy.evicted(slot);
-        self.idle -= 1;
-        self.resident -= 1;
-        Some(slot)
-    }
-}
-
-#[cfg(test)]
-impl Core {
-    /// Everything that must hold between any two calls.
-    pub(crate) fn validate(&self) {
-        for l in 0..self.layers.len() {
-            self.validate_layer(l);
-        }
-        let in_state = |wanted: &dyn Fn(State) -> bool| {
-            (0u32..).map(Slot).zip(&self.slots).filter(|(_, entry)| wanted(entry.state)).map(|(slot, _)| slot).collect::<BTreeSet<_>>()
-        };
-        assert_eq!(self.queue.iter().copied().collect::<BTreeSet<_>>(), in_state(&|state| matches!(state, State::Queued(_))));
-        assert!(in_state(&|state| state == State::Populating).len() <= usize::from(self.populating));
-        let held = in_state(&|state| {
-            matches!(state, State::Queued(_) | State::Loading { wanted: true, .. } | State::Resident { pinned: true, .. })
-        });
-        let Some(demand) = &self.demand else { return assert!(held.is_empty(), "held by no fetch: {held:?}") };
-        let layer = &self.layers[demand.layer.index()];
-        let slots: BTreeSet<Slot> = demand.ids.iter().filter_map(|expert| layer.slot_of[expert.index()]).collect();
-        assert!(held.is_subset(&slots), "{held:?} are held, the fetch asked for {slots:?}");
-        assert!(
-            demand.pending.is_empty() || layer.free.is_empty() && layer.fresh.is_empty() && layer.idle == 0,
-            "pending beside a slot to be had"
-        );
-        let waiting = held.iter().filter(|slot| !matches!(self.slots[slot.index()].state, State::Resident { .. })).count();
-        assert_eq!(demand.undelivered, demand.ready.len() + demand.pending.len() + waiting);
+        self.tick.0 += u64::from(routing.tokens);
     }
 
-    fn validate_layer(&self, l: usize) {
-        let (layer, mut free, mut fresh, mut off) = (&self.layers[l], BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
-        let (mut idle, mut resident, mut busy, mut draining) = (0, BTreeSet::new(), 0, 0);
-        for slot in (l..self.slots.len()).step_by(self.shape.layers).map(|slot| Slot(slot as u32)) {
-            let Entry { state, touched } = self.slots[slot.index()];
-            match state {
-                State::Off => assert!(off.insert(slot) && !touched),
-                State::Free => assert!(if touched { &mut free } else { &mut fresh }.insert(slot)),
-                State::Populating => busy += 1,
-                State::Draining => (busy, draining) = (busy + 1, draining + 1),
-                State::Queued(expert) | State::Loading { expert, .. } => {
-                    assert_eq!(layer.slot_of[expert.index()], Some(slot));
-                    busy += 1;
-                }
-                State::Resident { expert, pinned } => {
-                    assert!(layer.slot_of[expert.index()] == Some(slot) && resident.insert(slot) && touched);
-                    idle += usize::from(!pinned);
-                }
-            }
-        }
-        assert_eq!((layer.idle, layer.busy, layer.resident), (idle, busy, resident.len()));
-        assert_eq!((layer.free.iter().copied().collect(), &layer.fresh, &layer.off), (free, &fresh, &off));
-        assert_eq!(layer.enabled, self.per_layer.min(self.shape.places - draining));
-        assert_eq!(layer.enabled, self.shape.places - off.len() - draining);
-        let held = layer.slot_of.iter().flatten().count();
-        assert_eq!(
-            held + layer.free.len() + layer.fresh.len() + usize::from(self.populates(l)),
-            layer.enabled,
-            "an expert in two slots, or in none"
-        );
-        let ranked = std::cell::RefCell::new(BTreeSet::new());
-        layer.policy.victim(&|slot| !ranked.borrow_mut().insert(slot));
-        assert_eq!(ranked.into_inner(), resident, "the policy ranks what is resident");
+    fn key(&self, policy: PolicyKind, expert: ExpertId) -> f64 {
+        if self.expected.contains(&expert) { f64::INFINITY } else { policy.key(&self.uses[expert.index()], self.depth) }
     }
 
-    fn populates(&self, l: usize) -> bool {
-        self.slots.iter().skip(l).step_by(self.shape.layers).any(|entry| entry.state == State::Populating)
+    fn rekey(&mut self, policy: PolicyKind) {
+        let mut idle = std::mem::replace(&mut self.idle, Idle::new(0));
+        idle.rekey(|expert| self.key(policy, expert));
+        self.idle = idle;
     }
 }

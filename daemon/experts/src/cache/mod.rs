@@ -11,9 +11,11 @@ mod core;
 mod model;
 mod policy;
 
+pub use self::policy::PolicyKind;
 pub(crate) use self::{
     claim::{Load, Pin, Vacant},
-    core::{Found, Shape},
+    core::{Core, Found, Shape, Taken},
+    policy::{Use, belady},
 };
 
 use std::{
@@ -21,9 +23,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use self::core::{Core, Taken};
 use crate::{
-    Error, Stats,
+    Error, Hot, Routing, Stats,
     key::{ExpertId, LayerId, Slot},
 };
 
@@ -51,8 +52,8 @@ pub(crate) enum Job {
 }
 
 impl Cache {
-    pub(crate) fn new(shape: Shape) -> Self {
-        Self { inner: Mutex::new(Inner { core: Core::new(shape), stop: false }), work: Condvar::new(), arrived: Condvar::new() }
+    pub(crate) fn new(shape: Shape, policy: PolicyKind) -> Self {
+        Self { inner: Mutex::new(Inner { core: Core::new(shape, policy), stop: false }), work: Condvar::new(), arrived: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -61,20 +62,20 @@ impl Cache {
 
     // ---- the engine thread ----
 
-    pub(crate) fn begin(&self, layer: LayerId, ids: &[ExpertId]) {
+    pub(crate) fn begin(&self, layer: LayerId, routing: &Routing<'_>) {
         let mut inner = self.lock();
-        inner.core.begin(layer, ids);
+        inner.core.begin(layer, routing);
         self.wake(inner);
     }
 
-    /// Blocks until something is found; `None` when everything has been handed out.
-    pub(crate) fn take(&self) -> Option<Vec<Found>> {
+    /// Blocks until something is found, and puts it into `into`, which is empty; false when everything has been handed out.
+    pub(crate) fn take(&self, into: &mut Vec<Found>) -> bool {
         let mut inner = self.lock();
         let mut since = None;
         let found = loop {
-            match inner.core.take() {
-                Taken::Found(found) => break Some(found),
-                Taken::End => break None,
+            match inner.core.take(into) {
+                Taken::Found => break true,
+                Taken::End => break false,
                 Taken::Stuck => {
                     drop(inner);
                     panic!(
@@ -82,6 +83,9 @@ impl Cache {
                     );
                 }
                 Taken::Wait => {
+                    if since.is_none() && inner.core.startable() > 0 {
+                        self.work.notify_one(); // to ask may have made room
+                    }
                     since.get_or_insert_with(Instant::now);
                     inner = self.arrived.wait(inner).unwrap_or_else(PoisonError::into_inner);
                 }
@@ -112,6 +116,38 @@ impl Cache {
         vacant
     }
 
+    pub(crate) fn prefetch(&self, layer: LayerId, ranked: &[ExpertId]) {
+        let mut inner = self.lock();
+        inner.core.prefetch(layer, ranked);
+        self.wake(inner);
+    }
+
+    pub(crate) fn warm(&self, hot: &Hot) {
+        let mut inner = self.lock();
+        inner.core.warm(hot);
+        self.wake(inner);
+    }
+
+    pub(crate) fn hot(&self) -> Hot {
+        self.lock().core.hot()
+    }
+
+    pub(crate) fn set_policy(&self, policy: PolicyKind) {
+        self.lock().core.set_policy(policy);
+    }
+
+    pub(crate) fn clear(&self) {
+        self.lock().core.clear();
+    }
+
+    pub(crate) fn counters(&self) -> (u64, u64, u64) {
+        self.lock().core.counters()
+    }
+
+    pub(crate) fn prefetches(&self) -> (u64, u64) {
+        self.lock().core.prefetches()
+    }
+
     pub(crate) fn want(&self, per_layer: usize) {
         self.lock().core.want(per_layer);
     }
@@ -124,6 +160,11 @@ impl Cache {
         self.lock().core.resident(layer)
     }
 
+    #[cfg(test)]
+    pub(crate) fn settled(&self) -> bool {
+        self.lock().core.settled()
+    }
+
     pub(crate) fn stats(&self) -> Stats {
         self.lock().core.stats()
     }
@@ -134,16 +175,16 @@ impl Cache {
         self.work.notify_all();
     }
 
-    /// One loader per waiting load; a loader that is busy looks again by itself.
+    /// One loader per load that could start; a loader that is busy looks again by itself.
     fn wake(&self, inner: MutexGuard<'_, Inner>) {
-        let queued = inner.core.queued();
+        let startable = inner.core.startable();
         drop(inner);
-        (0..queued).for_each(|_| self.work.notify_one());
+        (0..startable).for_each(|_| self.work.notify_one());
     }
 
     // ---- loader threads ----
 
-    /// Blocks for work, loads first; `None`: stop.
+    /// Blocks for work, what is waited for first; `None`: stop.
     pub(crate) fn job(&self) -> Option<Job> {
         let mut inner = self.lock();
         loop {
@@ -155,6 +196,9 @@ impl Cache {
             }
             if let Some(slot) = inner.core.populate() {
                 return Some(Job::Populate(slot));
+            }
+            if let Some(load) = inner.core.start_warm() {
+                return Some(Job::Load(load));
             }
             inner = self.work.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }

@@ -178,7 +178,7 @@ impl Drop for Slab {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Arrival, Config, ExpertId, Experts, LayerId, Read, Slice, Source, Storage};
+    use crate::{Arrival, Config, ExpertId, Experts, LayerId, PolicyKind, Read, Record, Routing, Slice, Source, Storage};
 
     #[test]
     fn slots_are_page_aligned_in_memory_aligned_for_huge_pages() {
@@ -221,8 +221,8 @@ mod tests {
     }
 
     fn open(slab: Slab, layers: usize, slots_per_layer: usize, slices: &[Slice]) -> Experts {
-        let source = Source { files: vec![Box::new(Sevens)], layers: vec![vec![slices.to_vec(); 8]; layers] };
-        Experts::open(source, slab, Config { top_k: 1, slots_per_layer, loaders: 2 }).unwrap()
+        let source = Source { files: vec![Box::new(Sevens)], layers: vec![vec![Record::unchecked(slices.to_vec()); 8]; layers] };
+        Experts::open(source, slab, Config { top_k: 1, slots_per_layer, loaders: 2, policy: PolicyKind::Lfru }).unwrap()
     }
 
     #[test]
@@ -234,8 +234,9 @@ mod tests {
         let slice = |region: u8, at: u32, len: u32| Slice { file: 0, offset: u64::from(at), len, region, at };
         let mut experts = open(slab, 1, 3, &[slice(0, 2, 5), slice(1, 8, 2)]);
         assert_eq!(experts.slot_bytes(), 110);
-        let mut fetch = experts.fetch(LayerId(0), &[ExpertId(4)]);
-        let arrivals = fetch.next().unwrap();
+        let mut fetch = experts.fetch(LayerId(0), &Routing::token(&[ExpertId(4)]));
+        let mut arrivals = Vec::new();
+        assert!(fetch.next(&mut arrivals));
         let [Arrival::Ready { slot, .. }] = arrivals[..] else { panic!("{arrivals:?}") };
         drop(fetch);
         experts.set_slots(1); // leaves foreign memory alone
@@ -284,8 +285,8 @@ mod tests {
             // Fill every slot, so that what goes is in use.
             for layer in [LayerId(0), LayerId(1)] {
                 let ids = [0, 1, 2, 3].map(ExpertId);
-                let mut fetch = experts.fetch(layer, &ids);
-                while fetch.next().is_some() {}
+                let mut fetch = experts.fetch(layer, &Routing::token(&ids));
+                while fetch.next(&mut Vec::new()) {}
             }
             wait_present(&experts, 4 * layers, 4 * per_layer);
             experts.set_slots(1);

@@ -5,7 +5,10 @@ use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
 use rustix::fs::{Mode, OFlags};
 
-use super::storage::{Read, Storage};
+use super::{
+    os,
+    storage::{Read, Storage},
+};
 
 #[derive(Debug)]
 pub struct Pread {
@@ -17,16 +20,24 @@ pub struct Pread {
 impl Pread {
     /// Refuses everything but a regular file.
     pub fn open(path: &Path) -> io::Result<Self> {
-        // NONBLOCK: opening a FIFO must not wait for a writer; it means nothing for regular files.
-        let file = File::from(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())?);
-        let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{} is not a regular file", path.display())));
-        }
-        // Routing jumps about: read-ahead would spend the disk on experts nobody asked for.
-        #[cfg(target_os = "linux")]
-        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random)?;
-        Ok(Self { file, name: path.display().to_string(), len: metadata.len() })
+        let file = open(path)?;
+        let len = regular(path, &file)?;
+        os::expect_jumps(&file)?;
+        Ok(Self { file, name: path.display().to_string(), len })
+    }
+}
+
+pub(super) fn open(path: &Path) -> io::Result<File> {
+    // NONBLOCK: opening a FIFO must not wait for a writer; it means nothing for regular files.
+    Ok(File::from(rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())?))
+}
+
+/// Its length, if it is a regular file.
+pub(super) fn regular(path: &Path, file: &File) -> io::Result<u64> {
+    let metadata = file.metadata()?;
+    match metadata.is_file() {
+        true => Ok(metadata.len()),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{} is not a regular file", path.display()))),
     }
 }
 

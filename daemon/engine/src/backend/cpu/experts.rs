@@ -9,11 +9,9 @@ use super::{
 };
 use crate::model::{
     families::Ffn,
-    weights::{Format, MatrixSpec},
+    packed::lay_out,
+    weights::{Format, MatrixSpec, Span},
 };
-
-/// Alignment of each tensor inside a slot: a cache line.
-const ALIGN: usize = 64;
 
 /// Where the nine (or three) tensors of a layer's experts lie in a slot: `[gate.w gate.s gate.b up.w … down.b]`.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,25 +35,19 @@ pub(super) struct Place {
 
 impl Record {
     pub(super) fn new(ffn: &Ffn) -> Self {
-        let mut at = 0;
-        let mut span = |len: usize| {
-            let start = at;
-            at = (at + len).next_multiple_of(ALIGN);
-            (start, len)
+        let side = |span: Option<Span>| span.map_or(0, |span| span.len as usize);
+        let lens = ffn.matrices().map(|spec| [spec.weight.len as usize, side(spec.scales), side(spec.biases)]);
+        let ([g, u, d], [gate, up, down]) = (lens, ffn.matrices());
+        let (at, bytes) = lay_out([g[0], g[1], g[2], u[0], u[1], u[2], d[0], d[1], d[2]]);
+        let place = |spec: &MatrixSpec, lens: [usize; 3], at: &[usize]| Place {
+            rows: spec.rows,
+            cols: spec.cols,
+            format: spec.format,
+            weight: (at[0], lens[0]),
+            scales: (at[1], lens[1]),
+            biases: (at[2], lens[2]),
         };
-        let mut place = |spec: &MatrixSpec| {
-            let side = |span: Option<crate::model::weights::Span>| span.map_or(0, |span| span.len as usize);
-            Place {
-                rows: spec.rows,
-                cols: spec.cols,
-                format: spec.format,
-                weight: span(spec.weight.len as usize),
-                scales: span(side(spec.scales)),
-                biases: span(side(spec.biases)),
-            }
-        };
-        let (gate, up, down) = (place(&ffn.gate), place(&ffn.up), place(&ffn.down));
-        Self { gate, up, down, bytes: at }
+        Self { gate: place(gate, g, &at[..3]), up: place(up, u, &at[3..6]), down: place(down, d, &at[6..]), bytes }
     }
 
     /// Which file bytes go where in a slot; `None` if this expert's tensors are of another shape or format.
@@ -75,6 +67,11 @@ impl Record {
 }
 
 impl Place {
+    /// Group width, 0 for plain formats.
+    pub(super) fn group(&self) -> usize {
+        if let Format::Affine { group, .. } = self.format { group } else { 0 }
+    }
+
     pub(super) fn matrix<'a>(&self, slot: &'a [u8]) -> Matrix<'a> {
         let part = |(at, len): (usize, usize)| &slot[at..at + len];
         Matrix {
@@ -96,71 +93,82 @@ pub(super) struct Work<'a> {
     pub(super) down: Matrix<'a>,
     /// Rows of the input.
     pub(super) tokens: &'a [u32],
-    /// Rows of `mid` and of the result, one for each token; no two works share one.
+    /// Rows of the result, one for each token; no two works share one.
     pub(super) places: &'a [u32],
 }
 
-/// Buffers of a feed-forward: `mid` [places, width], `out` [places, hidden].
+/// Between the two products of a feed-forward: silu(gate · x) ⊙ up · x of all works' rows, one after the other
+/// [rows, width].
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
     pub(super) mid: Vec<f32>,
     pub(super) mid_sums: Vec<f32>,
-    pub(super) out: Vec<f32>,
 }
 
 /// out[place] = down · (silu(gate · x[token]) ⊙ up · x[token]) for every work's tokens. `x` is the activations with group
 /// sums for gate and up.
-pub(super) fn feed_forward(pool: &Pool, isa: &Isa, works: &[Work<'_>], x: &Acts<'_>, buffers: &mut Buffers) {
-    let Buffers { mid, mid_sums, out } = buffers;
+pub(super) fn feed_forward(pool: &Pool, isa: &Isa, works: &[Work<'_>], x: &Acts<'_>, buffers: &mut Buffers, out: &mut [f32]) {
+    let Buffers { mid, mid_sums } = buffers;
     let (width, hidden) = (works[0].gate.rows, works[0].down.rows);
+    // The first row of each work in `mid`.
+    let firsts: Vec<usize> = works
+        .iter()
+        .scan(0, |next, work| {
+            let first = *next;
+            *next += work.tokens.len();
+            Some(first)
+        })
+        .collect();
+    let rows = works.iter().map(|work| work.tokens.len()).sum::<usize>();
     {
         let mid = Cells::new(mid);
         let pieces = Pieces::new(pool, works.iter().map(|work| work.gate.rows));
         pool.run(pieces.count(), &|piece| {
-            let (work, rows) = pieces.get(piece);
-            let work = &works[work];
+            let (index, rows) = pieces.get(piece);
+            let (work, mut first) = (&works[index], firsts[index]);
             let (mut gates, mut ups): (Tile, Tile) = ([0.0; _], [0.0; _]);
-            for (tokens, places) in work.tokens.chunks(TOKENS_MAX).zip(work.places.chunks(TOKENS_MAX)) {
+            for tokens in work.tokens.chunks(TOKENS_MAX) {
                 each_tile(rows.clone(), |rows| {
                     let cells = rows.len() * tokens.len();
                     (isa.rows)(&work.gate, rows.clone(), x, tokens, &mut gates[..cells]);
                     (isa.rows)(&work.up, rows.clone(), x, tokens, &mut ups[..cells]);
                     for (i, row) in rows.enumerate() {
-                        for (t, place) in places.iter().enumerate() {
+                        for t in 0..tokens.len() {
                             let cell = i * tokens.len() + t;
-                            mid.set(*place as usize * width + row, swiglu(gates[cell], ups[cell]));
+                            mid.set((first + t) * width + row, swiglu(gates[cell], ups[cell]));
                         }
                     }
                 });
+                first += tokens.len();
             }
         });
     }
     let group = works[0].down.group();
     if let Some(groups) = width.checked_div(group) {
-        for place in works.iter().flat_map(|work| work.places) {
-            let row = &mid[*place as usize * width..][..width];
-            for (sums, values) in mid_sums[*place as usize * groups..][..groups].iter_mut().zip(row.chunks_exact(group)) {
-                *sums = sum(values);
-            }
+        for (sum_of, values) in mid_sums[..rows * groups].iter_mut().zip(mid.chunks_exact(group)) {
+            *sum_of = sum(values);
         }
     }
     let mid = Acts { x: mid, cols: width, sums: mid_sums, group };
     let out = Cells::new(out);
     let pieces = Pieces::new(pool, works.iter().map(|work| work.down.rows));
     pool.run(pieces.count(), &|piece| {
-        let (work, rows) = pieces.get(piece);
-        let work = &works[work];
-        let mut tile: Tile = [0.0; _];
+        let (index, rows) = pieces.get(piece);
+        let (work, mut first) = (&works[index], firsts[index] as u32);
+        let (mut tile, mut ids): (Tile, [u32; TOKENS_MAX]) = ([0.0; _], [0; _]);
         for places in work.places.chunks(TOKENS_MAX) {
+            let ids = &mut ids[..places.len()];
+            ids.iter_mut().zip(first..).for_each(|(id, row)| *id = row);
             each_tile(rows.clone(), |rows| {
                 let tile = &mut tile[..rows.len() * places.len()];
-                (isa.rows)(&work.down, rows.clone(), &mid, places, tile);
+                (isa.rows)(&work.down, rows.clone(), &mid, ids, tile);
                 for (row, values) in rows.zip(tile.chunks_exact(places.len())) {
                     for (place, value) in places.iter().zip(values) {
                         out.set(*place as usize * hidden + row, *value);
                     }
                 }
             });
+            first += places.len() as u32;
         }
     });
 }

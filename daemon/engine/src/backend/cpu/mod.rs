@@ -1,7 +1,7 @@
 //! The CPU backend: trunk weights and activations in our own memory, experts in slab slots, a pool of pinned workers.
 //!
-//! A method is one block of the decoder over the rows of a step. Kernels come from [`simd::Isa`]; nothing here depends
-//! on how many rows, threads or sequences share a step.
+//! A method is one block of the decoder over some rows of a pass. Kernels come from [`simd::Isa`]; nothing here depends
+//! on how many rows, threads or sequences share a pass, nor on the pieces it is computed in.
 
 mod attention;
 mod experts;
@@ -11,6 +11,8 @@ mod norm;
 mod pool;
 mod portable;
 mod simd;
+
+use std::ops::Range;
 
 use attention::{Kv, Query};
 use experts::{Buffers, Record, Work};
@@ -23,7 +25,7 @@ use simd::Isa;
 
 use crate::{
     Bytes, Error, Kernels,
-    kv::BlockId,
+    kv::{BlockId, Table},
     model::{
         arch::Arch,
         families::{Ffn, FfnSpec, LayerSpec, Model},
@@ -32,7 +34,12 @@ use crate::{
     moe::Plan,
 };
 
-/// One position of one sequence in a step.
+/// Rows of attention computed together at most: what a piece keeps between its products stays small.
+pub(crate) const PIECE_MAX: usize = 256;
+/// Expert rows computed together at most, for the same reason.
+pub(crate) const PLACES_MAX: usize = 1024;
+
+/// One position of one sequence in a pass.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Row {
     pub(crate) token: u32,
@@ -41,12 +48,12 @@ pub(crate) struct Row {
     pub(crate) sequence: usize,
 }
 
-/// What a step computes. Rows of a sequence are in position order and follow what its KV blocks hold.
-#[derive(Debug)]
-pub(crate) struct Batch<'a> {
-    pub(crate) rows: &'a [Row],
+/// What a pass computes. Rows of a sequence are in position order and follow what its KV blocks hold.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    pub(crate) rows: Vec<Row>,
     /// The KV blocks of each sequence.
-    pub(crate) tables: &'a [&'a [BlockId]],
+    pub(crate) tables: Vec<Table>,
 }
 
 /// The figures that kernels need.
@@ -75,7 +82,7 @@ pub(crate) struct Cpu {
     layers: Vec<Layer>,
     inverse_frequencies: Vec<f32>,
     kv: Kv,
-    act: Activations,
+    scratch: Scratch,
 }
 
 /// A trunk matrix.
@@ -111,13 +118,23 @@ enum LayerFfn {
     },
 }
 
-/// Activations of a step, sized once for the largest step.
+/// What a pass keeps from layer to layer, for all its rows.
 #[derive(Debug, Default)]
-struct Activations {
-    rows: usize,
+pub(crate) struct Activations {
     /// Residual stream [rows, hidden].
     hidden: Vec<f32>,
-    /// Normalised residual [rows, hidden].
+    /// Normalised residual [rows, hidden], as the feed-forward reads it.
+    normed: Vec<f32>,
+    /// Group sums of `normed` [rows, hidden / group].
+    sums: Vec<f32>,
+    /// Experts' outputs by rank [rows, top_k, hidden].
+    out: Vec<f32>,
+}
+
+/// What lives no longer than a call; sized once for the largest piece.
+#[derive(Debug)]
+struct Scratch {
+    /// Normalised rows of the piece [rows, hidden].
     normed: Vec<f32>,
     /// Queries, keys and values of a row side by side [rows, (heads + 2·kv_heads) × head_dim].
     qkv: Vec<f32>,
@@ -163,9 +180,8 @@ fn side_of(bytes: &Option<Aligned>) -> &[u8] {
 }
 
 impl Cpu {
-    /// Reads the trunk (everything but routed experts) and sizes the activations for steps of `rows_max` rows.
-    /// `progress` hears the share read so far.
-    pub(crate) fn load(model: &Model, kernels: Kernels, rows_max: usize, progress: &mut dyn FnMut(f64)) -> Result<Self, Error> {
+    /// Reads the trunk (everything but routed experts); `progress` hears the share read so far.
+    pub(crate) fn load(model: &Model, kernels: Kernels, progress: &mut dyn FnMut(f64)) -> Result<Self, Error> {
         let (arch, weights) = (&model.arch, &model.weights);
         let isa = if kernels == Kernels::Reference { Isa::PORTABLE } else { Isa::available()[0] };
         let embed = Owned::read(weights, &model.embed)?;
@@ -188,11 +204,11 @@ impl Cpu {
         };
         let half = arch.head_dim / 2;
         let inverse_frequencies = (0..half).map(|i| arch.rope_theta.powf(-((2 * i) as f32) / arch.head_dim as f32)).collect();
-        let act = Activations::new(&shape, &layers, arch, rows_max);
+        let scratch = Scratch::new(&shape, &layers, arch);
         let kv = if kernels == Kernels::Reference { Kv::F32(Vec::new()) } else { Kv::F16(Vec::new()) };
         let pool = Pool::new(1).expect("a pool of the calling thread alone starts nothing");
         let norm = weights.read_vector(&model.norm)?;
-        Ok(Self { isa, pool, shape, embed, head, norm, layers, inverse_frequencies, kv, act })
+        Ok(Self { isa, pool, shape, embed, head, norm, layers, inverse_frequencies, kv, scratch })
     }
 
     /// Starts the workers; `threads` counts the calling one, which is pinned from now on.
@@ -232,21 +248,17 @@ impl Cpu {
         owned(&self.embed) + self.head.as_ref().map_or(0, owned) + self.layers.iter().map(layer).sum::<Bytes>()
     }
 
+    /// Of the buffers that every pass uses; [`Cpu::row_bytes`] come on top for each row of a pass.
     pub(crate) fn scratch_bytes(&self) -> Bytes {
-        let act = &self.act;
-        let floats = [
-            &act.hidden,
-            &act.normed,
-            &act.qkv,
-            &act.attended,
-            &act.delta,
-            &act.routed,
-            &act.logits,
-            &act.ffn.mid,
-            &act.ffn.mid_sums,
-            &act.ffn.out,
-        ];
+        let Scratch { normed, qkv, attended, delta, routed, logits, ffn, .. } = &self.scratch;
+        let floats = [normed, qkv, attended, delta, routed, logits, &ffn.mid, &ffn.mid_sums];
         4 * floats.iter().map(|floats| floats.capacity() as Bytes).sum::<Bytes>()
+    }
+
+    /// Of [`Activations`], for one row.
+    pub(crate) fn row_bytes(&self) -> Bytes {
+        let Shape { hidden, top_k, .. } = self.shape;
+        4 * (hidden * (2 + top_k.max(1)) + hidden / 32) as Bytes
     }
 
     /// Bytes of one KV block of [`crate::kv::BLOCK`] tokens.
@@ -262,31 +274,35 @@ impl Cpu {
         self.kv.free(block);
     }
 
-    /// Embeds the step's tokens.
-    pub(crate) fn begin(&mut self, batch: &Batch<'_>) {
-        let (act, hidden) = (&mut self.act, self.shape.hidden);
-        act.rows = batch.rows.len();
-        act.turns.clear();
+    /// Sizes `act` for the pass and embeds its tokens.
+    pub(crate) fn begin(&mut self, act: &mut Activations, batch: &Batch) {
+        let Shape { hidden, top_k, .. } = self.shape;
+        let rows = batch.rows.len();
+        act.hidden.resize(rows * hidden, 0.0);
+        act.normed.resize(rows * hidden, 0.0);
+        act.out.resize(rows * top_k.max(1) * hidden, 0.0);
         let embed = self.embed.view();
         for (row, out) in batch.rows.iter().zip(act.hidden.chunks_exact_mut(hidden)) {
             embed.dequantize_row(row.token as usize, out);
-            norm::turns(row.position as u32, &self.inverse_frequencies, &mut act.turns);
         }
     }
 
-    /// Attention of `layer`, added to the residual.
-    pub(crate) fn attention(&mut self, layer: usize, batch: &Batch<'_>) {
-        let Self { isa, pool, shape, kv, act, .. } = self;
+    /// Attention of `layer` over a piece of the rows, added to the residual. Rows that are not `alive` take no part: their
+    /// KV blocks may belong to others by now.
+    pub(crate) fn attention(&mut self, layer: usize, act: &mut Activations, batch: &Batch, alive: &[bool], piece: Range<usize>) {
+        let Self { isa, pool, shape, kv, scratch, .. } = self;
         let l = &self.layers[layer];
-        let (rows, d) = (act.rows, shape.head_dim);
+        let (rows, d, hidden) = (piece.len(), shape.head_dim, shape.hidden);
         let (q_width, kv_width) = (shape.heads * d, shape.kv_heads * d);
         let width = q_width + 2 * kv_width;
-        normalize(&act.hidden, &l.attn_norm, shape.eps, rows, &mut act.normed);
+        let (batch_rows, alive) = (&batch.rows[piece.clone()], &alive[piece.clone()]);
+        let residual = &mut act.hidden[piece.start * hidden..piece.end * hidden];
+        normalize(residual, &l.attn_norm, shape.eps, &mut scratch.normed);
         {
-            let [q_sums, k_sums, v_sums] = &mut act.sums;
-            let x = &act.normed[..rows * shape.hidden];
-            let out = Cells::new(&mut act.qkv);
-            let acts = |owned: &Owned, sums| Acts::grouped(x, shape.hidden, owned.view().group(), sums);
+            let [q_sums, k_sums, v_sums] = &mut scratch.sums;
+            let x = &scratch.normed[..rows * hidden];
+            let out = Cells::new(&mut scratch.qkv);
+            let acts = |owned: &Owned, sums| Acts::grouped(x, hidden, owned.view().group(), sums);
             let jobs = [
                 Linear { w: l.q.view(), x: acts(&l.q, q_sums), out: &out, width, at: 0 },
                 Linear { w: l.k.view(), x: acts(&l.k, k_sums), out: &out, width, at: q_width },
@@ -294,79 +310,115 @@ impl Cpu {
             ];
             linear(pool, isa, rows, &jobs);
         }
-        for (i, row) in batch.rows.iter().enumerate() {
-            let (qk, v) = act.qkv[i * width..][..width].split_at_mut(q_width + kv_width);
-            let turn = &act.turns[i * (d / 2)..][..d / 2];
+        for (i, row) in batch_rows.iter().enumerate().filter(|(i, _)| alive[*i]) {
+            let (qk, v) = scratch.qkv[i * width..][..width].split_at_mut(q_width + kv_width);
+            scratch.turns.clear();
+            norm::turns(row.position as u32, &self.inverse_frequencies, &mut scratch.turns);
             for (head, x) in qk.chunks_exact_mut(d).enumerate() {
                 norm::rms_norm_in_place(x, if head < shape.heads { &l.q_norm } else { &l.k_norm }, shape.eps);
-                norm::rope(x, turn);
+                norm::rope(x, &scratch.turns);
             }
-            kv.write(shape, layer, batch.tables[row.sequence], row.position, &qk[q_width..], v);
+            kv.write(shape, layer, &batch.tables[row.sequence], row.position, &qk[q_width..], v);
         }
         {
-            let (kv, qkv) = (&*kv, &act.qkv);
-            let out = Cells::new(&mut act.attended);
+            let (kv, qkv) = (&*kv, &scratch.qkv);
+            let out = Cells::new(&mut scratch.attended);
             pool.run(rows * shape.kv_heads, &|task| {
                 let (i, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
-                let row = &batch.rows[i];
-                let q = Query { heads: &qkv[i * width..][..q_width], position: row.position, table: batch.tables[row.sequence] };
-                kv.attend(isa, shape, layer, kv_head, &q, (&out, i * q_width));
+                if alive[i] {
+                    let row = &batch_rows[i];
+                    let q = Query { heads: &qkv[i * width..][..q_width], position: row.position, table: &batch.tables[row.sequence] };
+                    kv.attend(isa, shape, layer, kv_head, &q, (&out, i * q_width));
+                }
             });
         }
-        let x = Acts::grouped(&act.attended[..rows * q_width], q_width, l.o.view().group(), &mut act.sums[0]);
-        let out = Cells::new(&mut act.delta);
-        linear(pool, isa, rows, &[Linear { w: l.o.view(), x, out: &out, width: shape.hidden, at: 0 }]);
-        add(&mut act.hidden, &act.delta, rows * shape.hidden);
+        let x = Acts::grouped(&scratch.attended[..rows * q_width], q_width, l.o.view().group(), &mut scratch.sums[0]);
+        let out = Cells::new(&mut scratch.delta);
+        linear(pool, isa, rows, &[Linear { w: l.o.view(), x, out: &out, width: hidden, at: 0 }]);
+        add(residual, &scratch.delta);
     }
 
-    /// Router logits [rows, experts] of an MoE layer; `None` for a dense one.
-    pub(crate) fn route(&mut self, layer: usize) -> Option<&[f32]> {
-        let Self { isa, pool, shape, act, .. } = self;
+    /// Normalises a piece of the rows for the feed-forward and gives its router logits [rows, experts]; `None` for a dense
+    /// layer.
+    pub(crate) fn route(&mut self, layer: usize, act: &mut Activations, piece: Range<usize>) -> Option<&[f32]> {
+        let Self { isa, pool, shape, scratch, .. } = self;
         let l = &self.layers[layer];
-        normalize(&act.hidden, &l.ffn_norm, shape.eps, act.rows, &mut act.normed);
+        let hidden = shape.hidden;
+        let normed = &mut act.normed[piece.start * hidden..piece.end * hidden];
+        normalize(&act.hidden[piece.start * hidden..piece.end * hidden], &l.ffn_norm, shape.eps, normed);
+        let group = match &l.ffn {
+            LayerFfn::Dense([gate, ..]) => gate.view().group(),
+            LayerFfn::Moe { record, .. } => record.gate.group(),
+        };
+        if let Some(groups) = hidden.checked_div(group) {
+            act.sums.resize(act.hidden.len() / group, 0.0);
+            let sums = &mut act.sums[piece.start * groups..piece.end * groups];
+            sums.iter_mut().zip(normed.chunks_exact(group)).for_each(|(sum, x)| *sum = matrix::sum(x));
+        }
         let LayerFfn::Moe { router, .. } = &l.ffn else { return None };
-        let x = Acts::grouped(&act.normed[..act.rows * shape.hidden], shape.hidden, router.view().group(), &mut act.sums[0]);
-        let out = Cells::new(&mut act.routed);
-        linear(pool, isa, act.rows, &[Linear { w: router.view(), x, out: &out, width: shape.experts, at: 0 }]);
-        Some(&act.routed[..act.rows * shape.experts])
+        let x = Acts::grouped(normed, hidden, router.view().group(), &mut scratch.sums[0]);
+        let out = Cells::new(&mut scratch.routed);
+        linear(pool, isa, piece.len(), &[Linear { w: router.view(), x, out: &out, width: shape.experts, at: 0 }]);
+        Some(&scratch.routed[..piece.len() * shape.experts])
     }
 
-    /// The feed-forward of a dense layer, added to the residual.
-    pub(crate) fn dense(&mut self, layer: usize) {
-        let Self { isa, pool, shape, act, .. } = self;
-        let LayerFfn::Dense(ffn) = &self.layers[layer].ffn else { return };
-        let [gate, up, down] = ffn;
-        let rows: Vec<u32> = (0..act.rows as u32).collect();
+    /// Logits [rows, experts] of a later layer's router on today's residual: what that layer will probably choose
+    /// (arXiv 2603.19289). For passes of at most [`PIECE_MAX`] rows; `None` for a dense layer.
+    pub(crate) fn foresee(&mut self, layer: usize, act: &Activations) -> Option<&[f32]> {
+        let Self { isa, pool, shape, scratch, .. } = self;
+        let l = &self.layers[layer];
+        let LayerFfn::Moe { router, .. } = &l.ffn else { return None };
+        let rows = act.hidden.len() / shape.hidden;
+        normalize(&act.hidden, &l.ffn_norm, shape.eps, &mut scratch.normed);
+        let x = Acts::grouped(&scratch.normed[..rows * shape.hidden], shape.hidden, router.view().group(), &mut scratch.sums[0]);
+        let out = Cells::new(&mut scratch.routed);
+        linear(pool, isa, rows, &[Linear { w: router.view(), x, out: &out, width: shape.experts, at: 0 }]);
+        Some(&scratch.routed[..rows * shape.experts])
+    }
+
+    /// The feed-forward of a dense layer over a piece of the rows, added to the residual.
+    pub(crate) fn dense(&mut self, layer: usize, act: &mut Activations, piece: Range<usize>) {
+        let Self { isa, pool, shape, scratch, .. } = self;
+        let LayerFfn::Dense([gate, up, down]) = &self.layers[layer].ffn else { return };
+        let (hidden, group) = (shape.hidden, gate.view().group());
+        let rows: Vec<u32> = piece.clone().map(|row| row as u32).collect();
         let work = Work { gate: gate.view(), up: up.view(), down: down.view(), tokens: &rows, places: &rows };
-        let x = Acts::grouped(&act.normed[..act.rows * shape.hidden], shape.hidden, gate.view().group(), &mut act.sums[0]);
-        experts::feed_forward(pool, isa, &[work], &x, &mut act.ffn);
-        add(&mut act.hidden, &act.ffn.out, act.rows * shape.hidden);
+        let x = Acts { x: &act.normed, cols: hidden, sums: &act.sums, group };
+        experts::feed_forward(pool, isa, &[work], &x, &mut scratch.ffn, &mut act.out);
+        add(&mut act.hidden[piece.start * hidden..piece.end * hidden], &act.out[piece.start * hidden..]);
     }
 
     /// Runs the experts whose slots are given, for all the rows routed to them; results wait for [`Cpu::combine`].
-    pub(crate) fn experts(&mut self, layer: usize, plan: &Plan, ready: &[(ExpertId, &[u8])]) {
-        let Self { isa, pool, shape, act, .. } = self;
+    pub(crate) fn experts(&mut self, layer: usize, act: &mut Activations, plan: &Plan, ready: &[(ExpertId, &[u8])]) {
+        let Self { isa, pool, shape, scratch, .. } = self;
         let LayerFfn::Moe { record, .. } = &self.layers[layer].ffn else { return };
-        let works: Vec<Work<'_>> = ready
-            .iter()
-            .map(|(expert, slot)| {
-                let (tokens, places) = plan.rows_of(*expert);
-                Work { gate: record.gate.matrix(slot), up: record.up.matrix(slot), down: record.down.matrix(slot), tokens, places }
-            })
-            .collect();
-        if works.is_empty() {
-            return;
+        let x = Acts { x: &act.normed, cols: shape.hidden, sums: &act.sums, group: record.gate.group() };
+        let mut works: Vec<Work<'_>> = Vec::with_capacity(ready.len());
+        let mut places_taken = 0;
+        for (expert, slot) in ready {
+            let (gate, up, down) = (record.gate.matrix(slot), record.up.matrix(slot), record.down.matrix(slot));
+            let (tokens, places) = plan.rows_of(*expert);
+            for (tokens, places) in tokens.chunks(PLACES_MAX).zip(places.chunks(PLACES_MAX)) {
+                if places_taken + places.len() > PLACES_MAX {
+                    experts::feed_forward(pool, isa, &works, &x, &mut scratch.ffn, &mut act.out);
+                    works.clear();
+                    places_taken = 0;
+                }
+                places_taken += places.len();
+                works.push(Work { gate, up, down, tokens, places });
+            }
         }
-        let x = Acts::grouped(&act.normed[..act.rows * shape.hidden], shape.hidden, works[0].gate.group(), &mut act.sums[0]);
-        experts::feed_forward(pool, isa, &works, &x, &mut act.ffn);
+        if !works.is_empty() {
+            experts::feed_forward(pool, isa, &works, &x, &mut scratch.ffn, &mut act.out);
+        }
     }
 
     /// Adds every row's weighted experts to the residual, in rank order; rows the plan left out stay as they are.
-    pub(crate) fn combine(&mut self, plan: &Plan) {
-        let (hidden, top_k) = (self.shape.hidden, self.shape.top_k);
-        for (row, out) in self.act.hidden.chunks_exact_mut(hidden).take(self.act.rows).enumerate() {
+    pub(crate) fn combine(&mut self, act: &mut Activations, plan: &Plan) {
+        let Shape { hidden, top_k, .. } = self.shape;
+        for (row, out) in act.hidden.chunks_exact_mut(hidden).enumerate() {
             for (rank, weight) in plan.weights(row).iter().enumerate() {
-                let from = &self.act.ffn.out[(row * top_k + rank) * hidden..][..hidden];
+                let from = &act.out[(row * top_k + rank) * hidden..][..hidden];
                 for (out, value) in out.iter_mut().zip(from) {
                     *out += weight * value;
                 }
@@ -374,23 +426,19 @@ impl Cpu {
         }
     }
 
-    /// Logits [rows.len(), vocab] of the given rows of the step.
-    pub(crate) fn logits(&mut self, rows: &[usize]) -> &[f32] {
-        let Self { isa, pool, shape, act, .. } = self;
-        for (i, &row) in rows.iter().enumerate() {
-            norm::rms_norm(
-                &act.hidden[row * shape.hidden..][..shape.hidden],
-                &self.norm,
-                shape.eps,
-                &mut act.normed[i * shape.hidden..][..shape.hidden],
-            );
+    /// Logits [rows.len(), vocab] of the given rows of a finished pass, at most [`PIECE_MAX`].
+    pub(crate) fn logits(&mut self, act: &Activations, rows: &[usize]) -> &[f32] {
+        let Self { isa, pool, shape, scratch, .. } = self;
+        let hidden = shape.hidden;
+        for (row, out) in rows.iter().zip(scratch.normed.chunks_exact_mut(hidden)) {
+            norm::rms_norm(&act.hidden[row * hidden..][..hidden], &self.norm, shape.eps, out);
         }
-        act.logits.resize(rows.len().max(1) * shape.vocab, 0.0);
+        scratch.logits.resize(rows.len().max(1) * shape.vocab, 0.0);
         let head = self.head.as_ref().unwrap_or(&self.embed).view();
-        let x = Acts::grouped(&act.normed[..rows.len() * shape.hidden], shape.hidden, head.group(), &mut act.sums[0]);
-        let out = Cells::new(&mut act.logits);
+        let x = Acts::grouped(&scratch.normed[..rows.len() * hidden], hidden, head.group(), &mut scratch.sums[0]);
+        let out = Cells::new(&mut scratch.logits);
         linear(pool, isa, rows.len(), &[Linear { w: head, x, out: &out, width: shape.vocab, at: 0 }]);
-        &act.logits[..rows.len() * shape.vocab]
+        &scratch.logits[..rows.len() * shape.vocab]
     }
 }
 
@@ -431,38 +479,37 @@ fn shared_groups(weights: &Weights, ffn: &Ffn) -> Result<(), Error> {
     Err(Error::Tensor { path, tensor: ffn.up.name.clone(), reason: "its quantisation group differs from gate_proj's".into() })
 }
 
-impl Activations {
-    fn new(shape: &Shape, layers: &[Layer], arch: &Arch, rows: usize) -> Self {
+impl Scratch {
+    fn new(shape: &Shape, layers: &[Layer], arch: &Arch) -> Self {
         let dense = layers.iter().map(|layer| if let LayerFfn::Dense(ffn) = &layer.ffn { ffn[0].spec.rows } else { 0 }).max().unwrap_or(0);
-        let mid = rows * dense.max(shape.top_k * arch.moe_width);
+        let mid = (PIECE_MAX * dense).max(PLACES_MAX * arch.moe_width);
         let floats = |count: usize| vec![0.0f32; count];
         Self {
-            rows: 0,
-            hidden: floats(rows * shape.hidden),
-            normed: floats(rows * shape.hidden),
-            qkv: floats(rows * (shape.heads + 2 * shape.kv_heads) * shape.head_dim),
-            attended: floats(rows * shape.heads * shape.head_dim),
-            delta: floats(rows * shape.hidden),
+            normed: floats(PIECE_MAX * shape.hidden),
+            qkv: floats(PIECE_MAX * (shape.heads + 2 * shape.kv_heads) * shape.head_dim),
+            attended: floats(PIECE_MAX * shape.heads * shape.head_dim),
+            delta: floats(PIECE_MAX * shape.hidden),
             turns: Vec::new(),
-            routed: floats(rows * shape.experts),
+            routed: floats(PIECE_MAX * shape.experts),
             // Groups have at least 32 columns.
-            ffn: Buffers { mid: floats(mid), mid_sums: floats(mid.div_ceil(32)), out: floats(rows * shape.top_k.max(1) * shape.hidden) },
+            ffn: Buffers { mid: floats(mid), mid_sums: floats(mid.div_ceil(32)) },
             logits: Vec::new(),
             sums: Default::default(),
         }
     }
 }
 
-/// RMSNorm of every row.
-fn normalize(x: &[f32], weight: &[f32], eps: f32, rows: usize, out: &mut [f32]) {
+/// RMSNorm of every row of `x`.
+fn normalize(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let hidden = weight.len();
-    for (x, out) in x.chunks_exact(hidden).zip(out.chunks_exact_mut(hidden)).take(rows) {
+    for (x, out) in x.chunks_exact(hidden).zip(out.chunks_exact_mut(hidden)) {
         norm::rms_norm(x, weight, eps, out);
     }
 }
 
-fn add(to: &mut [f32], from: &[f32], count: usize) {
-    for (to, from) in to[..count].iter_mut().zip(from) {
+/// As many as `to` has.
+fn add(to: &mut [f32], from: &[f32]) {
+    for (to, from) in to.iter_mut().zip(from) {
         *to += from;
     }
 }
