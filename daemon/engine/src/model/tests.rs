@@ -157,8 +157,8 @@ fn the_bundled_model_opens() {
 
 #[test]
 fn aligned_memory_is_aligned_and_zeroed() {
-    for len in [0, 1, 63, 64, 65, 4097] {
-        let mut bytes = Aligned::new(len);
+    for len in [0, 1, 63, 64, 65, 4097, (2 << 20) + 3] {
+        let mut bytes = Aligned::new(len).unwrap();
         assert_eq!((bytes.as_slice().len(), bytes.as_slice().as_ptr().addr() % 64), (len, 0));
         assert!(bytes.as_mut_slice().iter().all(|byte| *byte == 0));
     }

@@ -6,10 +6,12 @@ use std::{
     collections::{HashMap, HashSet},
     fmt,
     fs::File,
+    io,
     os::unix::fs::FileExt,
     path::{Component, Path, PathBuf},
 };
 
+use flash_experts::Pages;
 use half::{bf16, f16};
 use serde::Deserialize;
 
@@ -79,34 +81,49 @@ pub(crate) struct VectorSpec {
     pub(crate) span: Span,
 }
 
-/// Owned bytes, 64-byte aligned.
-pub(crate) struct Aligned {
-    /// Longer than `len` by up to ALIGN - 1, so that an aligned start lies within; never resized.
-    bytes: Vec<u8>,
-    start: usize,
-    len: usize,
+/// Owned bytes, 64-byte aligned; many of them in huge pages.
+pub(crate) enum Aligned {
+    /// `bytes` is longer than `len` by up to ALIGN - 1, so that an aligned start lies within; never resized.
+    Few {
+        bytes: Vec<u8>,
+        start: usize,
+        len: usize,
+    },
+    Many(Pages),
 }
+
+/// From here on bytes get pages of their own.
+const MANY: usize = 2 << 20;
 
 impl Aligned {
     /// Zeroed.
-    pub(crate) fn new(len: usize) -> Self {
+    pub(crate) fn new(len: usize) -> io::Result<Self> {
+        if len >= MANY {
+            return Ok(Self::Many(Pages::new(len)?));
+        }
         let bytes = vec![0; len + ALIGN - 1];
         let start = bytes.as_ptr().addr().wrapping_neg() % ALIGN;
-        Self { bytes, start, len }
+        Ok(Self::Few { bytes, start, len })
     }
 
     pub(crate) fn as_slice(&self) -> &[u8] {
-        &self.bytes[self.start..self.start + self.len]
+        match self {
+            Self::Few { bytes, start, len } => &bytes[*start..start + len],
+            Self::Many(pages) => pages.as_slice(),
+        }
     }
 
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.start..self.start + self.len]
+        match self {
+            Self::Few { bytes, start, len } => &mut bytes[*start..*start + *len],
+            Self::Many(pages) => pages.as_mut_slice(),
+        }
     }
 }
 
 impl fmt::Debug for Aligned {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Aligned({} bytes)", self.len)
+        write!(f, "Aligned({} bytes)", self.as_slice().len())
     }
 }
 
@@ -298,7 +315,7 @@ impl Weights {
         let file = span.file as usize;
         let fail = |reason: String| Error::Tensor { path: self.files[file].clone(), tensor: name.into(), reason };
         let len = usize::try_from(span.len).map_err(|error| fail(error.to_string()))?;
-        let mut bytes = Aligned::new(len);
+        let mut bytes = Aligned::new(len).map_err(|error| fail(format!("no memory for {len} bytes: {error}")))?;
         self.handles[file]
             .read_exact_at(bytes.as_mut_slice(), span.offset)
             .map_err(|error| fail(format!("reading {len} bytes at {}: {error}", span.offset)))?;

@@ -51,3 +51,14 @@ pub(super) unsafe fn populate(base: *mut c_void, len: usize) {
         tracing::debug!(%error, len, "expert pages are not faulted in ahead"); // EINVAL before 5.14
     }
 }
+
+/// Gives a mapping back.
+///
+/// # Safety
+/// It is one of [`map`], whole, and nobody uses it any more.
+pub(super) unsafe fn unmap(base: *mut c_void, len: usize) {
+    // SAFETY: the caller's promise.
+    if let Err(error) = unsafe { mm::munmap(base, len) } {
+        tracing::warn!(%error, len, "memory was not unmapped");
+    }
+}

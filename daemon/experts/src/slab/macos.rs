@@ -35,3 +35,14 @@ pub(super) unsafe fn discard(base: *mut c_void, len: usize) {
 /// # Safety
 /// As on Linux; no memory is looked at.
 pub(super) unsafe fn populate(_base: *mut c_void, _len: usize) {}
+
+/// Gives a mapping back.
+///
+/// # Safety
+/// It is one of [`map`], whole, and nobody uses it any more.
+pub(super) unsafe fn unmap(base: *mut c_void, len: usize) {
+    // SAFETY: the caller's promise.
+    if let Err(error) = unsafe { mm::munmap(base, len) } {
+        tracing::warn!(%error, len, "memory was not unmapped");
+    }
+}

@@ -7,6 +7,9 @@ mod os;
 #[cfg(not(target_os = "linux"))]
 #[path = "macos.rs"]
 mod os;
+mod pages;
+
+pub use pages::Pages;
 
 use std::{io, ops::Range, ptr::NonNull};
 
@@ -70,20 +73,11 @@ impl Slab {
         let fail = |bytes: usize, source| Error::Slab { bytes: bytes as u64, source };
         let invalid = || io::Error::new(io::ErrorKind::InvalidInput, "no slots, or more bytes than can be addressed");
         let stride = slot_bytes.checked_next_multiple_of(rustix::param::page_size()).unwrap_or(0);
-        let len = stride.checked_mul(slots).and_then(|bytes| bytes.checked_add(HUGE)).filter(|&len| isize::try_from(len).is_ok());
-        let (Some(len), true) = (len, stride > 0 && slots > 0 && u32::try_from(slots).is_ok()) else {
+        let (Some(len), true) = (stride.checked_mul(slots), stride > 0 && slots > 0 && u32::try_from(slots).is_ok()) else {
             return Err(fail(slot_bytes.saturating_mul(slots), invalid()));
         };
-        let start = os::map(len).map_err(|source| fail(len, source))?.cast::<u8>();
-        let mapping = NonNull::new(start).ok_or_else(|| fail(len, invalid()))?;
-        let skip = start.align_offset(HUGE); // below HUGE, which `len` has to spare
-        // SAFETY: `skip < HUGE`, so the pointer stays in the mapping, and `stride × slots` bytes follow it.
-        let base = unsafe {
-            let base = mapping.add(skip);
-            os::advise(base.as_ptr().cast(), stride * slots, stride >= HUGE);
-            base
-        };
-        Ok(Self { regions: vec![Region { base, stride }], slots, mapping: Some((mapping, len)) })
+        let (mapping, mapped, base) = reserve(len, stride >= HUGE).map_err(|source| fail(len, source))?;
+        Ok(Self { regions: vec![Region { base, stride }], slots, mapping: Some((mapping, mapped)) })
     }
 
     /// Slots in memory that a backend owns.
@@ -168,11 +162,25 @@ impl Drop for Slab {
     fn drop(&mut self) {
         if let Some((start, len)) = self.mapping {
             // SAFETY: the whole mapping that `anonymous` made; readers borrow the slab, loaders hold it by Arc.
-            if let Err(error) = unsafe { rustix::mm::munmap(start.as_ptr().cast(), len) } {
-                tracing::warn!(%error, len, "the expert slab was not unmapped");
-            }
+            unsafe { os::unmap(start.as_ptr().cast(), len) }
         }
     }
+}
+
+/// Address space for `len` bytes: the mapping, its length, and where in it the bytes begin, aligned for huge pages.
+fn reserve(len: usize, huge: bool) -> io::Result<(NonNull<u8>, usize, NonNull<u8>)> {
+    let too_much = || io::Error::new(io::ErrorKind::InvalidInput, "more bytes than can be addressed");
+    let mapped = len.max(1).checked_add(HUGE).filter(|&len| isize::try_from(len).is_ok()).ok_or_else(too_much)?;
+    let start = os::map(mapped)?.cast::<u8>();
+    let mapping = NonNull::new(start).ok_or_else(too_much)?;
+    let skip = start.align_offset(HUGE); // below HUGE, which `mapped` has to spare
+    // SAFETY: `skip < HUGE`, so the pointer stays in the mapping, and `len` bytes follow it.
+    let base = unsafe {
+        let base = mapping.add(skip);
+        os::advise(base.as_ptr().cast(), len, huge);
+        base
+    };
+    Ok((mapping, mapped, base))
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use super::{
     linear::{Pieces, Tile, each_tile},
-    matrix::{Acts, Matrix, sum},
+    matrix::{Acts, Matrix, Prepared},
     norm::swiglu,
     pool::{Cells, Pool},
     simd::{Isa, TOKENS_MAX},
@@ -67,9 +67,8 @@ impl Record {
 }
 
 impl Place {
-    /// Group width, 0 for plain formats.
-    pub(super) fn group(&self) -> usize {
-        if let Format::Affine { group, .. } = self.format { group } else { 0 }
+    pub(super) fn format(&self) -> Format {
+        self.format
     }
 
     pub(super) fn matrix<'a>(&self, slot: &'a [u8]) -> Matrix<'a> {
@@ -102,13 +101,12 @@ pub(super) struct Work<'a> {
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
     pub(super) mid: Vec<f32>,
-    pub(super) mid_sums: Vec<f32>,
+    pub(super) prepared: Prepared,
 }
 
-/// out[place] = down · (silu(gate · x[token]) ⊙ up · x[token]) for every work's tokens. `x` is the activations with group
-/// sums for gate and up.
+/// out[place] = down · (silu(gate · x[token]) ⊙ up · x[token]) for every work's tokens. `x` is prepared for gate and up.
 pub(super) fn feed_forward(pool: &Pool, isa: &Isa, works: &[Work<'_>], x: &Acts<'_>, buffers: &mut Buffers, out: &mut [f32]) {
-    let Buffers { mid, mid_sums } = buffers;
+    let Buffers { mid, prepared } = buffers;
     let (width, hidden) = (works[0].gate.rows, works[0].down.rows);
     // The first row of each work in `mid`.
     let firsts: Vec<usize> = works
@@ -143,13 +141,7 @@ pub(super) fn feed_forward(pool: &Pool, isa: &Isa, works: &[Work<'_>], x: &Acts<
             }
         });
     }
-    let group = works[0].down.group();
-    if let Some(groups) = width.checked_div(group) {
-        for (sum_of, values) in mid_sums[..rows * groups].iter_mut().zip(mid.chunks_exact(group)) {
-            *sum_of = sum(values);
-        }
-    }
-    let mid = Acts { x: mid, cols: width, sums: mid_sums, group };
+    let mid = prepared.of((pool, isa), &mid[..rows * width], width, works[0].down.format);
     let out = Cells::new(out);
     let pieces = Pieces::new(pool, works.iter().map(|work| work.down.rows));
     pool.run(pieces.count(), &|piece| {

@@ -2,6 +2,10 @@
 
 use half::{bf16, f16};
 
+use super::{
+    pool::{Pool, TASK_ROWS},
+    simd::Isa,
+};
 use crate::model::weights::{Float, Format};
 
 /// A row-major matrix [rows, cols] in checkpoint bytes (little-endian); no alignment is assumed.
@@ -28,11 +32,6 @@ impl<'a> Matrix<'a> {
 
     pub(crate) fn row(&self, row: usize) -> &'a [u8] {
         &self.weight[row * self.row_bytes()..][..self.row_bytes()]
-    }
-
-    /// Group width, 0 for plain formats.
-    pub(crate) fn group(&self) -> usize {
-        if let Format::Affine { group, .. } = self.format { group } else { 0 }
     }
 
     /// Row `row` widened to f32: w = scale·q + bias.
@@ -90,34 +89,108 @@ pub(crate) fn code(row: &[u8], index: usize, bits: u8) -> u8 {
     (((low | high << 8) >> (bit % 8)) & mask) as u8
 }
 
-/// Activations [tokens, cols] with the sums that affine biases multiply.
+/// Activations [tokens, cols] as products read them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Acts<'a> {
     pub(crate) x: &'a [f32],
     pub(crate) cols: usize,
-    /// [tokens, cols / group]: sum of x over each group; empty if no matrix needs them.
+    /// [tokens, cols / group]: sum of x over each group, which affine biases multiply; empty if no matrix needs them.
     pub(crate) sums: &'a [f32],
     pub(crate) group: usize,
+    pub(crate) fixed: Fixed<'a>,
+}
+
+/// Activations as 16-bit fixed point, for an instruction set that has [`Isa::fixed`]: x ≈ scale·(256·high + low). Empty otherwise.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fixed<'a> {
+    /// Of the codes that they are laid out for.
+    pub(crate) bits: u8,
+    /// [tokens, cols / group]
+    pub(crate) scales: &'a [f32],
+    /// [tokens, row_bytes]; the instruction set's own order.
+    pub(crate) bytes: &'a [i8],
+}
+
+impl Fixed<'_> {
+    /// Bytes of a row: two for each column, of whole blocks of 64 bytes of codes.
+    pub(crate) fn row_bytes(cols: usize, bits: u8) -> usize {
+        2 * cols.next_multiple_of(512 / usize::from(bits))
+    }
+}
+
+/// A row of [`Fixed`] to be filled in.
+#[derive(Debug)]
+pub(crate) struct FixedRow<'a> {
+    pub(crate) bits: u8,
+    pub(crate) group: usize,
+    pub(crate) scales: &'a mut [f32],
+    pub(crate) bytes: &'a mut [i8],
 }
 
 impl<'a> Acts<'a> {
-    /// Without sums: for plain formats.
-    pub(crate) fn plain(x: &'a [f32], cols: usize) -> Self {
-        Self { x, cols, sums: &[], group: 0 }
-    }
-
-    /// Fills `sums` for groups of `group` columns (0: none).
-    pub(crate) fn grouped(x: &'a [f32], cols: usize, group: usize, sums: &'a mut Vec<f32>) -> Self {
-        if group == 0 {
-            return Self::plain(x, cols);
-        }
-        sums.clear();
-        sums.extend(x.chunks_exact(group).map(sum));
-        Self { x, cols, sums, group }
-    }
-
     pub(crate) fn token(&self, token: usize) -> &'a [f32] {
         &self.x[token * self.cols..][..self.cols]
+    }
+}
+
+/// What [`Acts`] has beside the activations themselves, for matrices of one format.
+#[derive(Debug, Default)]
+pub(crate) struct Prepared {
+    cols: usize,
+    group: usize,
+    sums: Vec<f32>,
+    /// 0: nobody reads fixed point.
+    bits: u8,
+    scales: Vec<f32>,
+    bytes: Vec<i8>,
+}
+
+impl Prepared {
+    /// Makes room for `rows` rows of `cols`. What is there is of no use any more, unless all is as it was.
+    pub(crate) fn resize(&mut self, isa: &Isa, rows: usize, cols: usize, format: Format) {
+        let Format::Affine { bits, group, .. } = format else { return *self = Self { cols, ..Self::default() } };
+        let fixed = isa.fixed.is_some() && matches!(bits, 4 | 8) && group.is_power_of_two() && group >= 32;
+        (self.cols, self.group, self.bits) = (cols, group, if fixed { bits } else { 0 });
+        self.sums.resize(rows * cols / group, 0.0);
+        self.scales.resize(if fixed { rows * cols / group } else { 0 }, 0.0);
+        self.bytes.resize(if fixed { rows * Fixed::row_bytes(cols, bits) } else { 0 }, 0);
+    }
+
+    /// The rows from `first` on are those of `x` [rows, cols].
+    pub(crate) fn fill(&mut self, pool: &Pool, isa: &Isa, first: usize, x: &[f32]) {
+        let Self { cols, group, bits, .. } = *self;
+        let Some(groups) = cols.checked_div(group) else { return };
+        let rows = x.chunks(TASK_ROWS * cols).zip(self.sums[first * groups..].chunks_mut(TASK_ROWS * groups));
+        pool.each(rows, |(x, sums)| sums.iter_mut().zip(x.chunks_exact(group)).for_each(|(sum_of, x)| *sum_of = sum(x)));
+        if let Some(fixed) = isa.fixed.filter(|_| bits > 0) {
+            let row_bytes = Fixed::row_bytes(cols, bits);
+            let scales = self.scales[first * groups..].chunks_mut(TASK_ROWS * groups);
+            let bytes = self.bytes[first * row_bytes..].chunks_mut(TASK_ROWS * row_bytes);
+            pool.each(x.chunks(TASK_ROWS * cols).zip(scales).zip(bytes), |((x, scales), bytes)| {
+                let rows = scales.chunks_exact_mut(groups).zip(bytes.chunks_exact_mut(row_bytes));
+                for (x, (scales, bytes)) in x.chunks_exact(cols).zip(rows) {
+                    fixed(x, FixedRow { bits, group, scales, bytes });
+                }
+            });
+        }
+    }
+
+    /// For `x`, whose rows were filled in.
+    pub(crate) fn acts<'a>(&'a self, x: &'a [f32]) -> Acts<'a> {
+        let fixed = Fixed { bits: self.bits, scales: &self.scales, bytes: &self.bytes };
+        Acts { x, cols: self.cols, sums: &self.sums, group: self.group, fixed }
+    }
+
+    /// All in one, for rows that one call needs.
+    pub(crate) fn of<'a>(&'a mut self, (pool, isa): (&Pool, &Isa), x: &'a [f32], cols: usize, format: Format) -> Acts<'a> {
+        self.resize(isa, x.len() / cols, cols, format);
+        self.fill(pool, isa, 0, x);
+        self.acts(x)
+    }
+
+    /// Of a row of `cols`, at most: groups have at least 32 columns.
+    pub(crate) fn row_bytes(isa: &Isa, cols: usize) -> usize {
+        cols / 32 * 4 + if isa.fixed.is_some() { cols / 32 * 4 + Fixed::row_bytes(cols, 4) } else { 0 }
     }
 }
 

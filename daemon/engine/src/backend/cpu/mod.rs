@@ -18,9 +18,9 @@ use attention::{Kv, Query};
 use experts::{Buffers, Record, Work};
 use flash_experts::{ExpertId, Slice};
 use linear::{Linear, linear};
-use matrix::{Acts, Matrix};
+use matrix::{Matrix, Prepared};
 pub(crate) use pool::physical_cores;
-use pool::{Cells, Pool};
+use pool::{Cells, Pool, TASK_ROWS};
 use simd::Isa;
 
 use crate::{
@@ -125,8 +125,10 @@ pub(crate) struct Activations {
     hidden: Vec<f32>,
     /// Normalised residual [rows, hidden], as the feed-forward reads it.
     normed: Vec<f32>,
-    /// Group sums of `normed` [rows, hidden / group].
-    sums: Vec<f32>,
+    /// (cos, sin) of each row's position [rows, head_dim / 2].
+    turns: Vec<(f32, f32)>,
+    /// `normed` as experts' gates read it.
+    prepared: Prepared,
     /// Experts' outputs by rank [rows, top_k, hidden].
     out: Vec<f32>,
 }
@@ -142,14 +144,12 @@ struct Scratch {
     attended: Vec<f32>,
     /// A block's output before it joins the residual [rows, hidden].
     delta: Vec<f32>,
-    /// (cos, sin) of each row's position [rows, head_dim / 2].
-    turns: Vec<(f32, f32)>,
     /// Router logits [rows, experts].
     routed: Vec<f32>,
     ffn: Buffers,
     /// [requested rows, vocab].
     logits: Vec<f32>,
-    sums: [Vec<f32>; 3],
+    prepared: [Prepared; 3],
 }
 
 impl Owned {
@@ -251,14 +251,17 @@ impl Cpu {
     /// Of the buffers that every pass uses; [`Cpu::row_bytes`] come on top for each row of a pass.
     pub(crate) fn scratch_bytes(&self) -> Bytes {
         let Scratch { normed, qkv, attended, delta, routed, logits, ffn, .. } = &self.scratch;
-        let floats = [normed, qkv, attended, delta, routed, logits, &ffn.mid, &ffn.mid_sums];
-        4 * floats.iter().map(|floats| floats.capacity() as Bytes).sum::<Bytes>()
+        let floats = [normed, qkv, attended, delta, routed, logits, &ffn.mid];
+        let Shape { hidden, heads, head_dim, .. } = self.shape;
+        let prepared = PIECE_MAX * (2 * Prepared::row_bytes(&self.isa, hidden) + Prepared::row_bytes(&self.isa, heads * head_dim))
+            + Prepared::row_bytes(&self.isa, ffn.mid.len());
+        4 * floats.iter().map(|floats| floats.capacity() as Bytes).sum::<Bytes>() + prepared as Bytes
     }
 
     /// Of [`Activations`], for one row.
     pub(crate) fn row_bytes(&self) -> Bytes {
-        let Shape { hidden, top_k, .. } = self.shape;
-        4 * (hidden * (2 + top_k.max(1)) + hidden / 32) as Bytes
+        let Shape { hidden, head_dim, top_k, .. } = self.shape;
+        (4 * (hidden * (2 + top_k.max(1)) + head_dim) + Prepared::row_bytes(&self.isa, hidden)) as Bytes
     }
 
     /// Bytes of one KV block of [`crate::kv::BLOCK`] tokens.
@@ -281,6 +284,10 @@ impl Cpu {
         act.hidden.resize(rows * hidden, 0.0);
         act.normed.resize(rows * hidden, 0.0);
         act.out.resize(rows * top_k.max(1) * hidden, 0.0);
+        act.turns.clear();
+        for row in &batch.rows {
+            norm::turns(row.position as u32, &self.inverse_frequencies, &mut act.turns);
+        }
         let embed = self.embed.view();
         for (row, out) in batch.rows.iter().zip(act.hidden.chunks_exact_mut(hidden)) {
             embed.dequantize_row(row.token as usize, out);
@@ -297,28 +304,36 @@ impl Cpu {
         let width = q_width + 2 * kv_width;
         let (batch_rows, alive) = (&batch.rows[piece.clone()], &alive[piece.clone()]);
         let residual = &mut act.hidden[piece.start * hidden..piece.end * hidden];
-        normalize(residual, &l.attn_norm, shape.eps, &mut scratch.normed);
+        normalize(pool, residual, &l.attn_norm, shape.eps, &mut scratch.normed);
         {
-            let [q_sums, k_sums, v_sums] = &mut scratch.sums;
             let x = &scratch.normed[..rows * hidden];
             let out = Cells::new(&mut scratch.qkv);
-            let acts = |owned: &Owned, sums| Acts::grouped(x, hidden, owned.view().group(), sums);
+            let [q, k, v] = &mut scratch.prepared;
+            let formats = [&l.q, &l.k, &l.v].map(|owned| owned.spec.format);
+            let q_acts = q.of((pool, isa), x, hidden, formats[0]);
+            // Most models quantise all three alike.
+            let other =
+                |prepared, format| if format == formats[0] { q_acts } else { Prepared::of(prepared, (pool, isa), x, hidden, format) };
             let jobs = [
-                Linear { w: l.q.view(), x: acts(&l.q, q_sums), out: &out, width, at: 0 },
-                Linear { w: l.k.view(), x: acts(&l.k, k_sums), out: &out, width, at: q_width },
-                Linear { w: l.v.view(), x: acts(&l.v, v_sums), out: &out, width, at: q_width + kv_width },
+                Linear { w: l.q.view(), x: q_acts, out: &out, width, at: 0 },
+                Linear { w: l.k.view(), x: other(k, formats[1]), out: &out, width, at: q_width },
+                Linear { w: l.v.view(), x: other(v, formats[2]), out: &out, width, at: q_width + kv_width },
             ];
             linear(pool, isa, rows, &jobs);
         }
-        for (i, row) in batch_rows.iter().enumerate().filter(|(i, _)| alive[*i]) {
-            let (qk, v) = scratch.qkv[i * width..][..width].split_at_mut(q_width + kv_width);
-            scratch.turns.clear();
-            norm::turns(row.position as u32, &self.inverse_frequencies, &mut scratch.turns);
-            for (head, x) in qk.chunks_exact_mut(d).enumerate() {
-                norm::rms_norm_in_place(x, if head < shape.heads { &l.q_norm } else { &l.k_norm }, shape.eps);
-                norm::rope(x, &scratch.turns);
+        let turns = &act.turns[piece.start * d / 2..];
+        let of_rows = scratch.qkv[..rows * width].chunks_mut(TASK_ROWS * width).zip(turns.chunks(TASK_ROWS * d / 2));
+        pool.each(of_rows, |(qkv, turns)| {
+            for (qkv, turns) in qkv.chunks_exact_mut(width).zip(turns.chunks_exact(d / 2)) {
+                for (head, x) in qkv[..q_width + kv_width].chunks_exact_mut(d).enumerate() {
+                    norm::rms_norm_in_place(x, if head < shape.heads { &l.q_norm } else { &l.k_norm }, shape.eps);
+                    norm::rope(x, turns);
+                }
             }
-            kv.write(shape, layer, &batch.tables[row.sequence], row.position, &qk[q_width..], v);
+        });
+        for (i, row) in batch_rows.iter().enumerate().filter(|(i, _)| alive[*i]) {
+            let (k, v) = scratch.qkv[i * width..][q_width..width].split_at(kv_width);
+            kv.write(shape, layer, &batch.tables[row.sequence], row.position, k, v);
         }
         {
             let (kv, qkv) = (&*kv, &scratch.qkv);
@@ -332,7 +347,7 @@ impl Cpu {
                 }
             });
         }
-        let x = Acts::grouped(&scratch.attended[..rows * q_width], q_width, l.o.view().group(), &mut scratch.sums[0]);
+        let x = scratch.prepared[0].of((pool, isa), &scratch.attended[..rows * q_width], q_width, l.o.spec.format);
         let out = Cells::new(&mut scratch.delta);
         linear(pool, isa, rows, &[Linear { w: l.o.view(), x, out: &out, width: hidden, at: 0 }]);
         add(residual, &scratch.delta);
@@ -345,18 +360,15 @@ impl Cpu {
         let l = &self.layers[layer];
         let hidden = shape.hidden;
         let normed = &mut act.normed[piece.start * hidden..piece.end * hidden];
-        normalize(&act.hidden[piece.start * hidden..piece.end * hidden], &l.ffn_norm, shape.eps, normed);
-        let group = match &l.ffn {
-            LayerFfn::Dense([gate, ..]) => gate.view().group(),
-            LayerFfn::Moe { record, .. } => record.gate.group(),
+        normalize(pool, &act.hidden[piece.start * hidden..piece.end * hidden], &l.ffn_norm, shape.eps, normed);
+        let format = match &l.ffn {
+            LayerFfn::Dense([gate, ..]) => gate.spec.format,
+            LayerFfn::Moe { record, .. } => record.gate.format(),
         };
-        if let Some(groups) = hidden.checked_div(group) {
-            act.sums.resize(act.hidden.len() / group, 0.0);
-            let sums = &mut act.sums[piece.start * groups..piece.end * groups];
-            sums.iter_mut().zip(normed.chunks_exact(group)).for_each(|(sum, x)| *sum = matrix::sum(x));
-        }
+        act.prepared.resize(isa, act.hidden.len() / hidden, hidden, format);
+        act.prepared.fill(pool, isa, piece.start, normed);
         let LayerFfn::Moe { router, .. } = &l.ffn else { return None };
-        let x = Acts::grouped(normed, hidden, router.view().group(), &mut scratch.sums[0]);
+        let x = scratch.prepared[0].of((pool, isa), normed, hidden, router.spec.format);
         let out = Cells::new(&mut scratch.routed);
         linear(pool, isa, piece.len(), &[Linear { w: router.view(), x, out: &out, width: shape.experts, at: 0 }]);
         Some(&scratch.routed[..piece.len() * shape.experts])
@@ -369,8 +381,8 @@ impl Cpu {
         let l = &self.layers[layer];
         let LayerFfn::Moe { router, .. } = &l.ffn else { return None };
         let rows = act.hidden.len() / shape.hidden;
-        normalize(&act.hidden, &l.ffn_norm, shape.eps, &mut scratch.normed);
-        let x = Acts::grouped(&scratch.normed[..rows * shape.hidden], shape.hidden, router.view().group(), &mut scratch.sums[0]);
+        normalize(pool, &act.hidden, &l.ffn_norm, shape.eps, &mut scratch.normed);
+        let x = scratch.prepared[0].of((pool, isa), &scratch.normed[..rows * shape.hidden], shape.hidden, router.spec.format);
         let out = Cells::new(&mut scratch.routed);
         linear(pool, isa, rows, &[Linear { w: router.view(), x, out: &out, width: shape.experts, at: 0 }]);
         Some(&scratch.routed[..rows * shape.experts])
@@ -380,19 +392,19 @@ impl Cpu {
     pub(crate) fn dense(&mut self, layer: usize, act: &mut Activations, piece: Range<usize>) {
         let Self { isa, pool, shape, scratch, .. } = self;
         let LayerFfn::Dense([gate, up, down]) = &self.layers[layer].ffn else { return };
-        let (hidden, group) = (shape.hidden, gate.view().group());
+        let hidden = shape.hidden;
         let rows: Vec<u32> = piece.clone().map(|row| row as u32).collect();
         let work = Work { gate: gate.view(), up: up.view(), down: down.view(), tokens: &rows, places: &rows };
-        let x = Acts { x: &act.normed, cols: hidden, sums: &act.sums, group };
+        let x = act.prepared.acts(&act.normed);
         experts::feed_forward(pool, isa, &[work], &x, &mut scratch.ffn, &mut act.out);
         add(&mut act.hidden[piece.start * hidden..piece.end * hidden], &act.out[piece.start * hidden..]);
     }
 
     /// Runs the experts whose slots are given, for all the rows routed to them; results wait for [`Cpu::combine`].
     pub(crate) fn experts(&mut self, layer: usize, act: &mut Activations, plan: &Plan, ready: &[(ExpertId, &[u8])]) {
-        let Self { isa, pool, shape, scratch, .. } = self;
+        let Self { isa, pool, scratch, .. } = self;
         let LayerFfn::Moe { record, .. } = &self.layers[layer].ffn else { return };
-        let x = Acts { x: &act.normed, cols: shape.hidden, sums: &act.sums, group: record.gate.group() };
+        let x = act.prepared.acts(&act.normed);
         let mut works: Vec<Work<'_>> = Vec::with_capacity(ready.len());
         let mut places_taken = 0;
         for (expert, slot) in ready {
@@ -416,14 +428,17 @@ impl Cpu {
     /// Adds every row's weighted experts to the residual, in rank order; rows the plan left out stay as they are.
     pub(crate) fn combine(&mut self, act: &mut Activations, plan: &Plan) {
         let Shape { hidden, top_k, .. } = self.shape;
-        for (row, out) in act.hidden.chunks_exact_mut(hidden).enumerate() {
-            for (rank, weight) in plan.weights(row).iter().enumerate() {
-                let from = &act.out[(row * top_k + rank) * hidden..][..hidden];
-                for (out, value) in out.iter_mut().zip(from) {
-                    *out += weight * value;
+        let of_rows = act.hidden.chunks_mut(TASK_ROWS * hidden).zip(act.out.chunks(TASK_ROWS * top_k * hidden)).enumerate();
+        self.pool.each(of_rows, |(task, (hidden_of, out_of))| {
+            let rows = hidden_of.chunks_exact_mut(hidden).zip(out_of.chunks_exact(top_k * hidden)).enumerate();
+            for (row, (sum, out)) in rows.map(|(row, of)| (task * TASK_ROWS + row, of)) {
+                for (weight, out) in plan.weights(row).iter().zip(out.chunks_exact(hidden)) {
+                    for (sum, value) in sum.iter_mut().zip(out) {
+                        *sum += weight * value;
+                    }
                 }
             }
-        }
+        });
     }
 
     /// Logits [rows.len(), vocab] of the given rows of a finished pass, at most [`PIECE_MAX`].
@@ -435,7 +450,7 @@ impl Cpu {
         }
         scratch.logits.resize(rows.len().max(1) * shape.vocab, 0.0);
         let head = self.head.as_ref().unwrap_or(&self.embed).view();
-        let x = Acts::grouped(&scratch.normed[..rows.len() * hidden], hidden, head.group(), &mut scratch.sums[0]);
+        let x = scratch.prepared[0].of((pool, isa), &scratch.normed[..rows.len() * hidden], hidden, head.format);
         let out = Cells::new(&mut scratch.logits);
         linear(pool, isa, rows.len(), &[Linear { w: head, x, out: &out, width: shape.vocab, at: 0 }]);
         &scratch.logits[..rows.len() * shape.vocab]
@@ -489,22 +504,22 @@ impl Scratch {
             qkv: floats(PIECE_MAX * (shape.heads + 2 * shape.kv_heads) * shape.head_dim),
             attended: floats(PIECE_MAX * shape.heads * shape.head_dim),
             delta: floats(PIECE_MAX * shape.hidden),
-            turns: Vec::new(),
             routed: floats(PIECE_MAX * shape.experts),
-            // Groups have at least 32 columns.
-            ffn: Buffers { mid: floats(mid), mid_sums: floats(mid.div_ceil(32)) },
+            ffn: Buffers { mid: floats(mid), prepared: Prepared::default() },
             logits: Vec::new(),
-            sums: Default::default(),
+            prepared: Default::default(),
         }
     }
 }
 
 /// RMSNorm of every row of `x`.
-fn normalize(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+fn normalize(pool: &Pool, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let hidden = weight.len();
-    for (x, out) in x.chunks_exact(hidden).zip(out.chunks_exact_mut(hidden)) {
-        norm::rms_norm(x, weight, eps, out);
-    }
+    pool.each(x.chunks(TASK_ROWS * hidden).zip(out.chunks_mut(TASK_ROWS * hidden)), |(x, out)| {
+        for (x, out) in x.chunks_exact(hidden).zip(out.chunks_exact_mut(hidden)) {
+            norm::rms_norm(x, weight, eps, out);
+        }
+    });
 }
 
 /// As many as `to` has.

@@ -18,6 +18,9 @@ use std::{
 /// Rounds of `spin_loop` before a thread blocks; about 20 µs, more than the gap between two jobs of a decode step.
 const SPINS: u32 = 4000;
 
+/// Rows of element-wise work that a task takes: enough to outweigh the hand-over.
+pub(crate) const TASK_ROWS: usize = 8;
+
 /// Fork-join over a fixed set of threads.
 #[derive(Debug)]
 pub(crate) struct Pool {
@@ -101,6 +104,17 @@ impl Pool {
         if let Some(panic) = own.err().or(theirs) {
             resume_unwind(panic);
         }
+    }
+
+    /// Runs `f` on every item, each handed to one task. A single item, as a decode step has, costs nothing.
+    pub(crate) fn each<T: Send>(&self, mut items: impl Iterator<Item = T>, f: impl Fn(T) + Sync) {
+        let Some(first) = items.next() else { return };
+        let Some(second) = items.next() else { return f(first) };
+        let items: Vec<Mutex<Option<T>>> = [first, second].into_iter().chain(items).map(|item| Mutex::new(Some(item))).collect();
+        self.run(items.len(), &|task| {
+            let item = items[task].lock().unwrap_or_else(PoisonError::into_inner).take();
+            item.into_iter().for_each(&f);
+        });
     }
 }
 
@@ -266,6 +280,11 @@ mod tests {
             }
             let panicked = catch_unwind(AssertUnwindSafe(|| pool.run(8, &|task| assert!(task != 5, "task five"))));
             assert!(panicked.is_err());
+            for items in [0, 1, 2, 9] {
+                let (mut numbers, ones) = (vec![0; items], vec![1; items]);
+                pool.each(numbers.iter_mut().zip(&ones), |(number, one)| *number += one);
+                assert_eq!(numbers, ones);
+            }
             let mut floats = vec![0.0; 8];
             let cells = Cells::new(&mut floats);
             pool.run(8, &|task| cells.set(task, task as f32));

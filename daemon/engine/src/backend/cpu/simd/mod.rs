@@ -10,7 +10,7 @@ use std::ops::Range;
 use half::f16;
 
 use super::{
-    matrix::{Acts, Matrix},
+    matrix::{Acts, FixedRow, Matrix},
     portable,
 };
 
@@ -18,6 +18,8 @@ use super::{
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512vnni;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
@@ -31,6 +33,8 @@ pub(crate) struct Isa {
     /// out[(row − rows.start) × tokens.len() + i] = W[row] · x[tokens[i]]; falls back to portable for shapes and
     /// formats the set has no kernel for.
     pub(crate) rows: fn(&Matrix<'_>, Range<usize>, &Acts<'_>, &[u32], &mut [f32]),
+    /// Gives a row of activations as 16-bit fixed point, for products with 4- and 8-bit weights; `None`: they read f32.
+    pub(crate) fixed: Option<fn(&[f32], FixedRow<'_>)>,
     pub(crate) dot: fn(&[f32], &[f32]) -> f32,
     pub(crate) dot_f16: fn(&[f32], &[f16]) -> f32,
     /// y += a·x
@@ -42,6 +46,7 @@ impl Isa {
     pub(crate) const PORTABLE: Self = Self {
         name: "portable",
         rows: portable::rows,
+        fixed: None,
         dot: portable::dot,
         dot_f16: portable::dot_f16,
         axpy: portable::axpy,
@@ -53,7 +58,12 @@ impl Isa {
         let mut sets = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl") {
+            let avx512 =
+                is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
+            if avx512 && is_x86_feature_detected!("avx512vnni") {
+                sets.push(avx512vnni::ISA);
+            }
+            if avx512 {
                 sets.push(avx512::ISA);
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
@@ -129,6 +139,7 @@ macro_rules! kernels {
         pub(super) const ISA: Isa = Isa {
             name: $name,
             rows,
+            fixed: None,
             // SAFETY: here and below, `Isa::available` hands this table out only where the features were detected.
             dot: |a, b| unsafe { dot(a, b) },
             // SAFETY: as above.

@@ -1,0 +1,266 @@
+//! Products with 4- and 8-bit weights on AVX-512's dot product of bytes (VNNI); everything else is `avx512.rs`.
+//!
+//! Activations become 16-bit fixed point, with a scale for each group of columns: x ≈ scale·(256·high + low), two signed bytes. Codes are
+//! unsigned bytes, so that within a group Σ q·x is exact integer arithmetic, in two dots. The rounding is 2⁻¹⁶ of the group's
+//! largest activation: as near to f32 as f32 sums are to each other, at the price of one bf16 dot.
+//!
+//! Row · x = Σ_groups scale·(Σ q·x) + Σ_groups bias·(Σ x), the latter in f32.
+
+use std::{arch::x86_64::*, ops::Range};
+
+use super::{Bf16, F16, F32, Isa, avx512};
+use crate::{
+    backend::cpu::matrix::{Acts, Fixed, FixedRow, Matrix},
+    model::weights::{Float, Format},
+};
+
+pub(super) const ISA: Isa = Isa {
+    name: "avx512-vnni",
+    rows,
+    fixed: Some(|x, fixed| {
+        // SAFETY: here and below, `Isa::available` hands this table out only where the features were detected.
+        unsafe { to_fixed(x, fixed) }
+    }),
+    ..avx512::ISA
+};
+
+/// Of a group, in steps of its scale: two signed bytes hold it.
+const FIXED_MAX: f32 = 32_000.0;
+/// Tokens of a tile: with two rows, their sums fill the registers.
+const TOKENS: usize = 6;
+/// A decode step streams rows from memory; the CPU's own prefetcher stays too close behind.
+const PREFETCH_BYTES: usize = 4096;
+
+fn rows(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
+    let Format::Affine { bits: bits @ (4 | 8), group, params } = w.format else { return (avx512::ISA.rows)(w, range, x, tokens, out) };
+    if x.fixed.bytes.is_empty() || x.fixed.bits != bits {
+        return (avx512::ISA.rows)(w, range, x, tokens, out);
+    }
+    assert!(range.end <= w.rows && w.weight.len() >= w.rows * w.row_bytes() && x.cols == w.cols && x.group == group);
+    let (groups, side) = (w.cols / group, if params == Float::F32 { 4 } else { 2 });
+    assert!(w.cols % group == 0 && w.scales.len() >= w.rows * groups * side && w.biases.len() >= w.rows * groups * side);
+    let read = tokens.iter().map(|token| *token as usize + 1).max().unwrap_or(0);
+    assert!(read * groups <= x.sums.len().min(x.fixed.scales.len()) && read * Fixed::row_bytes(w.cols, bits) <= x.fixed.bytes.len());
+    assert!(out.len() >= range.len() * tokens.len());
+    // SAFETY: the features were detected (see ISA) and every access of the tiles lies inside what was asserted.
+    unsafe {
+        match (bits, params) {
+            (4, Float::F32) => product::<4, F32>(w, range, x, tokens, out),
+            (4, Float::F16) => product::<4, F16>(w, range, x, tokens, out),
+            (4, Float::Bf16) => product::<4, Bf16>(w, range, x, tokens, out),
+            (_, Float::F32) => product::<8, F32>(w, range, x, tokens, out),
+            (_, Float::F16) => product::<8, F16>(w, range, x, tokens, out),
+            (_, Float::Bf16) => product::<8, Bf16>(w, range, x, tokens, out),
+        }
+    }
+}
+
+/// Sixteen scales or biases as floats.
+trait Wide {
+    /// # Safety
+    /// As many numbers as `mask` has bits must be readable from the `at`-th on.
+    unsafe fn wide(from: *const u8, at: usize, mask: __mmask16) -> __m512;
+}
+
+impl Wide for F32 {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn wide(from: *const u8, at: usize, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller's promise; masked numbers are not read.
+        unsafe { _mm512_maskz_loadu_ps(mask, from.cast::<f32>().add(at)) }
+    }
+}
+
+impl Wide for F16 {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn wide(from: *const u8, at: usize, mask: __mmask16) -> __m512 {
+        // SAFETY: as above.
+        _mm512_cvtph_ps(unsafe { _mm256_maskz_loadu_epi16(mask, from.cast::<i16>().add(at)) })
+    }
+}
+
+impl Wide for Bf16 {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn wide(from: *const u8, at: usize, mask: __mmask16) -> __m512 {
+        // SAFETY: as above.
+        let half = unsafe { _mm256_maskz_loadu_epi16(mask, from.cast::<i16>().add(at)) };
+        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))
+    }
+}
+
+/// Token tiles outside, rows inside: a tile's activations stay in the first cache for all rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn product<const BITS: usize, P: Wide>(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
+    for (index, tile) in tokens.chunks(TOKENS).enumerate() {
+        let to = (index * TOKENS, tokens.len());
+        // SAFETY: `rows` checked the lengths.
+        unsafe {
+            match *tile {
+                [a] => column::<BITS, P, 1, 1>(w, range.clone(), x, [a], out, to),
+                [a, b] => column::<BITS, P, 2, 2>(w, range.clone(), x, [a, b], out, to),
+                [a, b, c] => column::<BITS, P, 2, 3>(w, range.clone(), x, [a, b, c], out, to),
+                [a, b, c, d] => column::<BITS, P, 2, 4>(w, range.clone(), x, [a, b, c, d], out, to),
+                [a, b, c, d, e] => column::<BITS, P, 2, 5>(w, range.clone(), x, [a, b, c, d, e], out, to),
+                [a, b, c, d, e, f, ..] => column::<BITS, P, 2, TOKENS>(w, range.clone(), x, [a, b, c, d, e, f], out, to),
+                [] => {}
+            }
+        }
+    }
+}
+
+/// All rows for one tile of tokens, R at a time. `to` = (the tile's first column of `out`, columns of `out`).
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn column<const BITS: usize, P: Wide, const R: usize, const T: usize>(
+    w: &Matrix<'_>,
+    range: Range<usize>,
+    x: &Acts<'_>,
+    tokens: [u32; T],
+    out: &mut [f32],
+    to: (usize, usize),
+) {
+    let mut row = range.start;
+    while row < range.end {
+        let out = &mut out[(row - range.start) * to.1 + to.0..];
+        // SAFETY: `rows` checked the lengths.
+        unsafe {
+            if row + R <= range.end {
+                tile::<BITS, P, R, T>(w, row, x, tokens, out, to.1);
+                row += R;
+            } else {
+                tile::<BITS, P, 1, T>(w, row, x, tokens, out, to.1);
+                row += 1;
+            }
+        }
+    }
+}
+
+/// R rows × T tokens; out[r × width + t]. Each of them is summed in one order, whatever R and T.
+///
+/// A block is 64 bytes of codes, and 32 / BITS columns of it belong to each lane of 32 bits.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn tile<const BITS: usize, P: Wide, const R: usize, const T: usize>(
+    w: &Matrix<'_>,
+    row: usize,
+    x: &Acts<'_>,
+    tokens: [u32; T],
+    out: &mut [f32],
+    width: usize,
+) {
+    let (group, groups, bytes) = (x.group, w.cols / x.group, w.row_bytes());
+    let (stride, columns) = (Fixed::row_bytes(w.cols, BITS as u8), 512 / BITS);
+    // Groups of 16 blocks at the most; a group may span two blocks of 8-bit codes.
+    let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    let shift = _mm512_set1_epi32((group * BITS / 32).trailing_zeros() as i32);
+    let low_nibbles = _mm512_set1_epi8(15);
+    // SAFETY: `rows` checked every length that these pointers are moved within; the last block is masked.
+    unsafe {
+        let codes: [*const u8; R] = std::array::from_fn(|r| w.weight.as_ptr().add((row + r) * bytes));
+        let xs: [*const i8; T] = std::array::from_fn(|t| x.fixed.bytes.as_ptr().add(tokens[t] as usize * stride));
+        let x_scales: [*const f32; T] = std::array::from_fn(|t| x.fixed.scales.as_ptr().add(tokens[t] as usize * groups));
+        let sums: [*const f32; T] = std::array::from_fn(|t| x.sums.as_ptr().add(tokens[t] as usize * groups));
+        let mut total = [[_mm512_setzero_ps(); T]; R];
+        // Sixteen groups at a time, so that their scales are one load.
+        for first in (0..groups).step_by(16) {
+            let here = (groups - first).min(16);
+            let mask = (0xffff_u32 >> (16 - here)) as __mmask16;
+            let mut scales = [[_mm512_setzero_ps(); T]; R];
+            for r in 0..R {
+                let at = (row + r) * groups + first;
+                let (scale, bias) = (P::wide(w.scales.as_ptr(), at, mask), P::wide(w.biases.as_ptr(), at, mask));
+                for t in 0..T {
+                    scales[r][t] = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, x_scales[t].add(first)));
+                    total[r][t] = _mm512_fmadd_ps(bias, _mm512_maskz_loadu_ps(mask, sums[t].add(first)), total[r][t]);
+                }
+            }
+            let end = (first + here) * group;
+            for start in (first * group..end).step_by(columns) {
+                // Which of the sixteen groups a lane's columns belong to.
+                let lanes =
+                    _mm512_srlv_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(((start - first * group) * BITS / 32) as i32)), shift);
+                let mut w_of = [[_mm512_setzero_si512(); 2]; R];
+                for r in 0..R {
+                    let from = codes[r].add(start * BITS / 8);
+                    if T == 1 {
+                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(PREFETCH_BYTES).cast());
+                    }
+                    let left = bytes - start * BITS / 8;
+                    let packed =
+                        if left >= 64 { _mm512_loadu_si512(from.cast()) } else { _mm512_maskz_loadu_epi8((1u64 << left) - 1, from.cast()) };
+                    w_of[r] = if BITS == 4 {
+                        [_mm512_and_si512(packed, low_nibbles), _mm512_and_si512(_mm512_srli_epi16(packed, 4), low_nibbles)]
+                    } else {
+                        [packed, packed]
+                    };
+                }
+                for t in 0..T {
+                    let from: *const __m512i = xs[t].add(start * 2).cast();
+                    for r in 0..R {
+                        let mut dots = _mm512_setzero_si512();
+                        if BITS == 4 {
+                            dots = _mm512_dpbusd_epi32(dots, w_of[r][0], _mm512_loadu_si512(from));
+                            dots = _mm512_dpbusd_epi32(dots, w_of[r][1], _mm512_loadu_si512(from.add(1)));
+                            dots = _mm512_slli_epi32(dots, 8);
+                            dots = _mm512_dpbusd_epi32(dots, w_of[r][0], _mm512_loadu_si512(from.add(2)));
+                            dots = _mm512_dpbusd_epi32(dots, w_of[r][1], _mm512_loadu_si512(from.add(3)));
+                        } else {
+                            dots = _mm512_dpbusd_epi32(dots, w_of[r][0], _mm512_loadu_si512(from));
+                            dots = _mm512_slli_epi32(dots, 8);
+                            dots = _mm512_dpbusd_epi32(dots, w_of[r][0], _mm512_loadu_si512(from.add(1)));
+                        }
+                        total[r][t] = _mm512_fmadd_ps(_mm512_permutexvar_ps(lanes, scales[r][t]), _mm512_cvtepi32_ps(dots), total[r][t]);
+                    }
+                }
+            }
+        }
+        for r in 0..R {
+            for t in 0..T {
+                out[r * width + t] = _mm512_reduce_add_ps(total[r][t]);
+            }
+        }
+    }
+}
+
+/// One row. For 4-bit codes a block of 128 columns is [high, low][even, odd columns][64], as their nibbles lie; for 8 bits a block
+/// of 64 columns is [high, low][64].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn to_fixed(x: &[f32], fixed: FixedRow<'_>) {
+    let FixedRow { bits, group, scales, bytes } = fixed;
+    assert!(x.len() % group == 0 && group % 32 == 0 && scales.len() >= x.len() / group && bytes.len() >= Fixed::row_bytes(x.len(), bits));
+    let columns = 512 / usize::from(bits);
+    for (g, (x, scale)) in x.chunks_exact(group).zip(scales).enumerate() {
+        let mut most = _mm512_setzero_ps();
+        for x in x.chunks_exact(16) {
+            // SAFETY: sixteen floats.
+            most = _mm512_max_ps(most, _mm512_abs_ps(unsafe { _mm512_loadu_ps(x.as_ptr()) }));
+        }
+        let most = _mm512_reduce_max_ps(most);
+        *scale = most / FIXED_MAX;
+        let inverse = _mm512_set1_ps(if most > 0.0 { FIXED_MAX / most } else { 0.0 });
+        for (i, x) in x.chunks_exact(32).enumerate() {
+            // SAFETY: 32 floats; 64 bytes at `at`, and as many in each of the block's planes, lie inside the row's.
+            unsafe {
+                let rounded =
+                    |at: usize| _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x.as_ptr().add(at)), inverse)));
+                let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(rounded(0)), rounded(16));
+                let low = _mm512_srai_epi16(_mm512_slli_epi16(both, 8), 8);
+                let high = _mm512_srai_epi16(_mm512_sub_epi16(both, low), 8);
+                let column = g * group + 32 * i;
+                let block = bytes.as_mut_ptr().add(column / columns * columns * 2);
+                if bits == 4 {
+                    let to = block.add(column % columns / 2);
+                    _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(high));
+                    _mm_storeu_si128(to.add(64).cast(), _mm512_cvtepi32_epi8(_mm512_srli_epi32(high, 16)));
+                    _mm_storeu_si128(to.add(128).cast(), _mm512_cvtepi32_epi8(low));
+                    _mm_storeu_si128(to.add(192).cast(), _mm512_cvtepi32_epi8(_mm512_srli_epi32(low, 16)));
+                } else {
+                    let to = block.add(column % columns);
+                    _mm256_storeu_si256(to.cast(), _mm512_cvtepi16_epi8(high));
+                    _mm256_storeu_si256(to.add(64).cast(), _mm512_cvtepi16_epi8(low));
+                }
+            }
+        }
+    }
+}
