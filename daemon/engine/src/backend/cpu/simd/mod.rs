@@ -10,10 +10,12 @@ use std::ops::Range;
 use half::f16;
 
 use super::{
+    attention::{Partial, Tile},
     matrix::{Acts, Matrix},
     portable,
 };
 
+mod attend;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -31,22 +33,14 @@ pub(crate) struct Isa {
     /// out[(row − rows.start) × tokens.len() + i] = W[row] · x[tokens[i]]; falls back to portable for shapes and
     /// formats the set has no kernel for.
     pub(crate) rows: fn(&Matrix<'_>, Range<usize>, &Acts<'_>, &[u32], &mut [f32]),
-    pub(crate) dot: fn(&[f32], &[f32]) -> f32,
-    pub(crate) dot_f16: fn(&[f32], &[f16]) -> f32,
-    /// y += a·x
-    pub(crate) axpy: fn(f32, &[f32], &mut [f32]),
-    pub(crate) axpy_f16: fn(f32, &[f16], &mut [f32]),
+    /// Attention of some query heads over one span; portable where the head's size is not whole vectors.
+    pub(crate) attend: fn(&Tile<'_, f32>, Partial<'_>),
+    pub(crate) attend_f16: fn(&Tile<'_, f16>, Partial<'_>),
 }
 
 impl Isa {
-    pub(crate) const PORTABLE: Self = Self {
-        name: "portable",
-        rows: portable::rows,
-        dot: portable::dot,
-        dot_f16: portable::dot_f16,
-        axpy: portable::axpy,
-        axpy_f16: portable::axpy_f16,
-    };
+    pub(crate) const PORTABLE: Self =
+        Self { name: "portable", rows: portable::rows, attend: portable::attend, attend_f16: portable::attend };
 
     /// The sets this CPU has, best first; never empty.
     pub(crate) fn available() -> Vec<Self> {
@@ -117,8 +111,6 @@ macro_rules! kernels {
     ($features:literal, $name:literal) => {
         use std::ops::Range;
 
-        use half::f16;
-
         use super::{Bf16, F16, F32, Isa, Param, Plain};
         use crate::backend::cpu::{
             matrix::{Acts, Matrix},
@@ -126,18 +118,7 @@ macro_rules! kernels {
         };
         use crate::model::weights::{Float, Format};
 
-        pub(super) const ISA: Isa = Isa {
-            name: $name,
-            rows,
-            // SAFETY: here and below, `Isa::available` hands this table out only where the features were detected.
-            dot: |a, b| unsafe { dot(a, b) },
-            // SAFETY: as above.
-            dot_f16: |a, b| unsafe { dot_f16(a, b) },
-            // SAFETY: as above.
-            axpy: |a, x, y| unsafe { axpy(a, x, y) },
-            // SAFETY: as above.
-            axpy_f16: |a, x, y| unsafe { axpy_f16(a, x, y) },
-        };
+        pub(super) const ISA: Isa = Isa { name: $name, rows, attend, attend_f16: attend };
 
         fn rows(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
             assert!(range.end <= w.rows && w.weight.len() >= w.rows * w.row_bytes() && x.cols == w.cols);
@@ -282,48 +263,6 @@ macro_rules! kernels {
                     out[t] = total(sums[t]);
                 }
             }
-        }
-
-        #[target_feature(enable = $features)]
-        unsafe fn dot(a: &[f32], b: &[f32]) -> f32 {
-            let whole = a.len().min(b.len()) / LANES * LANES;
-            let mut sum = splat(0.0);
-            for at in (0..whole).step_by(LANES) {
-                // SAFETY: at + LANES ≤ both lengths.
-                sum = unsafe { fma(load(a.as_ptr().add(at)), load(b.as_ptr().add(at)), sum) };
-            }
-            total(sum) + portable::dot(&a[whole..], &b[whole..])
-        }
-
-        #[target_feature(enable = $features)]
-        unsafe fn dot_f16(a: &[f32], b: &[f16]) -> f32 {
-            let whole = a.len().min(b.len()) / LANES * LANES;
-            let mut sum = splat(0.0);
-            for at in (0..whole).step_by(LANES) {
-                // SAFETY: at + LANES ≤ both lengths.
-                sum = unsafe { fma(load(a.as_ptr().add(at)), load_f16(b.as_ptr().add(at).cast()), sum) };
-            }
-            total(sum) + portable::dot_f16(&a[whole..], &b[whole..])
-        }
-
-        #[target_feature(enable = $features)]
-        unsafe fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
-            let whole = x.len().min(y.len()) / LANES * LANES;
-            for at in (0..whole).step_by(LANES) {
-                // SAFETY: at + LANES ≤ both lengths.
-                unsafe { store(y.as_mut_ptr().add(at), fma(splat(a), load(x.as_ptr().add(at)), load(y.as_ptr().add(at)))) };
-            }
-            portable::axpy(a, &x[whole..], &mut y[whole..]);
-        }
-
-        #[target_feature(enable = $features)]
-        unsafe fn axpy_f16(a: f32, x: &[f16], y: &mut [f32]) {
-            let whole = x.len().min(y.len()) / LANES * LANES;
-            for at in (0..whole).step_by(LANES) {
-                // SAFETY: at + LANES ≤ both lengths.
-                unsafe { store(y.as_mut_ptr().add(at), fma(splat(a), load_f16(x.as_ptr().add(at).cast()), load(y.as_ptr().add(at)))) };
-            }
-            portable::axpy_f16(a, &x[whole..], &mut y[whole..]);
         }
     };
 }
