@@ -7,6 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+#[doc(hidden)]
+pub use crate::backend::cpu::{Attention, Decoded};
 use crate::{
     Bytes, CacheBudget, Delivery, Engine, Error, Event, Io, Kernels, Lookahead, Options, PolicyKind, Report, Request, Sampling, Step,
     machine::{Disk, fetched, memory_bandwidth},

@@ -3,7 +3,6 @@
 use super::{
     linear::{Pieces, Tile, each_tile},
     matrix::{Acts, Matrix, Prepared},
-    norm::swiglu,
     pool::{Cells, Pool},
     simd::{Isa, TOKENS_MAX},
 };
@@ -130,10 +129,10 @@ pub(super) fn feed_forward(pool: &Pool, isa: &Isa, works: &[Work<'_>], x: &Acts<
                     let cells = rows.len() * tokens.len();
                     (isa.rows)(&work.gate, rows.clone(), x, tokens, &mut gates[..cells]);
                     (isa.rows)(&work.up, rows.clone(), x, tokens, &mut ups[..cells]);
-                    for (i, row) in rows.enumerate() {
-                        for t in 0..tokens.len() {
-                            let cell = i * tokens.len() + t;
-                            mid.set((first + t) * width + row, swiglu(gates[cell], ups[cell]));
+                    (isa.swiglu)(&mut gates[..cells], &ups[..cells]);
+                    for (row, gates) in rows.zip(gates.chunks_exact(tokens.len())) {
+                        for (t, value) in gates.iter().enumerate() {
+                            mid.set((first + t) * width + row, *value);
                         }
                     }
                 });

@@ -11,10 +11,11 @@ mod norm;
 mod pool;
 mod portable;
 mod simd;
+mod speed;
 
 use std::ops::Range;
 
-use attention::{Kv, Query};
+use attention::{Kv, Queries};
 use experts::{Buffers, Record, Work};
 use flash_experts::{ExpertId, Slice};
 use linear::{Linear, linear};
@@ -22,6 +23,7 @@ use matrix::{Matrix, Prepared};
 pub(crate) use pool::physical_cores;
 use pool::{Cells, Pool, TASK_ROWS};
 use simd::Isa;
+pub use speed::{Attention, Decoded};
 
 use crate::{
     Bytes, Error, Kernels,
@@ -146,6 +148,7 @@ struct Scratch {
     delta: Vec<f32>,
     /// Router logits [rows, experts].
     routed: Vec<f32>,
+    attention: attention::Work,
     ffn: Buffers,
     /// [requested rows, vocab].
     logits: Vec<f32>,
@@ -214,6 +217,7 @@ impl Cpu {
     /// Starts the workers; `threads` counts the calling one, which is pinned from now on.
     pub(crate) fn start(&mut self, threads: usize) -> Result<(), Error> {
         self.pool = Pool::new(threads).map_err(|error| Error::Internal(format!("cannot start worker threads: {error}")))?;
+        self.scratch.attention = attention::Work::new(&self.shape, attention::UNITS * self.pool.threads());
         Ok(())
     }
 
@@ -250,12 +254,12 @@ impl Cpu {
 
     /// Of the buffers that every pass uses; [`Cpu::row_bytes`] come on top for each row of a pass.
     pub(crate) fn scratch_bytes(&self) -> Bytes {
-        let Scratch { normed, qkv, attended, delta, routed, logits, ffn, .. } = &self.scratch;
+        let Scratch { normed, qkv, attended, delta, routed, attention, logits, ffn, .. } = &self.scratch;
         let floats = [normed, qkv, attended, delta, routed, logits, &ffn.mid];
         let Shape { hidden, heads, head_dim, .. } = self.shape;
         let prepared = PIECE_MAX * (2 * Prepared::row_bytes(&self.isa, hidden) + Prepared::row_bytes(&self.isa, heads * head_dim))
             + Prepared::row_bytes(&self.isa, ffn.mid.len());
-        4 * floats.iter().map(|floats| floats.capacity() as Bytes).sum::<Bytes>() + prepared as Bytes
+        attention.bytes() as Bytes + 4 * floats.iter().map(|floats| floats.capacity() as Bytes).sum::<Bytes>() + prepared as Bytes
     }
 
     /// Of [`Activations`], for one row.
@@ -338,14 +342,8 @@ impl Cpu {
         {
             let (kv, qkv) = (&*kv, &scratch.qkv);
             let out = Cells::new(&mut scratch.attended);
-            pool.run(rows * shape.kv_heads, &|task| {
-                let (i, kv_head) = (task / shape.kv_heads, task % shape.kv_heads);
-                if alive[i] {
-                    let row = &batch_rows[i];
-                    let q = Query { heads: &qkv[i * width..][..q_width], position: row.position, table: &batch.tables[row.sequence] };
-                    kv.attend(isa, shape, layer, kv_head, &q, (&out, i * q_width));
-                }
-            });
+            let queries = Queries { shape, layer, heads: qkv, width, rows: batch_rows, alive, tables: &batch.tables };
+            kv.attend((pool, isa), &queries, &mut scratch.attention, &out);
         }
         let x = scratch.prepared[0].of((pool, isa), &scratch.attended[..rows * q_width], q_width, l.o.spec.format);
         let out = Cells::new(&mut scratch.delta);
@@ -505,6 +503,7 @@ impl Scratch {
             attended: floats(PIECE_MAX * shape.heads * shape.head_dim),
             delta: floats(PIECE_MAX * shape.hidden),
             routed: floats(PIECE_MAX * shape.experts),
+            attention: attention::Work::new(shape, attention::UNITS),
             ffn: Buffers { mid: floats(mid), prepared: Prepared::default() },
             logits: Vec::new(),
             prepared: Default::default(),

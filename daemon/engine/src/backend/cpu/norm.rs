@@ -42,7 +42,9 @@ pub(super) fn turns(position: u32, inverse_frequencies: &[f32], out: &mut Vec<(f
     }));
 }
 
-/// silu(gate) · up
-pub(super) fn swiglu(gate: f32, up: f32) -> f32 {
-    gate / (1.0 + (-gate).exp()) * up
+/// gate = silu(gate) · up
+pub(super) fn swiglu(gate: &mut [f32], up: &[f32]) {
+    for (gate, up) in gate.iter_mut().zip(up) {
+        *gate = *gate / (1.0 + (-*gate).exp()) * up;
+    }
 }

@@ -5,9 +5,11 @@
 use half::f16;
 
 use super::{
-    matrix::{Acts, Matrix, fold},
+    attention::{Partial, SPAN, Tile},
+    matrix::{Acts, Matrix, fold, sum},
     simd::TOKENS_MAX,
 };
+use crate::kv::BLOCK;
 
 /// Columns widened at a time.
 const CHUNK: usize = 128;
@@ -38,31 +40,35 @@ fn accumulate(lanes: &mut [f32; 8], w: &[f32], x: &[f32]) {
     }
 }
 
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0; 8];
-    accumulate(&mut lanes, a, b);
-    fold(lanes)
-}
+/// What a KV cache holds.
+pub(crate) trait Number: Copy + Into<f32> {}
+impl Number for f32 {}
+impl Number for f16 {}
 
-pub(super) fn dot_f16(a: &[f32], b: &[f16]) -> f32 {
-    let mut lanes = [0.0; 8];
-    for (a, b) in a.chunks(8).zip(b.chunks(8)) {
-        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane += a * b.to_f32();
+/// Scores, softmax and weighted values of every pair of `tile`, position by position.
+pub(super) fn attend<N: Number>(tile: &Tile<'_, N>, out: Partial<'_>) {
+    tile.check(&out);
+    let mut scores = [0.0f32; SPAN];
+    for (pair, acc) in out.acc.chunks_exact_mut(tile.head_dim).enumerate().take(tile.pairs()) {
+        let scores = &mut scores[..tile.count(pair)];
+        for (scores, keys) in scores.chunks_mut(BLOCK).zip(tile.keys) {
+            scores.fill(0.0);
+            for (q, keys) in tile.query(pair).iter().zip(keys.chunks_exact(BLOCK)) {
+                for (score, key) in scores.iter_mut().zip(keys) {
+                    *score += q * (*key).into();
+                }
+            }
         }
-    }
-    fold(lanes)
-}
-
-/// y += a·x
-pub(super) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
-    for (y, x) in y.iter_mut().zip(x) {
-        *y += a * x;
-    }
-}
-
-pub(super) fn axpy_f16(a: f32, x: &[f16], y: &mut [f32]) {
-    for (y, x) in y.iter_mut().zip(x) {
-        *y += a * x.to_f32();
+        let max = scores.iter().fold(f32::NEG_INFINITY, |max, score| max.max(score * tile.scale));
+        scores.iter_mut().for_each(|score| *score = (*score * tile.scale - max).exp());
+        (out.max[pair], out.sum[pair]) = (max, sum(scores));
+        acc.fill(0.0);
+        for (weights, values) in scores.chunks(BLOCK).zip(tile.values) {
+            for (weight, values) in weights.iter().zip(values.chunks_exact(tile.head_dim)) {
+                for (acc, value) in acc.iter_mut().zip(values) {
+                    *acc += weight * (*value).into();
+                }
+            }
+        }
     }
 }

@@ -4,8 +4,11 @@ use std::arch::x86_64::*;
 
 type V = __m256;
 const LANES: usize = 8;
+/// Heads that attention takes together: eight sums, two vectors of keys and a query in 16 registers.
+const TILE: usize = 4;
 
 super::kernels!("avx2,fma,f16c", "avx2");
+super::attend::attention!("avx2,fma,f16c");
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -70,4 +73,56 @@ fn total(v: V) -> f32 {
     let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn mul(a: V, b: V) -> V {
+    _mm256_mul_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn div(a: V, b: V) -> V {
+    _mm256_div_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn sub(a: V, b: V) -> V {
+    _mm256_sub_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn max(a: V, b: V) -> V {
+    _mm256_max_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn highest(v: V) -> f32 {
+    let four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+}
+
+/// The first `count` lanes of `v`, the rest of `other`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn keep(v: V, count: usize, other: V) -> V {
+    let (count, lanes) = (_mm256_set1_epi32(count.min(LANES) as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    _mm256_blendv_ps(other, v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, lanes)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn exponent(shifted: V) -> V {
+    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(shifted)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn prefetch(from: *const u8) {
+    _mm_prefetch::<_MM_HINT_T0>(from.cast());
 }

@@ -4,8 +4,11 @@ use std::arch::x86_64::*;
 
 type V = __m512;
 const LANES: usize = 16;
+/// Heads that attention takes together: 16 sums, two vectors of keys and a query leave registers over.
+const TILE: usize = 8;
 
 super::kernels!("avx512f,avx512bw,avx512vl,fma,f16c", "avx512");
+super::attend::attention!("avx512f,avx512bw,avx512vl,fma,f16c");
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
@@ -70,4 +73,54 @@ unsafe fn codes<const BITS: usize>(from: *const u8) -> V {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
 fn total(v: V) -> f32 {
     _mm512_reduce_add_ps(v)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+fn mul(a: V, b: V) -> V {
+    _mm512_mul_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+fn div(a: V, b: V) -> V {
+    _mm512_div_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+fn sub(a: V, b: V) -> V {
+    _mm512_sub_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+fn max(a: V, b: V) -> V {
+    _mm512_max_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+fn highest(v: V) -> f32 {
+    _mm512_reduce_max_ps(v)
+}
+
+/// The first `count` lanes of `v`, the rest of `other`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+fn keep(v: V, count: usize, other: V) -> V {
+    let mask = if count < LANES { (1u16 << count) - 1 } else { u16::MAX };
+    _mm512_mask_blend_ps(mask, other, v)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+fn exponent(shifted: V) -> V {
+    _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(shifted)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
+fn prefetch(from: *const u8) {
+    _mm_prefetch::<_MM_HINT_T0>(from.cast());
 }

@@ -10,10 +10,12 @@ use std::ops::Range;
 use half::f16;
 
 use super::{
+    attention::{Partial, Tile},
     matrix::{Acts, FixedRow, Matrix},
-    portable,
+    norm, portable,
 };
 
+mod attend;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -35,11 +37,11 @@ pub(crate) struct Isa {
     pub(crate) rows: fn(&Matrix<'_>, Range<usize>, &Acts<'_>, &[u32], &mut [f32]),
     /// Gives a row of activations as 16-bit fixed point, for products with 4- and 8-bit weights; `None`: they read f32.
     pub(crate) fixed: Option<fn(&[f32], FixedRow<'_>)>,
-    pub(crate) dot: fn(&[f32], &[f32]) -> f32,
-    pub(crate) dot_f16: fn(&[f32], &[f16]) -> f32,
-    /// y += a·x
-    pub(crate) axpy: fn(f32, &[f32], &mut [f32]),
-    pub(crate) axpy_f16: fn(f32, &[f16], &mut [f32]),
+    /// gate = silu(gate) · up
+    pub(crate) swiglu: fn(&mut [f32], &[f32]),
+    /// Attention of some query heads over one span; portable where the head's size is not whole vectors.
+    pub(crate) attend: fn(&Tile<'_, f32>, Partial<'_>),
+    pub(crate) attend_f16: fn(&Tile<'_, f16>, Partial<'_>),
 }
 
 impl Isa {
@@ -47,10 +49,9 @@ impl Isa {
         name: "portable",
         rows: portable::rows,
         fixed: None,
-        dot: portable::dot,
-        dot_f16: portable::dot_f16,
-        axpy: portable::axpy,
-        axpy_f16: portable::axpy_f16,
+        swiglu: norm::swiglu,
+        attend: portable::attend,
+        attend_f16: portable::attend,
     };
 
     /// The sets this CPU has, best first; never empty.
@@ -127,8 +128,6 @@ macro_rules! kernels {
     ($features:literal, $name:literal) => {
         use std::ops::Range;
 
-        use half::f16;
-
         use super::{Bf16, F16, F32, Isa, Param, Plain};
         use crate::backend::cpu::{
             matrix::{Acts, Matrix},
@@ -136,19 +135,7 @@ macro_rules! kernels {
         };
         use crate::model::weights::{Float, Format};
 
-        pub(super) const ISA: Isa = Isa {
-            name: $name,
-            rows,
-            fixed: None,
-            // SAFETY: here and below, `Isa::available` hands this table out only where the features were detected.
-            dot: |a, b| unsafe { dot(a, b) },
-            // SAFETY: as above.
-            dot_f16: |a, b| unsafe { dot_f16(a, b) },
-            // SAFETY: as above.
-            axpy: |a, x, y| unsafe { axpy(a, x, y) },
-            // SAFETY: as above.
-            axpy_f16: |a, x, y| unsafe { axpy_f16(a, x, y) },
-        };
+        pub(super) const ISA: Isa = Isa { name: $name, rows, fixed: None, swiglu, attend, attend_f16: attend };
 
         fn rows(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
             assert!(range.end <= w.rows && w.weight.len() >= w.rows * w.row_bytes() && x.cols == w.cols);
@@ -251,6 +238,35 @@ macro_rules! kernels {
             }
         }
 
+        fn swiglu(gate: &mut [f32], up: &[f32]) {
+            let (gates, rest) = gate.as_chunks_mut::<LANES>();
+            let (ups, rest_up) = up[..gates.len() * LANES + rest.len()].as_chunks::<LANES>();
+            for (gate, up) in gates.iter_mut().zip(ups) {
+                // SAFETY: the features were detected (see ISA).
+                unsafe { swiglu_vector(gate, up) }
+            }
+            // Where vectors begin is chance, so the rest must come out as if inside of one.
+            let (mut gate, mut up) = ([0.0; LANES], [0.0; LANES]);
+            gate[..rest.len()].copy_from_slice(rest);
+            up[..rest.len()].copy_from_slice(rest_up);
+            // SAFETY: as above.
+            unsafe { swiglu_vector(&mut gate, &up) }
+            rest.copy_from_slice(&gate[..rest.len()]);
+        }
+
+        /// With sigmoid(x) = e^min(x, 0) / (1 + e^−|x|), whose exponents never overflow.
+        #[inline]
+        #[target_feature(enable = $features)]
+        unsafe fn swiglu_vector(gate: &mut [f32; LANES], up: &[f32; LANES]) {
+            // SAFETY: LANES floats each.
+            unsafe {
+                let (x, zero) = (load(gate.as_ptr()), splat(0.0));
+                let negative = sub(zero, x);
+                let sigmoid = div(exp(sub(zero, max(negative, zero))), sub(exp(sub(zero, max(negative, x))), splat(-1.0)));
+                store(gate.as_mut_ptr(), mul(mul(x, sigmoid), load(up.as_ptr())));
+            }
+        }
+
         #[target_feature(enable = $features)]
         unsafe fn plain(kind: Plain, w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
             let bytes = w.row_bytes();
@@ -293,48 +309,6 @@ macro_rules! kernels {
                     out[t] = total(sums[t]);
                 }
             }
-        }
-
-        #[target_feature(enable = $features)]
-        unsafe fn dot(a: &[f32], b: &[f32]) -> f32 {
-            let whole = a.len().min(b.len()) / LANES * LANES;
-            let mut sum = splat(0.0);
-            for at in (0..whole).step_by(LANES) {
-                // SAFETY: at + LANES ≤ both lengths.
-                sum = unsafe { fma(load(a.as_ptr().add(at)), load(b.as_ptr().add(at)), sum) };
-            }
-            total(sum) + portable::dot(&a[whole..], &b[whole..])
-        }
-
-        #[target_feature(enable = $features)]
-        unsafe fn dot_f16(a: &[f32], b: &[f16]) -> f32 {
-            let whole = a.len().min(b.len()) / LANES * LANES;
-            let mut sum = splat(0.0);
-            for at in (0..whole).step_by(LANES) {
-                // SAFETY: at + LANES ≤ both lengths.
-                sum = unsafe { fma(load(a.as_ptr().add(at)), load_f16(b.as_ptr().add(at).cast()), sum) };
-            }
-            total(sum) + portable::dot_f16(&a[whole..], &b[whole..])
-        }
-
-        #[target_feature(enable = $features)]
-        unsafe fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
-            let whole = x.len().min(y.len()) / LANES * LANES;
-            for at in (0..whole).step_by(LANES) {
-                // SAFETY: at + LANES ≤ both lengths.
-                unsafe { store(y.as_mut_ptr().add(at), fma(splat(a), load(x.as_ptr().add(at)), load(y.as_ptr().add(at)))) };
-            }
-            portable::axpy(a, &x[whole..], &mut y[whole..]);
-        }
-
-        #[target_feature(enable = $features)]
-        unsafe fn axpy_f16(a: f32, x: &[f16], y: &mut [f32]) {
-            let whole = x.len().min(y.len()) / LANES * LANES;
-            for at in (0..whole).step_by(LANES) {
-                // SAFETY: at + LANES ≤ both lengths.
-                unsafe { store(y.as_mut_ptr().add(at), fma(splat(a), load_f16(x.as_ptr().add(at).cast()), load(y.as_ptr().add(at)))) };
-            }
-            portable::axpy_f16(a, &x[whole..], &mut y[whole..]);
         }
     };
 }

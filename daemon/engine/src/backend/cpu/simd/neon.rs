@@ -5,8 +5,11 @@ use std::arch::aarch64::*;
 /// Eight lanes in two registers, so that one u32 of 4-bit codes fills a vector.
 type V = float32x4x2_t;
 const LANES: usize = 8;
+/// Heads that attention takes together: eight sums of two registers each, in 32.
+const TILE: usize = 4;
 
 super::kernels!("neon", "neon");
+super::attend::attention!("neon");
 
 #[inline]
 #[target_feature(enable = "neon")]
@@ -86,3 +89,55 @@ unsafe fn codes<const BITS: usize>(from: *const u8) -> V {
 fn total(v: V) -> f32 {
     vaddvq_f32(vaddq_f32(v.0, v.1))
 }
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn mul(a: V, b: V) -> V {
+    float32x4x2_t(vmulq_f32(a.0, b.0), vmulq_f32(a.1, b.1))
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn div(a: V, b: V) -> V {
+    vdivq_f32(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn sub(a: V, b: V) -> V {
+    float32x4x2_t(vsubq_f32(a.0, b.0), vsubq_f32(a.1, b.1))
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn max(a: V, b: V) -> V {
+    float32x4x2_t(vmaxq_f32(a.0, b.0), vmaxq_f32(a.1, b.1))
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn highest(v: V) -> f32 {
+    vmaxvq_f32(vmaxq_f32(v.0, v.1))
+}
+
+/// The first `count` lanes of `v`, the rest of `other`.
+#[inline]
+#[target_feature(enable = "neon")]
+fn keep(v: V, count: usize, other: V) -> V {
+    let count = vdupq_n_u32(count.min(LANES) as u32);
+    // SAFETY: four readable numbers each.
+    let [low, high] = [[0, 1, 2, 3], [4, 5, 6, 7]].map(|lanes: [u32; 4]| vcltq_u32(unsafe { vld1q_u32(lanes.as_ptr()) }, count));
+    float32x4x2_t(vbslq_f32(low, v.0, other.0), vbslq_f32(high, v.1, other.1))
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn exponent(shifted: V) -> V {
+    let up = |x| vreinterpretq_f32_u32(vshlq_n_u32::<23>(vreinterpretq_u32_f32(x)));
+    float32x4x2_t(up(shifted.0), up(shifted.1))
+}
+
+/// Left to the hardware: the intrinsic is not stable, and runs of 8 KiB are long enough for it.
+#[inline]
+#[target_feature(enable = "neon")]
+fn prefetch(_: *const u8) {}

@@ -7,6 +7,8 @@ use super::{
     super::{matrix::Prepared, pool::Pool},
     *,
 };
+use crate::backend::cpu::attention::SPAN;
+use crate::kv::BLOCK;
 use crate::model::weights::{Float, Format};
 
 struct Owned {
@@ -117,23 +119,70 @@ proptest! {
     }
 
     #[test]
-    fn vectors_agree_with_portable(len in 0usize..200, seed: u64) {
-        let mut next = noise(seed);
-        let a: Vec<f32> = (0..len).map(|_| next() - 0.5).collect();
-        let b: Vec<f32> = (0..len).map(|_| next() - 0.5).collect();
+    fn attention_agrees_with_portable_and_does_not_depend_on_the_tile(
+        lanes in 1usize..9, odd in prop_oneof![3 => Just(0usize), 1 => Just(4)], shared in 1usize..12, rows in 1usize..6, seed: u64,
+    ) {
+        let (d, mut next) = (lanes * 16 + odd, noise(seed));
+        let mut counts: Vec<usize> = (0..rows).map(|_| 1 + (next() * SPAN as f32) as usize).collect();
+        counts.sort_unstable();
+        let blocks = counts[rows - 1].div_ceil(BLOCK);
         // Subnormal halves included.
-        let h: Vec<f16> = (0..len).map(|i| f16::from_f32((next() - 0.5) * if i % 7 == 0 { 1e-6 } else { 1.0 })).collect();
+        let mut halves = || (0..BLOCK * d).map(|i| f16::from_f32((next() - 0.5) * if i % 7 == 0 { 1e-6 } else { 2.0 })).collect();
+        let (keys, values): (Vec<Vec<f16>>, Vec<Vec<f16>>) = (0..blocks).map(|_| (halves(), halves())).unzip();
+        let queries: Vec<f32> = (0..rows * shared * d).map(|_| (next() - 0.5) * 20.0).collect();
+        let wide = |runs: &[Vec<f16>]| runs.iter().map(|run| run.iter().map(|x| x.to_f32()).collect()).collect::<Vec<Vec<f32>>>();
+        let scale = 1.0 / (d as f32).sqrt();
+        let (queries, counts) = (&queries[..], &counts[..]);
+        let (wide_keys, wide_values) = (wide(&keys), wide(&values));
+        let (keys, values): (Vec<&[f16]>, Vec<&[f16]>) = keys.iter().zip(&values).map(|(k, v)| (&k[..], &v[..])).unzip();
+        let (wide_keys, wide_values): (Vec<&[f32]>, Vec<&[f32]>) = wide_keys.iter().zip(&wide_values).map(|(k, v)| (&k[..], &v[..])).unzip();
+        let tile = Tile { keys: &keys, values: &values, queries, width: shared * d, head_dim: d, shared, counts, scale };
+        let wide = Tile { keys: &wide_keys, values: &wide_values, queries, width: shared * d, head_dim: d, shared, counts, scale };
+        let expected = attended(portable::attend, &tile);
         for isa in Isa::available() {
-            let close = |got: f32, expected: f32| (got - expected).abs() < 1e-4;
-            prop_assert!(close((isa.dot)(&a, &b), portable::dot(&a, &b)));
-            prop_assert!(close((isa.dot_f16)(&a, &h), portable::dot_f16(&a, &h)));
-            let (mut y, mut z) = (b.clone(), b.clone());
-            (isa.axpy)(0.37, &a, &mut y);
-            portable::axpy(0.37, &a, &mut z);
-            prop_assert!(y.iter().zip(&z).all(|(y, z)| close(*y, *z)));
-            (isa.axpy_f16)(-1.7, &h, &mut y);
-            portable::axpy_f16(-1.7, &h, &mut z);
-            prop_assert!(y.iter().zip(&z).all(|(y, z)| close(*y, *z)));
+            let got = attended(isa.attend_f16, &tile);
+            for (got, expected) in got.iter().zip(&expected) {
+                prop_assert!((got - expected).abs() <= 2e-5 * (1.0 + expected.abs()), "{}: {got} for {expected}", isa.name);
+            }
+            let same = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+            prop_assert!(same(&attended(isa.attend, &wide), &got), "{}: f32 differs from f16", isa.name);
+            for pair in 0..tile.pairs() {
+                let counts = &[tile.count(pair)];
+                let alone = attended(isa.attend_f16, &Tile { queries: tile.query(pair), shared: 1, counts, ..tile });
+                prop_assert!(same(&alone, &got[pair * (d + 2)..][..d + 2]), "{}: the tile changes bits", isa.name);
+            }
         }
+    }
+}
+
+/// [pairs, max and sum and head_dim]
+fn attended<N>(kernel: fn(&Tile<'_, N>, Partial<'_>), tile: &Tile<'_, N>) -> Vec<f32> {
+    let (pairs, d) = (tile.pairs(), tile.head_dim);
+    let (mut max, mut sum, mut acc) = (vec![0.0; pairs], vec![0.0; pairs], vec![f32::NAN; pairs * d]);
+    kernel(tile, Partial { max: &mut max, sum: &mut sum, acc: &mut acc });
+    (0..pairs).flat_map(|pair| [max[pair], sum[pair]].into_iter().chain(acc[pair * d..][..d].iter().copied())).collect()
+}
+
+#[test]
+fn swiglu_agrees_with_portable_wherever_its_vectors_begin() {
+    let mut next = noise(5);
+    let gate: Vec<f32> = (0..500).map(|i| (next() - 0.5) * [1.0, 20.0, 300.0][i % 3]).collect();
+    let up: Vec<f32> = (0..500).map(|_| next() * 4.0 - 2.0).collect();
+    let mut expected = gate.clone();
+    norm::swiglu(&mut expected, &up);
+    for isa in Isa::available() {
+        for (from, to) in [(0, 500), (0, 33), (3, 20), (7, 8), (9, 9)] {
+            let mut got = gate[from..to].to_vec();
+            (isa.swiglu)(&mut got, &up[from..to]);
+            for (i, got) in got.iter().enumerate() {
+                let (expected, mut alone) = (expected[from + i], [gate[from + i]]);
+                assert!((got - expected).abs() <= 1e-5 * expected.abs().max(1e-6), "{}: {got} for {expected}", isa.name);
+                (isa.swiglu)(&mut alone, &up[from + i..]);
+                assert_eq!(alone[0].to_bits(), got.to_bits(), "{}", isa.name);
+            }
+        }
+        let mut none = [f32::NAN];
+        (isa.swiglu)(&mut none, &[1.0]);
+        assert!(none[0].is_nan(), "{}", isa.name);
     }
 }

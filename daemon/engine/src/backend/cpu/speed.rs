@@ -1,0 +1,122 @@
+//! How fast attention alone runs, on a KV cache of noise: what `benches/attention.rs` prints. Not the speed of a model;
+//! `bench.rs` measures that.
+
+use std::time::Instant;
+
+use super::{
+    Kv, Row, Shape,
+    attention::{Queries, UNITS, Work},
+    pool::{Cells, Pool},
+    simd::Isa,
+};
+use crate::{
+    Bytes,
+    kv::{BlockId, Table},
+    machine::memory_bandwidth,
+};
+
+/// Of KV cache: more than any processor's caches hold, so that a layer's bytes are gone when its turn comes again, as they
+/// are between two tokens of a large model.
+const CACHE: usize = 256 << 20;
+
+/// A model's heads and where its sequence stands.
+#[derive(Clone, Copy, Debug)]
+pub struct Attention {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub threads: usize,
+}
+
+/// What one token's attention over a context took.
+#[derive(Clone, Copy, Debug)]
+pub struct Decoded {
+    /// Keys and values of a layer, read once.
+    pub bytes: Bytes,
+    pub seconds: f64,
+    /// Of a sum by as many threads, just before.
+    pub memory_bytes_s: f64,
+}
+
+impl Attention {
+    /// The median of a layer's decode at `context` positions.
+    pub fn decode(&self, context: usize, rounds: usize) -> Decoded {
+        let memory_bytes_s = memory_bandwidth(self.threads, None);
+        let bytes = 4 * context * self.kv_heads * self.head_dim;
+        let mut bench = Bench::new(self, CACHE.div_ceil(bytes).max(2), context);
+        let layers = bench.shape.layers;
+        let mut times: Vec<f64> = (0..rounds * layers).map(|i| bench.attend(i % layers, context - 1..context)).collect();
+        times.sort_unstable_by(f64::total_cmp);
+        eprintln!("min {:.2} GB/s", bytes as f64 / times[0] / 1e9);
+        Decoded { bytes: bytes as Bytes, seconds: times[times.len() / 2], memory_bytes_s }
+    }
+
+    /// Seconds that a layer's attention takes to read a prompt, in pieces of `piece` rows.
+    pub fn prefill(&self, prompt: usize, piece: usize) -> f64 {
+        let mut bench = Bench::new(self, 1, prompt);
+        (0..prompt).step_by(piece).map(|from| bench.attend(0, from..(from + piece).min(prompt))).sum()
+    }
+}
+
+struct Bench {
+    isa: Isa,
+    pool: Pool,
+    shape: Shape,
+    kv: Kv,
+    table: Table,
+    work: Work,
+}
+
+impl Bench {
+    fn new(of: &Attention, layers: usize, context: usize) -> Self {
+        let shape = Shape {
+            layers,
+            heads: of.heads,
+            kv_heads: of.kv_heads,
+            head_dim: of.head_dim,
+            hidden: 0,
+            vocab: 0,
+            eps: 0.0,
+            top_k: 0,
+            experts: 0,
+        };
+        let (mut kv, mut next) = (Kv::F16(Vec::new()), noise());
+        let table: Table = (0..context.div_ceil(crate::kv::BLOCK) as u32).map(BlockId).collect();
+        let mut numbers = || (0..shape.kv_heads * shape.head_dim).map(|_| next()).collect::<Vec<f32>>();
+        let some: Vec<[Vec<f32>; 2]> = (0..64).map(|_| [numbers(), numbers()]).collect();
+        for position in 0..context {
+            for layer in 0..layers {
+                let [k, v] = &some[(position * 7 + layer) % some.len()];
+                kv.write(&shape, layer, &table, position, k, v);
+            }
+        }
+        let pool = Pool::new(of.threads).expect("threads");
+        let work = Work::new(&shape, UNITS * of.threads);
+        Self { isa: Isa::available()[0], pool, shape, kv, table, work }
+    }
+
+    /// Seconds of one layer's attention for some rows.
+    fn attend(&mut self, layer: usize, positions: std::ops::Range<usize>) -> f64 {
+        let width = self.shape.heads * self.shape.head_dim;
+        let mut next = noise();
+        let q: Vec<f32> = (0..positions.len() * width).map(|_| 4.0 * next()).collect();
+        let rows: Vec<Row> = positions.map(|position| Row { token: 0, position, sequence: 0 }).collect();
+        let mut out = vec![0.0; q.len()];
+        let (shape, alive) = (&self.shape, vec![true; rows.len()]);
+        let queries = Queries { shape, layer, heads: &q, width, rows: &rows, alive: &alive, tables: std::slice::from_ref(&self.table) };
+        let start = Instant::now();
+        self.kv.attend((&self.pool, &self.isa), &queries, &mut self.work, &Cells::new(&mut out));
+        let seconds = start.elapsed().as_secs_f64();
+        assert!(out.iter().all(|x| x.is_finite()));
+        seconds
+    }
+}
+
+/// In [-0.5, 0.5).
+fn noise() -> impl FnMut() -> f32 {
+    let mut state = 1u64;
+    move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+    }
+}
