@@ -8,6 +8,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     io,
     path::Path,
+    slice::Chunks,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -448,12 +449,21 @@ impl Engine {
     /// Reads `tokens` from an empty context and hands `each` the logits after every position ≥ `from`. For accuracy
     /// measurements; running requests wait.
     pub fn score(&mut self, tokens: &[u32], from: usize, each: &mut dyn FnMut(usize, &[f32])) -> Result<(), Error> {
-        self.check_ids(tokens)?;
-        let blocks = self.blocks.take(tokens.len());
-        let mut result = Ok(());
+        self.score_parts(tokens.chunks(CHUNK_MIN), from, each)
+    }
+
+    /// As [`Engine::score`], a position at a time: what a prompt costs where it is not read at once.
+    pub fn score_singly(&mut self, tokens: &[u32], from: usize, each: &mut dyn FnMut(usize, &[f32])) -> Result<(), Error> {
+        self.score_parts(tokens.chunks(1), from, each)
+    }
+
+    /// Each part is a pass of its own.
+    fn score_parts(&mut self, parts: Chunks<'_, u32>, from: usize, each: &mut dyn FnMut(usize, &[f32])) -> Result<(), Error> {
+        parts.clone().try_for_each(|part| self.check_ids(part))?;
+        let blocks = self.blocks.take(parts.clone().map(<[u32]>::len).sum());
+        let (mut result, mut first) = (Ok(()), 0);
         let mut pass = Pass::default();
-        for (chunk, part) in tokens.chunks(CHUNK_MIN).enumerate() {
-            let first = chunk * CHUNK_MIN;
+        for part in parts {
             pass.start(&mut self.cpu, false, |batch| {
                 batch.rows.extend(part.iter().zip(first..).map(|(token, position)| Row { token: *token, position, sequence: 0 }));
                 batch.tables.push(blocks.clone());
@@ -466,6 +476,7 @@ impl Engine {
             for row in (0..part.len()).filter(|row| first + row >= from) {
                 each(first + row, self.cpu.logits(&pass.act, &[row]));
             }
+            first += part.len();
         }
         self.free(&blocks);
         result

@@ -4,8 +4,8 @@ use std::{collections::VecDeque, time::Duration};
 
 use crate::Bytes;
 
-/// Rows of a prompt that are always read together, whatever the memory.
-pub(crate) const CHUNK_MIN: usize = 256;
+/// Rows of a prompt that are always read together, whatever the memory: experts are read once for all of them.
+pub(crate) const CHUNK_MIN: usize = 512;
 /// A prompt's time between two looks at the commands, with nobody else to be served.
 const SLICE: Duration = Duration::from_millis(50);
 /// With others decoding, prompts get as much of a step as they do, and this at least.
@@ -143,7 +143,7 @@ mod tests {
         let check = |tokens, room, expected| assert_eq!(chunk(tokens, 100, room), expected, "{tokens} tokens, {room} bytes");
         check(10, 0, 10);
         check(1000, 0, CHUNK_MIN);
-        check(1000, 50_099, 500);
+        check(1000, 70_099, 700);
         check(1000, u64::MAX, 1000);
     }
 }
