@@ -28,7 +28,8 @@ pub(super) const ISA: Isa = Isa {
 const FIXED_MAX: f32 = 32_000.0;
 /// Tokens of a tile: with two rows, their sums fill the registers.
 const TOKENS: usize = 6;
-/// A decode step streams rows from memory; the CPU's own prefetcher stays too close behind.
+/// A decode step streams rows from memory. Four at a time defeat the CPU's own prefetcher, and a third of the bandwidth is left
+/// (11 of 32 GB/s); asked for in the order in which they lie, their lines come as fast as one row's.
 const PREFETCH_BYTES: usize = 4096;
 
 fn rows(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
@@ -98,7 +99,7 @@ unsafe fn product<const BITS: usize, P: Wide>(w: &Matrix<'_>, range: Range<usize
         // SAFETY: `rows` checked the lengths.
         unsafe {
             match *tile {
-                [a] => column::<BITS, P, 1, 1>(w, range.clone(), x, [a], out, to),
+                [a] => column::<BITS, P, 4, 1>(w, range.clone(), x, [a], out, to),
                 [a, b] => column::<BITS, P, 2, 2>(w, range.clone(), x, [a, b], out, to),
                 [a, b, c] => column::<BITS, P, 2, 3>(w, range.clone(), x, [a, b, c], out, to),
                 [a, b, c, d] => column::<BITS, P, 2, 4>(w, range.clone(), x, [a, b, c, d], out, to),
@@ -161,6 +162,7 @@ unsafe fn tile<const BITS: usize, P: Wide, const R: usize, const T: usize>(
         let xs: [*const i8; T] = std::array::from_fn(|t| x.fixed.bytes.as_ptr().add(tokens[t] as usize * stride));
         let x_scales: [*const f32; T] = std::array::from_fn(|t| x.fixed.scales.as_ptr().add(tokens[t] as usize * groups));
         let sums: [*const f32; T] = std::array::from_fn(|t| x.sums.as_ptr().add(tokens[t] as usize * groups));
+        let mut ahead = codes[0].wrapping_add(PREFETCH_BYTES);
         let mut total = [[_mm512_setzero_ps(); T]; R];
         // Sixteen groups at a time, so that their scales are one load.
         for first in (0..groups).step_by(16) {
@@ -184,7 +186,8 @@ unsafe fn tile<const BITS: usize, P: Wide, const R: usize, const T: usize>(
                 for r in 0..R {
                     let from = codes[r].add(start * BITS / 8);
                     if T == 1 {
-                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(PREFETCH_BYTES).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                        ahead = ahead.wrapping_add(64);
                     }
                     let left = bytes - start * BITS / 8;
                     let packed =
