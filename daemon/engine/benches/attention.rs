@@ -1,25 +1,25 @@
-//! Attention alone, in the shape of Qwen3-30B-A3B: what decoding reads of the KV cache a second, beside a plain sum of memory
-//! in the same run, and what a layer of a long prompt takes. `cargo bench -p flash-engine --bench attention`.
+//! Attention alone, on heads as Qwen3-30B-A3B has them: what a decoded token reads of the KV cache a second, beside a plain sum
+//! of memory in the same run, and what a long prompt takes. Not the speed of a model: `flashctl bench` measures that.
+//! `cargo bench -p flash-engine --bench attention`; arguments replace the contexts.
 
 use flash_engine::bench::Attention;
 
 fn main() {
+    let asked: Vec<usize> = std::env::args().filter_map(|arg| arg.parse().ok()).collect();
+    let contexts = if asked.is_empty() { vec![1 << 10, 8 << 10, 32 << 10] } else { asked };
+    let shape = |threads| Attention { heads: 32, kv_heads: 4, head_dim: 128, threads };
+    println!("threads  positions   decode: median   GB/s    best   of memory's");
     for threads in [1, 2] {
-        let shape = Attention { heads: 32, kv_heads: 4, head_dim: 128, threads };
-        for context in [1024, 8 * 1024, 32 * 1024] {
-            let decoded = shape.decode(context, 5);
-            let speed = decoded.bytes as f64 / decoded.seconds;
-            println!(
-                "{threads} threads, decode at {context:>6}: {:6.3} ms a layer, {:5.1} GB/s of {:5.1} ({:3.0}%)",
-                1e3 * decoded.seconds,
-                speed / 1e9,
-                decoded.memory_bytes_s / 1e9,
-                100.0 * speed / decoded.memory_bytes_s
-            );
+        for &context in &contexts {
+            let decoded = shape(threads).decode(context, 8);
+            let [median, best] = [decoded.median_s, decoded.best_s].map(|seconds| decoded.bytes as f64 / seconds / 1e9);
+            let (ms, memory) = (1e3 * decoded.median_s, decoded.memory_bytes_s / 1e9);
+            println!("{threads:>7} {context:>10} {ms:>11.3} ms {median:>6.1} {best:>7.1} {memory:>7.1} ({:.0}%)", 100.0 * best / memory);
         }
     }
-    let shape = Attention { heads: 32, kv_heads: 4, head_dim: 128, threads: 2 };
-    for prompt in [512, 8192] {
-        println!("2 threads, prompt of {prompt}: {:.3} s a layer", shape.prefill(prompt, 256));
+    println!("threads     prompt  seconds a layer   GFLOP/s");
+    for (threads, prompt) in [(1, 2 << 10), (2, 2 << 10), (2, 8 << 10)] {
+        let (seconds, flops) = shape(threads).prefill(prompt);
+        println!("{threads:>7} {prompt:>10} {seconds:>16.3} {:>9.1}", flops / 1e9);
     }
 }

@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use super::{
-    Kv, Row, Shape,
+    Kv, PIECE_MAX, Row, Shape,
     attention::{Queries, UNITS, Work},
     pool::{Cells, Pool},
     simd::Isa,
@@ -28,33 +28,35 @@ pub struct Attention {
     pub threads: usize,
 }
 
-/// What one token's attention over a context took.
+/// What one token's attention took in a layer.
 #[derive(Clone, Copy, Debug)]
 pub struct Decoded {
-    /// Keys and values of a layer, read once.
+    /// Keys and values, read once.
     pub bytes: Bytes,
-    pub seconds: f64,
+    pub median_s: f64,
+    /// On a machine that others use, nearer to what the kernels can do.
+    pub best_s: f64,
     /// Of a sum by as many threads, just before.
     pub memory_bytes_s: f64,
 }
 
 impl Attention {
-    /// The median of a layer's decode at `context` positions.
+    /// A token at the end of `context` positions, every layer some `rounds` times in turn.
     pub fn decode(&self, context: usize, rounds: usize) -> Decoded {
         let memory_bytes_s = memory_bandwidth(self.threads, None);
         let bytes = 4 * context * self.kv_heads * self.head_dim;
-        let mut bench = Bench::new(self, CACHE.div_ceil(bytes).max(2), context);
-        let layers = bench.shape.layers;
+        let layers = CACHE.div_ceil(bytes).max(2);
+        let mut bench = Bench::new(self, layers, context);
         let mut times: Vec<f64> = (0..rounds * layers).map(|i| bench.attend(i % layers, context - 1..context)).collect();
         times.sort_unstable_by(f64::total_cmp);
-        eprintln!("min {:.2} GB/s", bytes as f64 / times[0] / 1e9);
-        Decoded { bytes: bytes as Bytes, seconds: times[times.len() / 2], memory_bytes_s }
+        Decoded { bytes: bytes as Bytes, median_s: times[times.len() / 2], best_s: times[0], memory_bytes_s }
     }
 
-    /// Seconds that a layer's attention takes to read a prompt, in pieces of `piece` rows.
-    pub fn prefill(&self, prompt: usize, piece: usize) -> f64 {
-        let mut bench = Bench::new(self, 1, prompt);
-        (0..prompt).step_by(piece).map(|from| bench.attend(0, from..(from + piece).min(prompt))).sum()
+    /// Seconds that a layer takes for a prompt, and how many of its multiplications and additions it does in one of them.
+    pub fn prefill(&self, prompt: usize) -> (f64, f64) {
+        let mut bench = Bench::new(self, 4, prompt);
+        let seconds = (0..prompt).step_by(PIECE_MAX).map(|from| bench.attend(0, from..(from + PIECE_MAX).min(prompt))).sum();
+        (seconds, (2 * self.heads * self.head_dim * prompt * (prompt + 1)) as f64 / seconds)
     }
 }
 

@@ -5,9 +5,9 @@
 //! dimensions while values are. A tile takes T heads at a time, of one row or of several, to load and widen each number
 //! once for all of them; a head's arithmetic is the same in every tile.
 
-/// The loops over primitives that the invoking module defines beside those of `kernels`: `mul`, `sub`, `max` (the second
-/// where either is NaN), `highest` (lane), `keep` (the first lanes of one, the rest of another), `exponent` (2ⁿ from the
-/// low bits of `MAGIC` + n) and `prefetch`. `TILE` says how many heads its registers are good for.
+/// The loops over primitives that the invoking module defines beside those of `kernels`: `mul`, `sub`, `max` (of anything
+/// and NaN: NaN or the second), `highest` (lane), `keep` (the first lanes of one, the rest of another), `exponent` (the low
+/// bits as the exponent of a power of two) and `prefetch`. `TILE` says how many heads its registers are good for.
 macro_rules! attention {
     ($features:literal) => {
         use super::super::{
@@ -27,6 +27,8 @@ macro_rules! attention {
                 return portable::attend(tile, out);
             }
             tile.check(&out);
+            // SAFETY: the features were detected (see ISA).
+            unsafe { touch(tile) };
             let mut scores = [0.0; TILE * ROW];
             let (mut at, pairs) = (0, tile.pairs());
             while at < pairs {
@@ -39,6 +41,16 @@ macro_rules! attention {
                         _ => attend_tile::<N, 1>(tile, at, &mut scores, &mut out),
                     }
                 };
+            }
+        }
+
+        /// Has the processor look up where the span's pages are. On Zen 4 a prefetch into a page that it has forgotten waits
+        /// for that, which takes long in a virtual machine: met one by one such pages cost a fifth of a long context's speed,
+        /// asked for together they cost little.
+        #[target_feature(enable = $features)]
+        unsafe fn touch<N: Number>(tile: &Tile<'_, N>) {
+            for run in tile.keys.iter().chain(tile.values) {
+                run.chunks(4096 / size_of::<N>()).for_each(|page| prefetch(page.as_ptr().cast()));
             }
         }
 
@@ -131,16 +143,16 @@ macro_rules! attention {
             // a block; at + W × LANES ≤ d.
             unsafe {
                 while at + 2 * LANES <= d {
-                    values_columns::<N, T, 2>(values.add(at), range.clone(), d, weights, acc.map(|acc| acc.add(at)), next.add(at));
+                    values_columns::<N, T, 2>(values.add(at), range.clone(), d, weights, acc.map(|acc| acc.add(at)), next.add(at * BLOCK));
                     at += 2 * LANES;
                 }
                 if at < d {
-                    values_columns::<N, T, 1>(values.add(at), range, d, weights, acc.map(|acc| acc.add(at)), next.add(at));
+                    values_columns::<N, T, 1>(values.add(at), range, d, weights, acc.map(|acc| acc.add(at)), next.add(at * BLOCK));
                 }
             }
         }
 
-        /// As [`values_tile`], for W × LANES columns.
+        /// As [`values_tile`], for W × LANES columns; `next` is fetched in its own order, which is what memory likes best.
         #[inline]
         #[target_feature(enable = $features)]
         unsafe fn values_columns<N: Number, const T: usize, const W: usize>(
@@ -155,7 +167,7 @@ macro_rules! attention {
             unsafe {
                 let mut sums: [[V; W]; T] = std::array::from_fn(|t| std::array::from_fn(|w| load(acc[t].add(w * LANES))));
                 for i in range {
-                    prefetch(next.add(i * d).cast());
+                    prefetch(next.add(i * W * LANES).cast());
                     let values: [V; W] = std::array::from_fn(|w| number(values.add(i * d + w * LANES)));
                     for t in 0..T {
                         let weight = splat(*weights[t].add(i));
@@ -202,7 +214,7 @@ macro_rules! attention {
             let shifted = fma(x, splat(std::f32::consts::LOG2_E), splat(MAGIC));
             let n = sub(shifted, splat(MAGIC));
             // ln 2 in two parts, the first with few enough bits that n times it is exact.
-            let r = fma(n, splat(2.121_944_4e-4), fma(n, splat(-0.693_359_375), x));
+            let r = fma(n, splat(2.121_944_4e-4), fma(n, splat(-355.0 / 512.0), x));
             let mut p = splat(1.987_569_2e-4);
             for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
                 p = fma(p, r, splat(coefficient));

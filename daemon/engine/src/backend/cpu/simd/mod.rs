@@ -1,6 +1,6 @@
 //! Runtime-dispatched kernels: one table of function pointers, filled once at load for the best instruction set this
-//! CPU has, and the bodies shared by the sets. An instruction-set file supplies eight primitives and invokes
-//! [`kernels`]; the loops stand here once.
+//! CPU has, and the bodies shared by the sets. An instruction-set file supplies primitives and invokes
+//! [`kernels`] and [`attend::attention`]; the loops stand here and there once.
 //!
 //! Batch invariance: R rows × T tokens are computed in one tile to reuse loads, but each (row, token) has its own
 //! accumulators, so its bits do not depend on R or T.
