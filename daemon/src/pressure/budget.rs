@@ -14,6 +14,9 @@ const HELD_MAX: f64 = 0.95;
 const CUT_DEEPER: u64 = 64;
 /// Cut below a limit that is falling, as a share of the limit.
 const AHEAD: u64 = 8;
+/// As shares of a limit: so near to it a group is full, and with so much page cache the kernel has something else to take.
+const FULL: u64 = 32;
+const CHURN: u64 = 16;
 /// Growth steps, as a share of the configured slab.
 const STEP: u64 = 8;
 /// Samples without pressure before growing: five seconds while requests run.
@@ -44,6 +47,8 @@ pub(crate) struct Limit {
     pub(crate) bytes: Bytes,
     /// Charged to the group and not reclaimable.
     pub(crate) held: Bytes,
+    /// Charged and reclaimable: page cache.
+    pub(crate) cached: Bytes,
     /// Whether code counts too: not where only the process's own memory is bounded.
     pub(crate) code: bool,
 }
@@ -99,7 +104,7 @@ pub(crate) struct Governor {
 impl Governor {
     /// One sample. `slab` is absent while no model is loaded: then the ceiling is simply what would fit.
     pub(crate) fn decide(&mut self, readings: &Readings, slab: Option<Slab>) -> Verdict {
-        let readings = &self.with_code(readings);
+        let readings = &heard(self.with_code(readings));
         let before = self.ceiling;
         let resident = slab.map_or(0, |slab| slab.resident);
         let fits = allowed(readings, resident);
@@ -152,9 +157,22 @@ impl Governor {
     /// it is then, it would make room for experts, and the process would wait for its own pages at every step.
     fn with_code(&mut self, readings: &Readings) -> Readings {
         self.code = self.code.max(readings.mapped);
-        let counted = |limit: &Limit| Limit { held: limit.held + if limit.code { self.code } else { 0 }, ..limit.clone() };
+        let counted = |limit: &Limit| {
+            let code = if limit.code { self.code } else { 0 };
+            Limit { held: limit.held + code, cached: limit.cached.saturating_sub(code), ..limit.clone() }
+        };
         Readings { limits: readings.limits.iter().map(counted).collect(), ..readings.clone() }
     }
+}
+
+/// The kernel also says squeezed when a group at its limit churns page cache: whoever reads files through it there does that, and
+/// giving experts up would only make room for more of it. While such cache is left, that is all it says.
+fn heard(readings: Readings) -> Readings {
+    let churns = |limit: &Limit| {
+        let full = limit.held + limit.cached >= limit.bytes - limit.bytes / FULL;
+        full && limit.cached >= limit.bytes / CHURN && limit.held < share(limit.bytes)
+    };
+    Readings { squeezed: readings.squeezed && !readings.limits.iter().any(churns), ..readings }
 }
 
 /// Slab bytes that keep every bound, and the bound that is tightest.
@@ -227,7 +245,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn limited(bytes: Bytes, held: Bytes) -> Readings {
-        Readings { limits: vec![Limit { name: "a limit".into(), bytes, held, code: true }], ..Readings::default() }
+        Readings { limits: vec![Limit { name: "a limit".into(), bytes, held, cached: 0, code: true }], ..Readings::default() }
     }
 
     /// A process of `others` plus a slab that follows the ceiling, under a limit.
@@ -238,6 +256,19 @@ mod tests {
             verdict
         };
         (0..samples).map(turn).collect()
+    }
+
+    #[test]
+    fn a_group_full_of_page_cache_is_not_squeezed() {
+        let slab = Some(Slab { configured: 80 * MIB, resident: 80 * MIB });
+        let check = |cached: Bytes, held: Bytes, cuts: bool| {
+            let limit = Limit { name: "a limit".into(), bytes: 200 * MIB, held, cached, code: true };
+            let readings = Readings { limits: vec![limit], squeezed: true, ..Readings::default() };
+            assert_eq!(Governor::default().decide(&readings, slab).ceiling.is_some(), cuts, "{cached} cached, {held} held");
+        };
+        check(110 * MIB, 90 * MIB, false);
+        check(4 * MIB, 170 * MIB, true); // hardly any cache left
+        check(20 * MIB, 90 * MIB, true); // far from this limit: there must be another
     }
 
     #[test]
@@ -332,7 +363,8 @@ mod tests {
     }
 
     fn readings() -> impl Strategy<Value = Readings> {
-        let limit = (1..1u64 << 40, 0..1u64 << 40).prop_map(|(bytes, held)| Limit { name: "limit".into(), bytes, held, code: false });
+        let limit =
+            (1..1u64 << 40, 0..1u64 << 40).prop_map(|(bytes, held)| Limit { name: "limit".into(), bytes, held, cached: 0, code: false });
         let stall = proptest::option::of((0.0..100.0, 0.0..100.0));
         let machine = proptest::option::of((0..1u64 << 40, 0..1u64 << 41));
         (proptest::collection::vec(limit, 0..3), machine, stall).prop_map(|(limits, machine, stall)| Readings {

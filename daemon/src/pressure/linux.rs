@@ -107,10 +107,10 @@ impl Sensors {
         let limits: Vec<_> = files.iter().filter_map(|file| Some((file, number(file).filter(|limit| *limit < total)?))).collect();
         let Some(usage) = number(usage).filter(|_| !limits.is_empty()) else { return Vec::new() };
         // Locked code is counted with the rest of the code, by the policy.
-        let file: Bytes = ["inactive_file", "active_file", "unevictable"].map(|field| stat(version, folder, field)).iter().sum();
-        let held = usage.saturating_sub(file);
+        let file_bytes: Bytes = ["inactive_file", "active_file", "unevictable"].map(|field| stat(version, folder, field)).iter().sum();
+        let held = usage.saturating_sub(file_bytes);
         let name = |file| format!("cgroup {file} of {}", folder.display());
-        limits.into_iter().map(|(file, bytes)| Limit { name: name(file), bytes, held, code: true }).collect()
+        limits.into_iter().map(|(file, bytes)| Limit { name: name(file), bytes, held, cached: file_bytes.min(usage), code: true }).collect()
     }
 
     /// What only Linux can be asked by Doctor.

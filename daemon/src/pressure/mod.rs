@@ -107,7 +107,7 @@ fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc:
         let state = worker.state();
         // The cap holds for what is measured from outside, allocators and code included, not only for what the engine counts.
         let cap = state.options.memory.zip(readings.process);
-        readings.limits.extend(cap.map(|(bytes, held)| Limit { name: "--memory".into(), bytes, held, code: false }));
+        readings.limits.extend(cap.map(|(bytes, held)| Limit { name: "--memory".into(), bytes, held, cached: 0, code: false }));
         let slab = state.report().map(slab);
         let verdict = governor.decide(&readings, slab);
         worker.set_ceiling(verdict.ceiling);

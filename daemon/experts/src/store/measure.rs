@@ -14,8 +14,10 @@ use super::{
 
 /// Of each candidate; four of them stay below 0.3 s but for a very slow disk's last read.
 const TRIAL: Duration = Duration::from_millis(65);
-/// How much faster than direct reads another way must be: those leave the page cache to others.
-const MARGIN: f64 = 1.1;
+/// How much faster than direct reads another way must be. Reads through the page cache must be worth the memory they take from
+/// others: in a group with a limit the kernel reclaims at every read, which looks like pressure and costs the slab its slots.
+/// Besides, a disk's speed may change by half within the trial.
+const MARGINS: [(Io, f64); 2] = [(Io::Uring, 1.2), (Io::Buffered, 2.0)];
 
 /// What a trial found.
 #[derive(Debug)]
@@ -32,9 +34,12 @@ pub fn measure(path: &Path, records: &[Vec<(u64, u32)>], threads: usize) -> Meas
     let tried: Vec<_> = kinds.map(|io| (io, trial(path, io, records, threads.max(1)).map_err(|error| error.to_string()))).into();
     let speed = |kind: Io| tried.iter().find(|(io, _)| *io == kind).and_then(|(_, result)| result.as_ref().ok()).copied();
     let direct = speed(Io::Direct).unwrap_or(0.0);
-    let faster = |best: (Io, f64), kind: Io| speed(kind).filter(|speed| *speed > best.1 * MARGIN).map_or(best, |speed| (kind, speed));
-    let start = if direct > 0.0 { (Io::Direct, direct) } else { (Io::Buffered, 0.0) };
-    let (best, _) = [Io::Uring, Io::Buffered].into_iter().fold(start, faster);
+    let fallback = (if direct > 0.0 { Io::Direct } else { Io::Buffered }, direct);
+    let faster = |best: (Io, f64), (kind, margin): (Io, f64)| {
+        let worth = speed(kind).map_or(0.0, |speed| speed / margin);
+        if worth > best.1 { (kind, worth) } else { best }
+    };
+    let (best, _) = MARGINS.into_iter().fold(fallback, faster);
     Measured { best, tried }
 }
 
