@@ -62,7 +62,7 @@ pub enum BenchEvent {
         done: u64,
         total: u64,
     },
-    /// Once for each kind of I/O, before its first row.
+    /// Before the rows that are held against it.
     Machine(Machine),
     Row(Box<Row>),
 }
@@ -118,6 +118,8 @@ pub struct Decode {
     pub loaded_bytes_per_token: f64,
     /// Those that a disk gave. The same, but where reads go through the page cache of a system that tells what it had.
     pub disk_bytes_per_token: f64,
+    /// The same without what a wrong guess read.
+    pub needed_bytes_per_token: f64,
     /// Over the whole time, waiting or not.
     pub disk_bytes_s: f64,
     /// Of the time: the engine had nothing to compute until an expert came.
@@ -158,6 +160,12 @@ impl Bounds {
 }
 
 impl Decode {
+    /// A disk that gave more during the run than when it was measured can give that.
+    fn hold_against(&mut self, machine: &Machine) {
+        let disk_bytes_s = machine.disk_bytes_s.max(self.disk_bytes_s);
+        self.bounds = Bounds::new((self.bytes_per_token, machine.memory_bytes_s), (self.needed_bytes_per_token, disk_bytes_s));
+    }
+
     pub fn of_overlapped(&self) -> f64 {
         self.tok_s / self.bounds.overlapped
     }
@@ -232,9 +240,6 @@ struct Session<'a> {
     request: Request,
     need: Need,
     top_k_share: f64,
-    memory_bytes_s: Option<f64>,
-    /// Of each kind of I/O met so far.
-    machines: Vec<Machine>,
 }
 
 /// Bytes that a token reads from memory, apart from where it stands.
@@ -292,8 +297,6 @@ impl<'a> Session<'a> {
             need: Need::of(&model, options.kernels),
             // Half an expert more: a share is rounded down to slots.
             top_k_share: ((model.arch.top_k as f64 + 0.5) / model.arch.experts as f64).min(1.0),
-            memory_bytes_s: None,
-            machines: Vec::new(),
         })
     }
 
@@ -312,51 +315,41 @@ impl<'a> Session<'a> {
         };
         let context = Some(self.bench.prompt + self.bench.generate.max(1));
         let options = Options { io, policy, lookahead, expert_cache: cache, context, parallel: 1, ..self.options.clone() };
-        if self.memory_bytes_s.is_none() {
-            // Before a model takes its memory.
-            let threads = options.threads.unwrap_or_else(crate::backend::cpu::physical_cores);
-            tell(each, BenchEvent::Progress { stage: "measuring memory".into(), done: 0, total: 0 })?;
-            self.memory_bytes_s = Some(memory_bandwidth(threads, options.available));
-        }
+        // Before a model takes its memory, and with every engine: the neighbours of a virtual machine come and go.
+        let threads = options.threads.unwrap_or_else(crate::backend::cpu::physical_cores);
+        let memory_bytes_s = memory_bandwidth(threads, options.available);
         self.disk.forget();
         let mut engine = Engine::load(self.dir, &options, &mut |_| ())?;
-        let machine = self.machine(&engine, each)?;
+        let disk_before = self.disk_bandwidth(&engine, each)?;
         engine.force_routing(self.bench.routing.as_deref())?;
         self.disk.forget();
-        let mut row = |state| self.row(&mut engine, case, state, &machine, between);
-        Ok([row(State::Cold)?, row(State::Warm)?])
-    }
-
-    /// The machine as this engine uses it; its disk is measured when a kind of I/O is met for the first time.
-    fn machine(&mut self, engine: &Engine, each: &mut dyn FnMut(BenchEvent) -> bool) -> Result<Machine, Error> {
+        let mut row = |state| self.row(&mut engine, case, state, between);
+        let mut rows = [row(State::Cold)?, row(State::Warm)?];
+        // A device drifts; what it could give is the better of before and after.
+        let disk_bytes_s = disk_before.max(self.disk_bandwidth(&engine, each)?);
         let report = engine.report();
-        if let Some(known) = self.machines.iter().find(|machine| machine.io == report.io) {
-            return Ok(known.clone());
-        }
-        tell(each, BenchEvent::Progress { stage: format!("measuring the disk ({})", report.io), done: 0, total: 0 })?;
-        let readers = self.options.loaders.max(1);
         let machine = Machine {
-            memory_bytes_s: self.memory_bytes_s.unwrap_or(f64::INFINITY),
+            memory_bytes_s,
             threads: report.threads,
-            disk_bytes_s: self.disk.bandwidth(report.io, readers)?,
+            disk_bytes_s,
             expert_bytes: engine.info().expert_bytes,
-            readers,
+            readers: self.options.loaders.max(1),
             io: report.io,
             kernels: report.kernels,
         };
-        tell(each, BenchEvent::Machine(machine.clone()))?;
-        self.machines.push(machine.clone());
-        Ok(machine)
+        rows.iter_mut().filter_map(|row| row.decode.as_mut()).for_each(|decode| decode.hold_against(&machine));
+        tell(each, BenchEvent::Machine(machine))?;
+        Ok(rows)
     }
 
-    fn row(
-        &self,
-        engine: &mut Engine,
-        case: &Case,
-        state: State,
-        machine: &Machine,
-        between: &mut dyn FnMut(&mut Engine) -> bool,
-    ) -> Result<Row, Error> {
+    /// Of the engine's kind of I/O.
+    fn disk_bandwidth(&self, engine: &Engine, each: &mut dyn FnMut(BenchEvent) -> bool) -> Result<f64, Error> {
+        let io = engine.report().io;
+        tell(each, BenchEvent::Progress { stage: format!("measuring the disk ({io})"), done: 0, total: 0 })?;
+        self.disk.bandwidth(io, self.options.loaders.max(1))
+    }
+
+    fn row(&self, engine: &mut Engine, case: &Case, state: State, between: &mut dyn FnMut(&mut Engine) -> bool) -> Result<Row, Error> {
         let start = Counted::of(engine);
         let (began, mut times, mut failed) = (Instant::now(), Vec::new(), None);
         let mut first = None;
@@ -386,7 +379,7 @@ impl<'a> Session<'a> {
             }
         }
         let (first, end) = (first.ok_or_else(|| Error::Internal("a request ended without a token".into()))?, Counted::of(engine));
-        let decode = (times.len() > 1).then(|| self.decode(&times, &first, &end, machine));
+        let decode = (times.len() > 1).then(|| self.decode(&times, &first, &end, engine));
         Ok(Row {
             cache: case.cache,
             slots: end.report.experts.slots_per_layer,
@@ -395,14 +388,14 @@ impl<'a> Session<'a> {
             prompt_tokens: self.bench.prompt,
             ttft: times[0],
             prefill_tok_s: self.bench.prompt as f64 / times[0].as_secs_f64(),
-            prefill_disk_bytes: first.disk_bytes(&start, machine.io),
+            prefill_disk_bytes: first.disk_bytes(&start, engine.report().io),
             decode,
         })
     }
 
     /// `times`: when each token came; `first`, `end`: counters after the first and after the last one.
-    fn decode(&self, times: &[Duration], first: &Counted, end: &Counted, machine: &Machine) -> Decode {
-        let from_disk = end.disk_bytes(first, machine.io) as f64;
+    fn decode(&self, times: &[Duration], first: &Counted, end: &Counted, engine: &Engine) -> Decode {
+        let from_disk = end.disk_bytes(first, end.report.io) as f64;
         let (first, end) = (&first.report, &end.report);
         let looked = end.lookahead_wanted - first.lookahead_wanted;
         let foreseen = end.lookahead_foreseen - first.lookahead_foreseen;
@@ -412,7 +405,7 @@ impl<'a> Session<'a> {
         let (hits, misses) = (end.hits - first.hits, end.misses - first.misses + end.joined - first.joined);
         let wasted = end.prefetch_wasted - first.prefetch_wasted;
         // What a wrong guess read was not needed.
-        let needed = (from_disk - (wasted * machine.expert_bytes) as f64).max(0.0);
+        let needed = (from_disk - (wasted * engine.info().expert_bytes) as f64).max(0.0);
         let bytes_per_token = self.need.bytes(self.bench.prompt as f64 + tokens as f64 / 2.0);
         Decode {
             tokens,
@@ -424,7 +417,8 @@ impl<'a> Session<'a> {
             disk_bytes_s: from_disk / seconds,
             wait_share: (end.wait_time - first.wait_time).as_secs_f64() / seconds,
             bytes_per_token,
-            bounds: Bounds::new((bytes_per_token, machine.memory_bytes_s), (needed / tokens as f64, machine.disk_bytes_s)),
+            needed_bytes_per_token: needed / tokens as f64,
+            bounds: Bounds::new((bytes_per_token, f64::INFINITY), (0.0, f64::INFINITY)),
             lookahead_recall: (looked > 0).then(|| foreseen as f64 / looked as f64),
             prefetch_useful: end.prefetch_useful - first.prefetch_useful,
             prefetch_wasted: wasted,

@@ -25,7 +25,7 @@ use crate::{
 
 /// Far beyond any cache.
 const BUFFER: Bytes = 1 << 30;
-const BUFFER_MIN: Bytes = 64 << 20;
+const BUFFER_MIN: Bytes = 256 << 20;
 const ROUNDS: usize = 3;
 /// Of random reads: long enough that a burst the device can buffer does not decide.
 const READING: Duration = Duration::from_secs(1);
@@ -104,6 +104,8 @@ type Pieces = Vec<(u32, Vec<(u64, u32)>)>;
 pub(crate) struct Disk {
     files: Vec<PathBuf>,
     experts: Vec<Pieces>,
+    /// The next one to read, in an order that mixes them.
+    next: AtomicUsize,
 }
 
 impl Disk {
@@ -127,7 +129,7 @@ impl Disk {
                 });
             }
         }
-        Self { files: model.weights.files().to_vec(), experts }
+        Self { files: model.weights.files().to_vec(), experts, next: AtomicUsize::new(0) }
     }
 
     /// Bytes per second of whole experts in random order, read by `readers` threads for about a second. What the page cache
@@ -141,14 +143,14 @@ impl Disk {
         Ok(read as f64 / start.elapsed().as_secs_f64().max(1e-9))
     }
 
-    /// Bytes read. No expert is read twice: the second time it might come from the page cache, or from a cache below it, and
-    /// a small model's disk would seem twice as fast.
+    /// Bytes read. No expert is read twice, and another sweep goes on where this one ended: the second time they might come from
+    /// the page cache, or from a cache below it, and a small model's disk would seem twice as fast.
     fn sweep(&self, storages: &[Box<dyn Storage>], readers: usize) -> io::Result<Bytes> {
         let mut order: Vec<usize> = (0..self.experts.len()).collect();
         order.sort_by_key(|expert| (*expert as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        let (order, next) = (&order, &AtomicUsize::new(0));
+        let (order, end) = (&order, self.next.load(Relaxed) + self.experts.len());
         std::thread::scope(|scope| {
-            let started: Vec<_> = (0..readers.max(1)).map(|_| scope.spawn(move || self.read(storages, order, next))).collect();
+            let started: Vec<_> = (0..readers.max(1)).map(|_| scope.spawn(move || self.read(storages, order, end))).collect();
             started.into_iter().try_fold(0, |bytes, thread| Ok(bytes + thread.join().expect("reading does not panic")?))
         })
     }
@@ -164,13 +166,14 @@ impl Disk {
     }
 
     /// One reader: takes experts until the time is over or none is left.
-    fn read(&self, storages: &[Box<dyn Storage>], order: &[usize], next: &AtomicUsize) -> io::Result<Bytes> {
+    fn read(&self, storages: &[Box<dyn Storage>], order: &[usize], end: usize) -> io::Result<Bytes> {
         let bytes = |pieces: &Pieces| pieces.iter().flat_map(|(_, spans)| spans).map(|span| span.1 as usize).sum::<usize>();
         let mut memory = vec![0; self.experts.iter().map(bytes).max().unwrap_or(0) + PAGE];
         let aligned = memory.as_ptr().addr().wrapping_neg() % PAGE;
         let (start, mut total) = (Instant::now(), 0);
         while start.elapsed() < READING {
-            let Some(expert) = order.get(next.fetch_add(1, Relaxed)).map(|expert| &self.experts[*expert]) else { break };
+            let Ok(next) = self.next.try_update(Relaxed, Relaxed, |next| (next < end).then_some(next + 1)) else { break };
+            let expert = &self.experts[order[next % order.len()]];
             let mut rest = &mut memory[aligned..];
             for (file, spans) in expert {
                 let mut reads = Vec::with_capacity(spans.len());

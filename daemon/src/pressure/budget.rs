@@ -24,6 +24,8 @@ const CALM: u32 = 100;
 /// Per cent of the last ten seconds in which everything runnable waited for memory.
 const STALL_WARN: f64 = 10.0;
 const STALL_CRITICAL: f64 = 25.0;
+/// Share of the machine's memory whose being available says that nobody lacks it.
+const PLENTY: u64 = 4;
 /// A stall average falls slowly: samples before the next cut for the same stall.
 const STALL_PATIENCE: u32 = 40;
 /// Cut for one squeeze, as a share of the configured slab.
@@ -61,8 +63,10 @@ pub(crate) struct Readings {
     pub(crate) machine: Option<(Bytes, Bytes)>,
     /// File pages that our group has mapped: code, for the most part.
     pub(crate) mapped: Bytes,
-    /// PSI some and full, avg10, in per cent: the worst of machine and own group.
+    /// PSI some and full of our own group, avg10, in per cent.
     pub(crate) stall: Option<(f64, f64)>,
+    /// The same of the whole machine.
+    pub(crate) machine_stall: Option<(f64, f64)>,
     /// Someone is trying to take memory from our group, with a limit we do not see yet.
     pub(crate) squeezed: bool,
     /// The system's own opinion (macOS).
@@ -201,7 +205,15 @@ fn grown(now: Bytes, configured: Bytes) -> Bytes {
 }
 
 fn stalled(readings: &Readings) -> bool {
-    readings.system > Level::Normal || readings.stall.is_some_and(|(_, full)| full >= STALL_WARN)
+    readings.system > Level::Normal || stall(readings) >= STALL_WARN
+}
+
+/// Per cent of the time in which all stood still for memory that we might give. While the machine has plenty, its stalls are those
+/// of some other group at a limit of its own.
+fn stall(readings: &Readings) -> f64 {
+    let plenty = readings.machine.is_some_and(|(available, total)| available >= total / PLENTY);
+    let machine = readings.machine_stall.filter(|_| !plenty);
+    [readings.stall, machine].into_iter().flatten().map(|(_, full)| full).fold(0.0, f64::max)
 }
 
 /// Within a tenth of a bound.
@@ -213,7 +225,7 @@ fn close(readings: &Readings) -> bool {
 
 fn level(readings: &Readings) -> Level {
     let held = readings.limits.iter().map(|limit| limit.held as f64 / limit.bytes.max(1) as f64).fold(0.0, f64::max);
-    let full = readings.stall.map_or(0.0, |(_, full)| full);
+    let full = stall(readings);
     // How much of the reserve is left.
     let left = readings.machine.map_or(f64::MAX, |(available, total)| available as f64 / reserve(total).max(1) as f64);
     let own = if held > 0.98 || left < 0.5 || full >= STALL_CRITICAL {
@@ -323,6 +335,12 @@ mod tests {
         let verdicts: Vec<_> = (0..8).map(|_| governor.decide(&stalled, Some(slab))).collect();
         assert_eq!(verdicts.iter().filter(|verdict| verdict.decision.is_some()).count(), 1);
         assert_eq!((verdicts[7].ceiling, verdicts[7].level), (Some(56 * MIB), Level::Critical));
+        // A neighbour's, on a machine with memory to spare.
+        let machine = Some((3000 * MIB, 8000 * MIB));
+        let elsewhere = Readings { stall: None, machine_stall: stalled.stall, machine, ..Readings::default() };
+        assert_eq!(Governor::default().decide(&elsewhere, Some(slab)).ceiling, None);
+        let scarce = Readings { machine: Some((1500 * MIB, 8000 * MIB)), ..elsewhere };
+        assert!(Governor::default().decide(&scarce, Some(slab)).ceiling.is_some());
         let last = (0..500).map(|_| governor.decide(&stalled, Some(slab))).last().expect("many");
         assert_eq!(last.ceiling, Some(16 * MIB));
         let squeezed = Readings { squeezed: true, ..Readings::default() };

@@ -42,9 +42,6 @@ enum Version {
 impl Sensors {
     pub(crate) fn read(&self) -> Readings {
         let groups = self.groups();
-        let machine_stall = pressure(&self.proc_root.join("pressure/memory"));
-        let own_stall = groups.first().and_then(|(_, folder)| pressure(&folder.join("memory.pressure")));
-        let worst = |a: (f64, f64), b: (f64, f64)| (a.0.max(b.0), a.1.max(b.1));
         let machine = self.machine();
         let total = machine.map_or(u64::MAX, |(_, total)| total);
         let mapped = groups.first().map_or(0, |(version, folder)| match version {
@@ -55,7 +52,8 @@ impl Sensors {
             mapped,
             limits: groups.iter().flat_map(|(version, folder)| self.limits(*version, folder, total)).collect(),
             machine,
-            stall: [machine_stall, own_stall].into_iter().flatten().reduce(worst),
+            stall: groups.first().and_then(|(_, folder)| pressure(&folder.join("memory.pressure"))),
+            machine_stall: pressure(&self.proc_root.join("pressure/memory")),
             process: self.process(),
             ..Readings::default()
         }
@@ -122,7 +120,7 @@ impl Sensors {
             }
             None => Finding::good("cgroup", "none".into()),
         }];
-        findings.push(match readings.stall {
+        findings.push(match readings.stall.or(readings.machine_stall) {
             Some((some, full)) => Finding::good("pressure stalls", format!("some {some}%, full {full}% of the last 10 s")),
             None => Finding::good("pressure stalls", "this kernel does not report them; limits and available memory are watched".into()),
         });
@@ -301,7 +299,7 @@ mod tests {
             ("cgroup memory.limit_in_bytes of /sys/fs/cgroup/memory/jobs", 3_500_000, 3_200_000),
         ];
         assert_eq!(limits(&readings), expected);
-        assert_eq!((readings.stall, readings.mapped), (Some((1.5, 0.25)), 100_000));
+        assert_eq!((readings.machine_stall, readings.mapped), (Some((1.5, 0.25)), 100_000));
     }
 
     #[test]
@@ -320,7 +318,7 @@ mod tests {
             ),
         ]);
         assert_eq!(limits(&readings), [("cgroup memory.high of /sys/fs/cgroup/app.scope", 2_097_152, 1_600_000)]);
-        assert_eq!((readings.stall, readings.mapped), (Some((1.5, 12.0)), 50_000));
+        assert_eq!((readings.stall, readings.machine_stall, readings.mapped), (Some((0.0, 12.0)), Some((1.5, 0.25)), 50_000));
     }
 
     #[test]

@@ -148,7 +148,8 @@ fn describe(readings: &Readings) -> Vec<(String, String)> {
     let mib = |bytes: Bytes| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
     let limits = readings.limits.iter().map(|limit| (limit.name.clone(), format!("{} held of {}", mib(limit.held), mib(limit.bytes))));
     let machine = readings.machine.map(|(available, total)| ("machine".into(), format!("{} available of {}", mib(available), mib(total))));
-    let stall = readings.stall.map(|(some, full)| ("memory stalls".into(), format!("some {some}%, full {full}%")));
+    let stall =
+        readings.stall.or(readings.machine_stall).map(|(some, full)| ("memory stalls".into(), format!("some {some}%, full {full}%")));
     let system = (readings.system > Level::Normal).then(|| ("system".into(), format!("{:?}", readings.system)));
     let process = readings.process.map(|bytes| ("process".into(), mib(bytes)));
     limits.chain(machine).chain(stall).chain(system).chain(process).collect()
