@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Far beyond any cache.
-const BUFFER: Bytes = 1 << 30;
+const BUFFER: Bytes = 512 << 20;
 const BUFFER_MIN: Bytes = 256 << 20;
 const ROUNDS: usize = 3;
 /// Of random reads: long enough that a burst the device can buffer does not decide.
@@ -32,11 +32,11 @@ const READING: Duration = Duration::from_secs(1);
 /// Of memory and of file offset, for reads past the page cache.
 const PAGE: usize = 4096;
 
-/// Bytes per second that `threads` pinned threads read from memory together, the best of three rounds. Takes 1 GiB
-/// meanwhile, or a quarter of what is `left` where that is less.
+/// Bytes per second that `threads` pinned threads read from memory together, the best of three rounds. Takes 512
+/// MiB meanwhile, or a sixteenth of what is `left` where that is less.
 pub(crate) fn memory_bandwidth(threads: usize, left: Option<Bytes>) -> f64 {
     let left = left.into_iter().chain(available()).min().unwrap_or(BUFFER);
-    let words = (BUFFER.min(left / 4).max(BUFFER_MIN) / 8) as usize / threads.max(1);
+    let words = (BUFFER.min(left / 16).max(BUFFER_MIN) / 8) as usize / threads.max(1);
     let barrier = Barrier::new(threads.max(1));
     let worker = |index: usize| {
         pin(index);

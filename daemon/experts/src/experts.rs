@@ -172,8 +172,9 @@ impl Experts {
     }
 
     pub fn stats(&self) -> Stats {
-        let mut stats = self.shared.cache.stats();
+        let (mut stats, touched) = self.shared.cache.stats();
         stats.slot_bytes = self.slot_bytes();
+        stats.slab_bytes = touched as u64 * stats.slot_bytes;
         stats.resident_bytes = stats.layers.iter().map(|layer| layer.resident as u64).sum::<u64>() * stats.slot_bytes;
         stats
     }

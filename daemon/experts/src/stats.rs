@@ -14,6 +14,8 @@ pub struct Stats {
     pub slot_bytes: u64,
     /// Slots that hold an expert × `slot_bytes`.
     pub resident_bytes: u64,
+    /// Slots that have their pages, filled or not, × `slot_bytes`: what the slab takes.
+    pub slab_bytes: u64,
     pub hits: u64,
     pub misses: u64,
     /// Asked for while a load was running for a fetch that was dropped, or for a prefetch: neither hit nor miss.

@@ -75,7 +75,7 @@ pub(crate) struct Readings {
     pub(crate) process: Option<Bytes>,
 }
 
-/// The expert slab as it stands.
+/// The expert slab as it stands: what it may take, and what it takes, slots without an expert included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Slab {
     pub(crate) configured: Bytes,

@@ -141,7 +141,7 @@ fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc:
 
 fn slab(report: &Report) -> Slab {
     let experts = &report.experts;
-    Slab { configured: experts.slots_wanted as u64 * experts.layers.len() as u64 * experts.slot_bytes, resident: experts.resident_bytes }
+    Slab { configured: experts.slots_wanted as u64 * experts.layers.len() as u64 * experts.slot_bytes, resident: experts.slab_bytes }
 }
 
 fn describe(readings: &Readings) -> Vec<(String, String)> {

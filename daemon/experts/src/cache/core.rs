@@ -179,6 +179,8 @@ pub(crate) struct Core {
     wish: (LayerId, Vec<ExpertId>),
     /// What a warm start is still to bring back, the dearest last.
     warm: Vec<ExpertKey>,
+    /// Slots that are touched.
+    touched: usize,
     /// Loads that run for a prefetch or a warm start.
     background: usize,
     /// One loader at most populates, so that the others are there for demand.
@@ -221,6 +223,7 @@ impl Core {
             queue: VecDeque::new(),
             wish: (LayerId(0), Vec::new()),
             warm: Vec::new(),
+            touched: 0,
             background: 0,
             populating: false,
             cursor: 0,
@@ -398,7 +401,8 @@ impl Core {
     }
 
     fn load(&mut self, slot: Slot, expert: ExpertId, for_whom: ForWhom) -> Load {
-        self.slots[slot.index()] = Entry { state: State::Loading { expert, for_whom }, touched: true };
+        self.touch(slot);
+        self.slots[slot.index()].state = State::Loading { expert, for_whom };
         Load { slot, key: ExpertKey { layer: self.layer_id(slot), expert } }
     }
 
@@ -478,11 +482,25 @@ impl Core {
         experts.filter(|(slot, _)| slot.as_ref().is_some_and(held)).map(|(_, expert)| ExpertId(expert)).collect()
     }
 
-    /// All but `slot_bytes` and `resident_bytes`, which are the slab's to say.
+    pub(crate) fn touched(&self) -> usize {
+        self.touched
+    }
+
+    /// All but `slot_bytes`, `resident_bytes` and `slab_bytes`, which are the slab's to say.
     pub(crate) fn stats(&self) -> Stats {
         let layers: Vec<_> =
             self.layers.iter().map(|layer| LayerStats { hits: layer.hits, misses: layer.misses, resident: layer.resident }).collect();
         Stats { policy: self.policy, slots_per_layer: self.per_layer, bad_records: self.bad.len(), layers, ..self.counted.clone() }
+    }
+
+    fn touch(&mut self, slot: Slot) {
+        self.touched += usize::from(!std::mem::replace(&mut self.slots[slot.index()].touched, true));
+    }
+
+    /// Its pages are gone, or about to go.
+    fn off(&mut self, slot: Slot) {
+        let before = std::mem::replace(&mut self.slots[slot.index()], Entry { state: State::Off, touched: false });
+        self.touched -= usize::from(before.touched);
     }
 
     fn free(&mut self, slot: Slot) {

@@ -165,8 +165,10 @@ impl Cache {
         self.lock().core.settled()
     }
 
-    pub(crate) fn stats(&self) -> Stats {
-        self.lock().core.stats()
+    /// And the number of slots that have pages.
+    pub(crate) fn stats(&self) -> (Stats, usize) {
+        let inner = self.lock();
+        (inner.core.stats(), inner.core.touched())
     }
 
     /// Loaders finish what they are at and return.

@@ -1,7 +1,7 @@
 //! What changes a cache as a whole: slots faulted in ahead of use, a budget that moves both ways while loads run, another policy,
 //! a cold start. Part of the state machine of `core.rs`; no fetch is going on in any of it but populating.
 
-use super::{Core, Entry, ForWhom, State, Use, Vacant};
+use super::{Core, ForWhom, State, Use, Vacant};
 use crate::{
     PolicyKind,
     key::{LayerId, Slot},
@@ -26,12 +26,12 @@ impl Core {
     /// It is faulted in. Some: as for [`Core::loaded`].
     pub(crate) fn populated(&mut self, slot: Slot) -> Option<Vacant> {
         self.populating = false;
-        let entry = &mut self.slots[slot.index()];
-        if entry.state == State::Draining {
+        let state = self.slots[slot.index()].state;
+        if state == State::Draining {
             return Some(Vacant { slot });
         }
-        assert_eq!(entry.state, State::Populating, "nobody else takes a slot that is being populated");
-        entry.touched = true;
+        assert_eq!(state, State::Populating, "nobody else takes a slot that is being populated");
+        self.touch(slot);
         self.layer_of(slot).busy -= 1;
         self.free(slot);
         self.assign(false);
@@ -44,7 +44,7 @@ impl Core {
         let layer = self.layer_of(slot);
         layer.busy -= 1;
         layer.off.insert(slot);
-        self.slots[slot.index()] = Entry { state: State::Off, touched: false };
+        self.off(slot);
         self.enable(self.layer_id(slot).index(), per_layer);
         self.assign(false);
     }
@@ -125,7 +125,7 @@ impl Core {
         }
         let (free, victim) = (layer.free.pop(), layer.idle.lowest());
         if let Some(slot) = free.or_else(|| victim.map(|(_, victim)| self.evict(LayerId(l as u16), victim))) {
-            self.slots[slot.index()] = Entry { state: State::Off, touched: false };
+            self.off(slot);
             self.layers[l].off.insert(slot);
             return Some(Vacant { slot });
         }

@@ -24,6 +24,7 @@ impl Core {
         assert!(in_state(&|state| state == State::Populating).len() <= usize::from(self.populating));
         let ahead = |state| matches!(state, State::Loading { for_whom: ForWhom::Prefetch | ForWhom::Warm, .. });
         assert_eq!(self.background, in_state(&ahead).len());
+        assert_eq!(self.touched, self.slots.iter().filter(|entry| entry.touched).count());
         let held = in_state(&|state| {
             matches!(state, State::Queued(_) | State::Loading { for_whom: ForWhom::Demand, .. } | State::Resident { pinned: true, .. })
         });
