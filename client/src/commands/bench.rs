@@ -234,6 +234,7 @@ fn row_json(row: &BenchRow) -> Value {
     json!({
         "event": "row", "cache": row.cache, "slots": row.slots, "state": row.state, "io": variant.io, "policy": variant.policy,
         "lookahead": variant.lookahead, "prompt_tokens": row.prompt_tokens, "prefill_tok_s": row.prefill_tok_s, "ttft_s": row.ttft_s,
+        "prefill_disk_bytes": row.prefill_disk_bytes,
         "decode_tokens": row.decode_tokens, "decode_tok_s": row.decode_tok_s, "decode_mean_tok_s": row.decode_mean_tok_s,
         "hit_rate": row.hit_rate, "disk_bytes_per_token": row.disk_bytes_per_token, "disk_bytes_s": row.disk_bytes_s,
         "wait_share": row.wait_share, "memory_bound_tok_s": row.memory_bound_tok_s, "io_bound_tok_s": row.io_bound_tok_s,
