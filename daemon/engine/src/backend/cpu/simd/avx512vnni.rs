@@ -41,7 +41,7 @@ fn rows(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: 
     }
     assert!(range.end <= w.rows && w.weight.len() >= w.rows * w.row_bytes() && x.cols == w.cols && x.group == group);
     let (groups, side) = (w.cols / group, if params == Float::F32 { 4 } else { 2 });
-    assert!(w.cols % group == 0 && w.scales.len() >= w.rows * groups * side && w.biases.len() >= w.rows * groups * side);
+    assert!(w.cols.is_multiple_of(group) && w.scales.len() >= w.rows * groups * side && w.biases.len() >= w.rows * groups * side);
     let read = tokens.iter().map(|token| *token as usize + 1).max().unwrap_or(0);
     assert!(read * groups <= x.sums.len().min(x.fixed.scales.len()) && read * Fixed::row_bytes(w.cols, bits) <= x.fixed.bytes.len());
     assert!(out.len() >= range.len() * tokens.len());
@@ -241,7 +241,12 @@ unsafe fn tile<const BITS: usize, P: Wide, const R: usize, const T: usize>(
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn to_fixed(x: &[f32], fixed: FixedRow<'_>) {
     let FixedRow { bits, group, scales, bytes } = fixed;
-    assert!(x.len() % group == 0 && group % 32 == 0 && scales.len() >= x.len() / group && bytes.len() >= Fixed::row_bytes(x.len(), bits));
+    assert!(
+        x.len().is_multiple_of(group)
+            && group.is_multiple_of(32)
+            && scales.len() >= x.len() / group
+            && bytes.len() >= Fixed::row_bytes(x.len(), bits)
+    );
     let columns = 512 / usize::from(bits);
     for (g, (x, scale)) in x.chunks_exact(group).zip(scales).enumerate() {
         let mut most = _mm512_setzero_ps();

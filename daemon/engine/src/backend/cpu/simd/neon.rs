@@ -99,7 +99,7 @@ fn mul(a: V, b: V) -> V {
 #[inline]
 #[target_feature(enable = "neon")]
 fn div(a: V, b: V) -> V {
-    vdivq_f32(a, b)
+    float32x4x2_t(vdivq_f32(a.0, b.0), vdivq_f32(a.1, b.1))
 }
 
 #[inline]
