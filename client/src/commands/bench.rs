@@ -26,13 +26,13 @@ pub(crate) async fn run(args: BenchArgs, global: &Global) -> Result<(), Failure>
     let failed = |status| daemon.failure(&status, "measuring");
     let mut stream = daemon.admin().bench(request).await.map_err(failed)?.into_inner();
     let mut meter = Meter::new(global);
-    let mut report = Report { paint: Paint::stdout(), machine: None, variant: None };
+    let mut report = Report { paint: Paint::stdout(), machines: Vec::new(), variant: None };
     while let Some(BenchEvent { event }) = stream.message().await.map_err(failed)? {
         match event {
             Some(Event::Progress(BenchProgress { stage, done, total })) => meter.show(&JobProgress { stage, done, total })?,
             Some(Event::Machine(machine)) if global.json => term::print_json(&machine_json(&machine))?,
             Some(Event::Row(row)) if global.json => term::print_json(&row_json(&row))?,
-            Some(Event::Machine(machine)) => report.machine = Some(machine),
+            Some(Event::Machine(machine)) => report.measured(machine),
             Some(Event::Row(row)) => {
                 meter.clear();
                 term::println(&report.row(row))?;
@@ -42,10 +42,7 @@ pub(crate) async fn run(args: BenchArgs, global: &Global) -> Result<(), Failure>
         }
     }
     meter.clear();
-    match (report.machine, global.json) {
-        (Some(machine), false) => term::println(&footer(&machine, report.paint)),
-        _ => Ok(()),
-    }
+    if report.machines.is_empty() || global.json { Ok(()) } else { term::println(&footer(&report.machines, report.paint)) }
 }
 
 fn request(args: BenchArgs) -> Result<BenchRequest, Failure> {
@@ -128,12 +125,18 @@ const COLUMNS: [(&str, &str, usize); 16] = [
 /// The table as its rows come.
 struct Report {
     paint: Paint,
-    machine: Option<BenchMachine>,
+    /// The latest of each kind of I/O.
+    machines: Vec<BenchMachine>,
     /// Of the rows printed last.
     variant: Option<BenchVariant>,
 }
 
 impl Report {
+    fn measured(&mut self, machine: BenchMachine) {
+        self.machines.retain(|other| other.io != machine.io);
+        self.machines.push(machine);
+    }
+
     /// With the header before the first one, and the settings where they change.
     fn row(&mut self, row: BenchRow) -> String {
         let mut text = String::new();
@@ -203,21 +206,19 @@ fn digits(value: f64) -> String {
     }
 }
 
-fn footer(machine: &BenchMachine, paint: Paint) -> String {
-    let record = render::bytes(machine.record_bytes);
-    let mut lines = vec![
-        String::new(),
-        format!("memory {:.1} GB/s, summed by {} threads ({})", machine.memory_bytes_s / 1e9, machine.threads, machine.kernels),
-        format!(
-            "disk   {:.2} GB/s in reads of {record} at random places, {} readers, {} I/O",
-            machine.disk_bytes_s / 1e9,
-            machine.readers,
-            machine.io
-        ),
-        "overlap: memory and disk work at the same time; serial: one after the other. of: share of that bound reached".into(),
-        "ahead: recall of the lookahead; used, lost: experts it loaded that were needed or evicted unused".into(),
-    ];
-    lines.extend(machine.notes.iter().map(|note| format!("not measured: {note}")));
+/// What the bounds come from, measured anew for every size of cache: the latest figures.
+fn footer(machines: &[BenchMachine], paint: Paint) -> String {
+    let mut lines = vec![String::new()];
+    if let Some(machine) = machines.last() {
+        lines.push(format!("memory {:.1} GB/s, summed by {} threads ({})", machine.memory_bytes_s / 1e9, machine.threads, machine.kernels));
+    }
+    lines.extend(machines.iter().map(|machine| {
+        let (speed, record) = (machine.disk_bytes_s / 1e9, render::bytes(machine.record_bytes));
+        format!("disk   {speed:.2} GB/s in reads of {record} at random places, {} readers, {} I/O", machine.readers, machine.io)
+    }));
+    lines.push("overlap: memory and disk work at the same time; serial: one after the other. of: share of that bound reached".into());
+    lines.push("ahead: recall of the lookahead; used, lost: experts it loaded that were needed or evicted unused".into());
+    lines.extend(machines.iter().flat_map(|machine| &machine.notes).map(|note| format!("not measured: {note}")));
     paint.dim(&lines.join("\n"))
 }
 
@@ -273,7 +274,7 @@ mod tests {
 
     #[test]
     fn a_table_fits_a_terminal() {
-        let mut report = Report { paint: Paint::plain(), machine: None, variant: None };
+        let mut report = Report { paint: Paint::plain(), machines: Vec::new(), variant: None };
         let first = report.row(row());
         let none = report.row(BenchRow { cache: "none".into(), state: "warm".into(), variant: row().variant, ..BenchRow::default() });
         let expected = "\
