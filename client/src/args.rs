@@ -341,6 +341,9 @@ pub(crate) struct BenchArgs {
     /// Load what the next layer will probably use: auto, on, off
     #[arg(long, value_name = "MODES", value_delimiter = ',')]
     pub(crate) lookahead: Vec<String>,
+    /// Say below each row where the time of a token went
+    #[arg(long)]
+    pub(crate) profile: bool,
     /// Measure each row so often and report medians
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) repeat: u32,

@@ -4,7 +4,8 @@
 use std::path::absolute;
 
 use flash_proto::v1::{
-    BenchEvent, BenchMachine, BenchProgress, BenchRequest, BenchRow, BenchVariant, JobProgress, SynthRequest, bench_event::Event,
+    BenchEvent, BenchMachine, BenchProgress, BenchRequest, BenchRow, BenchStage, BenchVariant, JobProgress, SynthRequest,
+    bench_event::Event,
 };
 use serde_json::{Value, json};
 
@@ -21,12 +22,13 @@ pub(crate) async fn run(args: BenchArgs, global: &Global) -> Result<(), Failure>
     if let Some(BenchCommand::Synth(args)) = args.synth {
         return synth(args, global).await;
     }
+    let profile = args.profile;
     let request = request(args)?;
     let daemon = connect(global).await?;
     let failed = |status| daemon.failure(&status, "measuring");
     let mut stream = daemon.admin().bench(request).await.map_err(failed)?.into_inner();
     let mut meter = Meter::new(global);
-    let mut report = Report { paint: Paint::stdout(), machines: Vec::new(), variant: None };
+    let mut report = Report { paint: Paint::stdout(), profile, machines: Vec::new(), variant: None };
     while let Some(BenchEvent { event }) = stream.message().await.map_err(failed)? {
         match event {
             Some(Event::Progress(BenchProgress { stage, done, total })) => meter.show(&JobProgress { stage, done, total })?,
@@ -125,6 +127,8 @@ const COLUMNS: [(&str, &str, usize); 16] = [
 /// The table as its rows come.
 struct Report {
     paint: Paint,
+    /// Say where the time went.
+    profile: bool,
     /// The latest of each kind of I/O.
     machines: Vec<BenchMachine>,
     /// Of the rows printed last.
@@ -153,7 +157,11 @@ impl Report {
             text += &self.paint.dim(&settings);
             self.variant = Some(variant);
         }
-        text + &line(cells(&row))
+        text += &line(cells(&row));
+        if self.profile && !row.stages.is_empty() {
+            text += &self.paint.dim(&stages(&row));
+        }
+        text
     }
 }
 
@@ -193,6 +201,14 @@ fn cells(row: &BenchRow) -> [String; COLUMNS.len()] {
         counted(row.prefetch_useful),
         counted(row.prefetch_wasted),
     ]
+}
+
+/// Below its row, each stage's share of a mean token.
+fn stages(row: &BenchRow) -> String {
+    let total: f64 = row.stages.iter().map(|stage| stage.seconds).sum();
+    let share = |stage: &BenchStage| format!("{} {:.1}%", stage.name, stage.seconds / total * 100.0);
+    let lines = row.stages.chunks(4).map(|stages| stages.iter().map(share).collect::<Vec<_>>().join(", "));
+    format!("\n       {} ms: {}", digits(total * 1e3), lines.collect::<Vec<_>>().join(",\n       "))
 }
 
 /// Three digits that mean something.
@@ -242,6 +258,7 @@ fn row_json(row: &BenchRow) -> Value {
         "overlapped_tok_s": row.overlapped_tok_s, "serial_tok_s": row.serial_tok_s, "of_overlapped": row.of_overlapped,
         "of_serial": row.of_serial, "lookahead_recall": row.lookahead_recall, "prefetch_useful": row.prefetch_useful,
         "prefetch_wasted": row.prefetch_wasted,
+        "stages_s": row.stages.iter().map(|stage| (stage.name.clone(), stage.seconds.into())).collect::<serde_json::Map<_, Value>>(),
     })
 }
 
@@ -274,7 +291,7 @@ mod tests {
 
     #[test]
     fn a_table_fits_a_terminal() {
-        let mut report = Report { paint: Paint::plain(), machines: Vec::new(), variant: None };
+        let mut report = Report { paint: Paint::plain(), profile: false, machines: Vec::new(), variant: None };
         let first = report.row(row());
         let none = report.row(BenchRow { cache: "none".into(), state: "warm".into(), variant: row().variant, ..BenchRow::default() });
         let expected = "\

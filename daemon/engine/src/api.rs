@@ -4,7 +4,7 @@ use std::{collections::HashMap, fmt, path::PathBuf, str::FromStr, time::Duration
 
 pub use flash_experts::{Error as ExpertsError, Io, Measured, PolicyKind};
 
-use crate::Error;
+use crate::{Error, Profile};
 
 /// A byte count.
 pub type Bytes = u64;
@@ -312,6 +312,7 @@ pub struct Report {
     /// Experts that layers wanted where lookahead had a say, and those of them that it had foreseen.
     pub lookahead_wanted: u64,
     pub lookahead_foreseen: u64,
+    pub profile: Profile,
     pub experts: flash_experts::Stats,
 }
 

@@ -10,7 +10,8 @@ use std::{
 #[doc(hidden)]
 pub use crate::backend::cpu::{Attention, Decoded};
 use crate::{
-    Bytes, CacheBudget, Delivery, Engine, Error, Event, Io, Kernels, Lookahead, Options, PolicyKind, Report, Request, Sampling, Step,
+    Bytes, CacheBudget, Delivery, Engine, Error, Event, Io, Kernels, Lookahead, Options, PolicyKind, Profile, Report, Request, Sampling,
+    Stage, Step,
     machine::{Disk, fetched, memory_bandwidth},
     model::families::{FfnSpec, Model},
     synth::is_synthetic,
@@ -124,6 +125,9 @@ pub struct Decode {
     pub disk_bytes_s: f64,
     /// Of the time: the engine had nothing to compute until an expert came.
     pub wait_share: f64,
+    /// Where the time went; of all tokens.
+    pub profile: Profile,
+    pub time: Duration,
     /// Bytes that a token reads from memory.
     pub bytes_per_token: f64,
     pub bounds: Bounds,
@@ -168,6 +172,14 @@ impl Decode {
 
     pub fn of_overlapped(&self) -> f64 {
         self.tok_s / self.bounds.overlapped
+    }
+
+    /// Seconds of a mean token by stage, then those of no stage.
+    pub fn stages(&self) -> impl Iterator<Item = (&'static str, f64)> {
+        let named: Duration = Stage::ALL.iter().map(|stage| self.profile.get(*stage)).sum();
+        let stages = Stage::ALL.map(|stage| (stage.name(), self.profile.get(stage)));
+        let all = stages.into_iter().chain([("unaccounted", self.time.saturating_sub(named))]);
+        all.map(|(name, time)| (name, time.as_secs_f64() / self.tokens as f64))
     }
 
     pub fn of_serial(&self) -> f64 {
@@ -399,9 +411,11 @@ impl<'a> Session<'a> {
         let (first, end) = (&first.report, &end.report);
         let looked = end.lookahead_wanted - first.lookahead_wanted;
         let foreseen = end.lookahead_foreseen - first.lookahead_foreseen;
+        let profile = end.profile.since(&first.profile);
         let (first, end) = (&first.experts, &end.experts);
         let tokens = times.len() - 1;
-        let seconds = (times[tokens] - times[0]).as_secs_f64();
+        let time = times[tokens] - times[0];
+        let seconds = time.as_secs_f64();
         let (hits, misses) = (end.hits - first.hits, end.misses - first.misses + end.joined - first.joined);
         let wasted = end.prefetch_wasted - first.prefetch_wasted;
         // What a wrong guess read was not needed.
@@ -416,6 +430,8 @@ impl<'a> Session<'a> {
             disk_bytes_per_token: from_disk / tokens as f64,
             disk_bytes_s: from_disk / seconds,
             wait_share: (end.wait_time - first.wait_time).as_secs_f64() / seconds,
+            profile,
+            time,
             bytes_per_token,
             needed_bytes_per_token: needed / tokens as f64,
             bounds: Bounds::new((bytes_per_token, f64::INFINITY), (0.0, f64::INFINITY)),

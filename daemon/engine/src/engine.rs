@@ -24,6 +24,7 @@ use crate::{
     memory::{SlabShape, available},
     model::families::{Ffn, FfnSpec, Model},
     moe::{Forced, Router},
+    profile::Stage,
     schedule::{CHUNK_MIN, Waiting, Worth, chunk, slice},
     sequence::{Counters, Sequence},
     storage,
@@ -323,13 +324,14 @@ impl Engine {
                 batch.tables.push(sequence.blocks.clone());
             }
         });
-        let rows: Vec<usize> = (0..decoding.batch.rows.len()).collect();
-        if rows.is_empty() {
+        let rows = decoding.batch.rows.len();
+        if rows == 0 {
             return false;
         }
         forward.run(cpu, experts, decoding);
         let now = counters(experts);
-        let logits = cpu.logits(&decoding.act, &rows);
+        let logits = cpu.logits(&decoding.act, 0..rows);
+        let began = Instant::now();
         let sequences = running.iter_mut().filter(|sequence| decodes(sequence));
         for ((row, sequence), logits) in sequences.enumerate().zip(logits.chunks_exact(self.info.vocab_size)) {
             if let Some(lost) = decoding.lost.iter().find(|lost| lost.sequence == row) {
@@ -343,6 +345,7 @@ impl Engine {
             }
             say(sequence, &self.text, logits, now, &mut self.scratch, gone, deliver);
         }
+        cpu.profile.add(Stage::Sampling, began);
         true
     }
 
@@ -387,8 +390,10 @@ impl Engine {
             }
             if !sequence.prefilling() {
                 let now = counters(&self.experts);
-                let logits = self.cpu.logits(&pass.act, &[rows - 1]);
+                let logits = self.cpu.logits(&pass.act, rows - 1..rows);
+                let began = Instant::now();
                 say(sequence, &self.text, logits, now, &mut self.scratch, gone, deliver);
+                self.cpu.profile.add(Stage::Sampling, began);
                 drop(pass);
                 self.settle();
                 return true;
@@ -442,6 +447,7 @@ impl Engine {
             io: self.io,
             lookahead_wanted: self.forward.foresight.wanted,
             lookahead_foreseen: self.forward.foresight.foreseen,
+            profile: self.cpu.profile,
             experts: self.experts.stats(),
         }
     }
@@ -474,7 +480,7 @@ impl Engine {
                 break;
             }
             for row in (0..part.len()).filter(|row| first + row >= from) {
-                each(first + row, self.cpu.logits(&pass.act, &[row]));
+                each(first + row, self.cpu.logits(&pass.act, row..row + 1));
             }
             first += part.len();
         }

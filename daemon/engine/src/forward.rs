@@ -1,13 +1,14 @@
 //! The decoder on one page: a pass through the layers, which may stop between pieces and be taken up again.
 
-use std::{ops::Range, sync::Arc};
+use std::{ops::Range, sync::Arc, time::Instant};
 
-use flash_experts::{Arrival, ExpertId, Experts, LayerId, Slot};
+use flash_experts::{Arrival, ExpertId, Experts, LayerId};
 
 use crate::{
     Event,
     backend::cpu::{Activations, Batch, Cpu, PIECE_MAX, PLACES_MAX},
     moe::{Forced, Plan, Router, most_likely},
+    profile::Stage as Spent,
 };
 
 /// What every pass shares.
@@ -33,6 +34,9 @@ pub(crate) struct Pass {
     stage: Stage,
     /// Experts of this layer that have not run.
     left: Vec<ExpertId>,
+    /// What a fetch gave last, and those of it that can run.
+    arrivals: Vec<Arrival>,
+    ready: Vec<ExpertId>,
     /// Sequences that lost an expert.
     pub(crate) lost: Vec<Lost>,
     /// What the routers chose, if somebody wants to know: [MoE layers, rows, top_k].
@@ -129,7 +133,9 @@ impl Forward {
                 Stage::Experts { .. } => {
                     let moe_layer = self.moe_layers[pass.layer].expect("only routed layers come to this stage");
                     if self.experts(cpu, experts, pass, moe_layer, cut) {
+                        let began = Instant::now();
                         cpu.combine(&mut pass.act, &pass.plan);
+                        cpu.profile.add(Spent::Experts, began);
                         (pass.layer, pass.stage) = (pass.layer + 1, Stage::Rows(0));
                     }
                 }
@@ -150,6 +156,7 @@ impl Forward {
             plan.begin(self.router);
         }
         cpu.attention(layer, act, batch, alive, piece.clone());
+        let began = Instant::now();
         match cpu.route(layer, act, piece.clone()) {
             None => cpu.dense(layer, act, piece.clone()),
             Some(logits) => {
@@ -175,26 +182,31 @@ impl Forward {
                 (pass.layer, pass.stage) = (layer + 1, Stage::Rows(0));
             }
         }
+        cpu.profile.add(if self.moe_layers[layer].is_some() { Spent::Router } else { Spent::Experts }, began);
     }
 
     /// Runs experts as their bytes arrive, those in the cache first; their sum is taken in rank order. False: enough for
     /// now, `left` says what is to do.
     fn experts(&mut self, cpu: &mut Cpu, experts: &mut Experts, pass: &mut Pass, moe_layer: LayerId, cut: &mut Cut<'_>) -> bool {
-        let Pass { batch, act, plan, alive, layer, left, lost, stage, .. } = pass;
+        let Pass { batch, act, plan, alive, layer, left, arrivals, ready, lost, stage, .. } = pass;
         let first = std::mem::replace(stage, Stage::Experts { first: false }) == Stage::Experts { first: true };
         // A prompt needs most experts of the next layer anyway, and a full cache has them.
         let foresees = batch.rows.len() <= FORESEE_ROWS && self.foresight.on && self.forced.is_none();
         let next = self.moe_layers.get(*layer + 1).copied().flatten().filter(|_| foresees && experts.slots() < self.router.experts);
+        let mut began = Instant::now();
         let mut fetch = experts.fetch(moe_layer, &if first { plan.routing() } else { plan.rest(left) });
-        if let Some((next_layer, logits)) = next.zip(next.and_then(|_| cpu.foresee(*layer + 1, act))) {
-            fetch.prefetch(next_layer, self.foresight.rank(*layer + 1, logits, self.router));
+        if let Some(next_layer) = next {
+            began = cpu.profile.add(Spent::Wait, began);
+            if let Some(logits) = cpu.foresee(*layer + 1, act) {
+                fetch.prefetch(next_layer, self.foresight.rank(*layer + 1, logits, self.router));
+            }
+            began = cpu.profile.add(Spent::Router, began);
         }
-        let mut arrivals = Vec::new();
-        while fetch.next(&mut arrivals) {
-            let mut ready: Vec<(ExpertId, Slot)> = Vec::with_capacity(arrivals.len());
+        while fetch.next(arrivals) {
+            ready.clear();
             for arrival in arrivals.drain(..) {
                 match arrival {
-                    Arrival::Ready { expert, slot } => ready.push((expert, slot)),
+                    Arrival::Ready { expert, .. } => ready.push(expert),
                     Arrival::Failed { expert, error } => {
                         left.retain(|left| *left != expert);
                         drop_rows(batch, plan, expert, &error, alive, lost);
@@ -204,22 +216,24 @@ impl Forward {
             let mut ready = &ready[..];
             while !ready.is_empty() {
                 let mut rows = 0;
-                let fits = |(expert, _): &&(ExpertId, Slot)| {
-                    rows += plan.rows_of(*expert).0.len();
+                let fits = |expert: &&ExpertId| {
+                    rows += plan.rows_of(**expert).0.len();
                     rows <= PLACES_MAX
                 };
                 let (group, rest) = ready.split_at(ready.iter().take_while(fits).count().max(1));
-                let slots: Vec<(ExpertId, &[u8])> = group.iter().map(|(expert, slot)| (*expert, fetch.slot_bytes(*slot))).collect();
-                cpu.experts(*layer, act, plan, &slots);
-                let computed: Vec<ExpertId> = group.iter().map(|(expert, _)| *expert).collect();
-                fetch.done(&computed);
-                left.retain(|left| !computed.contains(left));
+                began = cpu.profile.add(Spent::Wait, began);
+                cpu.experts(*layer, act, plan, group, &|expert| fetch.bytes(expert));
+                began = cpu.profile.add(Spent::Experts, began);
+                fetch.done(group);
+                left.retain(|left| !group.contains(left));
                 ready = rest;
                 if !left.is_empty() && (cut.enough)() {
                     return false;
                 }
             }
         }
+        drop(fetch);
+        cpu.profile.add(Spent::Wait, began);
         true
     }
 }

@@ -12,6 +12,9 @@ use crate::{Sampling, TokenLogprob};
 
 /// Candidates sorted at first when only top-p or min-p limits them; almost always enough.
 const HEAD: usize = 1024;
+/// Weights that are summed, compared or passed over together.
+const RUN: usize = 256;
+const LANES: usize = 16;
 
 /// One request's sampling state.
 #[derive(Debug)]
@@ -19,8 +22,13 @@ pub(crate) struct Sampler {
     settings: Sampling,
     seed: u64,
     draws: u64,
-    /// How often each token was generated.
+    /// How often each token was generated, where penalties ask for it.
     counts: HashMap<u32, u32>,
+    /// e^((logit − highest) / temperature) of every token.
+    weights: Vec<f32>,
+    /// Of each run of weights, the highest.
+    bests: Vec<f32>,
+    /// (token, weight)
     candidates: Vec<(u32, f32)>,
 }
 
@@ -28,14 +36,16 @@ impl Sampler {
     pub(crate) fn new(settings: Sampling) -> Self {
         // RandomState is seeded by the operating system.
         let seed = settings.seed.unwrap_or_else(|| RandomState::new().hash_one(0u8));
-        Self { settings, seed, draws: 0, counts: HashMap::new(), candidates: Vec::new() }
+        Self { settings, seed, draws: 0, counts: HashMap::new(), weights: Vec::new(), bests: Vec::new(), candidates: Vec::new() }
     }
 
     /// Draws the next token; `history` is prompt and completion so far. `logits` are changed. `None` if none is finite.
     pub(crate) fn draw(&mut self, logits: &mut [f32], history: &[u32]) -> Option<u32> {
         self.penalize(logits, history);
         let token = if self.settings.temperature == 0.0 { greedy(logits) } else { self.pick(logits) }?;
-        *self.counts.entry(token).or_default() += 1;
+        if self.settings.frequency_penalty != 0.0 || self.settings.presence_penalty != 0.0 {
+            *self.counts.entry(token).or_default() += 1;
+        }
         Some(token)
     }
 
@@ -65,49 +75,100 @@ impl Sampler {
 
     fn pick(&mut self, logits: &[f32]) -> Option<u32> {
         let Sampling { temperature, top_k, top_p, min_p, .. } = self.settings;
-        let candidates = &mut self.candidates;
-        candidates.clear();
-        candidates.extend((0u32..).zip(logits).filter(|(_, logit)| logit.is_finite()).map(|(id, logit)| (id, logit / temperature)));
-        let all = if top_k == 0 { candidates.len() } else { top_k.min(candidates.len()) };
-        let max = candidates.iter().map(|candidate| candidate.1).fold(f32::NEG_INFINITY, f32::max);
-        if all < candidates.len() {
-            candidates.select_nth_unstable_by(all, likelier);
-            candidates.truncate(all);
+        let (max, inverse) = (highest(logits)?, 1.0 / temperature);
+        self.weights.clear();
+        self.weights.extend(logits.iter().map(|logit| exp((logit - max) * inverse)));
+        let weights = &self.weights[..];
+        let all = self.weights.len();
+        let total: f64 = weights.chunks(RUN).map(sum).sum();
+        let limited = (1..all).contains(&top_k);
+        if !limited && top_p >= 1.0 && min_p <= 0.0 {
+            return Some(self.draw_from_all(total));
         }
-        let total: f64 = candidates.iter().map(|candidate| f64::from(candidate.1 - max).exp()).sum();
+        // Below it nothing is kept: neither of the k highest runs' best is, nor can all of the rest be more than top-p leaves out.
+        let mut floor = f64::from(min_p);
+        if limited {
+            floor = floor.max(self.kth_best_run(top_k));
+        } else {
+            floor = floor.max((1.0 - f64::from(top_p)) * total / all as f64 * 0.999);
+        }
+        let (weights, candidates) = (&self.weights[..], &mut self.candidates);
+        candidates.clear();
+        for (first, run) in (0u32..).step_by(RUN).zip(weights.chunks(RUN)) {
+            if f64::from(best(run)) >= floor {
+                candidates.extend((first..).zip(run.iter().copied()).filter(|(_, weight)| *weight > 0.0 && f64::from(*weight) >= floor));
+            }
+        }
+        if limited && top_k < candidates.len() {
+            candidates.select_nth_unstable_by(top_k, likelier);
+            candidates.truncate(top_k);
+        }
+        let total = if limited { candidates.iter().map(|candidate| f64::from(candidate.1)).sum() } else { total };
         // The kept candidates are a prefix in order of likelihood; sort only as much as it takes to find its end.
-        let mut sorted = HEAD.min(all);
+        let mut sorted = HEAD.min(candidates.len());
         loop {
-            if sorted < all {
+            if sorted < candidates.len() {
                 candidates.select_nth_unstable_by(sorted, likelier);
             }
             candidates[..sorted].sort_unstable_by(likelier);
-            let (mut mass, mut kept) = (0.0, Vec::new());
-            for candidate in &candidates[..sorted] {
-                let p = f64::from(candidate.1 - max).exp() / total;
-                if !kept.is_empty() && (mass >= f64::from(top_p) || f64::from(candidate.1 - max).exp() < f64::from(min_p)) {
-                    return Some(self.choose(&kept, mass));
+            let (mut mass, mut kept) = (0.0, 0);
+            for (_, weight) in &candidates[..sorted] {
+                if kept > 0 && (mass >= f64::from(top_p) * total || *weight < min_p) {
+                    break;
                 }
-                mass += p;
-                kept.push((candidate.0, p));
+                mass += f64::from(*weight);
+                kept += 1;
             }
-            if sorted == all {
-                return if kept.is_empty() { None } else { Some(self.choose(&kept, mass)) };
+            if kept < sorted || sorted == candidates.len() {
+                return Some(self.choose(kept, mass));
             }
-            sorted = all;
+            sorted = candidates.len();
         }
     }
 
-    fn choose(&mut self, kept: &[(u32, f64)], mass: f64) -> u32 {
+    /// In order of token ids, which no cut needs.
+    fn draw_from_all(&mut self, total: f64) -> u32 {
+        let mut left = self.uniform() * total;
+        let mut last = 0;
+        for (first, run) in (0u32..).step_by(RUN).zip(self.weights.chunks(RUN)) {
+            let mass = sum(run);
+            if left >= mass {
+                left -= mass;
+                continue;
+            }
+            for (id, weight) in (first..).zip(run).filter(|(_, weight)| **weight > 0.0) {
+                left -= f64::from(*weight);
+                if left < 0.0 {
+                    return id;
+                }
+                last = id;
+            }
+        }
+        // Rounding left a sliver.
+        last
+    }
+
+    /// At least k weights are as high: each run's best is one of them. 0 where there are fewer runs.
+    fn kth_best_run(&mut self, k: usize) -> f64 {
+        self.bests.clear();
+        self.bests.extend(self.weights.chunks(RUN).map(best));
+        if self.bests.len() < k {
+            return 0.0;
+        }
+        f64::from(*self.bests.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1)
+    }
+
+    /// One of the first `kept` candidates, whose weights sum to `mass`.
+    fn choose(&mut self, kept: usize, mass: f64) -> u32 {
         let mut left = self.uniform() * mass;
-        for (id, p) in kept {
-            left -= p;
+        for (id, weight) in &self.candidates[..kept] {
+            left -= f64::from(*weight);
             if left < 0.0 {
                 return *id;
             }
         }
         // Rounding left a sliver: it belongs to the last one.
-        kept[kept.len() - 1].0
+        self.candidates[kept - 1].0
     }
 
     /// SplitMix64 (Steele, Lea, Flood 2014) of seed and draw number, in [0, 1).
@@ -126,13 +187,59 @@ fn likelier(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
 
 /// The most likely token, the lower id on ties; `None` if no logit is finite.
 fn greedy(logits: &[f32]) -> Option<u32> {
-    let mut best: Option<(u32, f32)> = None;
-    for (id, logit) in (0u32..).zip(logits).filter(|(_, logit)| logit.is_finite()) {
-        if best.is_none_or(|best| *logit > best.1) {
-            best = Some((id, *logit));
-        }
+    let max = highest(logits)?;
+    logits.iter().position(|logit| *logit == max).map(|id| id as u32)
+}
+
+/// Of the finite ones. In lanes, as the loops below, because a vocabulary is long.
+fn highest(logits: &[f32]) -> Option<f32> {
+    let max = best_of(logits, |logit| if logit.is_finite() { logit } else { f32::NEG_INFINITY });
+    (max > f32::NEG_INFINITY).then_some(max)
+}
+
+fn best(weights: &[f32]) -> f32 {
+    best_of(weights, |weight| weight)
+}
+
+fn best_of(numbers: &[f32], of: impl Fn(f32) -> f32) -> f32 {
+    let (runs, rest) = numbers.as_chunks::<LANES>();
+    let higher = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for run in runs {
+        lanes = std::array::from_fn(|i| higher(lanes[i], of(run[i])));
     }
-    best.map(|best| best.0)
+    lanes.into_iter().chain(rest.iter().map(|number| of(*number))).fold(f32::NEG_INFINITY, higher)
+}
+
+/// Of a run of weights, few enough for f32.
+fn sum(weights: &[f32]) -> f64 {
+    let (runs, rest) = weights.as_chunks::<LANES>();
+    let mut lanes = [0.0; LANES];
+    for run in runs {
+        lanes = std::array::from_fn(|i| lanes[i] + run[i]);
+    }
+    lanes.iter().chain(rest).map(|weight| f64::from(*weight)).sum()
+}
+
+/// e^x for x ≤ 0, within 2e-7 of it; 0 below e^-86, and for what is not finite. Plain arithmetic without branches, so that the compiler
+/// makes vectors of it: x = n·ln 2 + r, the power series of r, n into the exponent.
+fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 × 2²³: the sum's low bits are the nearest integer
+    let inside = (-86.0..=0.0).contains(&x);
+    let x = if inside { x } else { 0.0 };
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
+    let series = 1.0 / 5040.0;
+    let series = series * r + 1.0 / 720.0;
+    let series = series * r + 1.0 / 120.0;
+    let series = series * r + 1.0 / 24.0;
+    let series = series * r + 1.0 / 6.0;
+    let series = series * r + 0.5;
+    let series = series * r + 1.0;
+    let series = series * r + 1.0;
+    let power = f32::from_bits(series.to_bits().wrapping_add(shifted.to_bits() << 23));
+    if inside { power } else { 0.0 }
 }
 
 /// Log-softmax of the model's own logits (before penalties and temperature) at `token` and its `top` alternatives.
@@ -186,6 +293,45 @@ mod tests {
         let kept = tally(&logits, |s| s.min_p = 0.2);
         assert!(kept[0] == 0 && kept[1] > 0);
         assert!(tally(&logits, |s| s.temperature = 0.2)[3] > 3800);
+    }
+
+    #[test]
+    fn weights_are_exponentials() {
+        for i in 0..=8600 {
+            let x = -0.01 * i as f32;
+            assert!((f64::from(exp(x)) / f64::from(x).exp() - 1.0).abs() < 2e-7, "{x}: {}", exp(x));
+        }
+        assert_eq!([-86.1, f32::NEG_INFINITY, f32::INFINITY, f32::NAN].map(exp), [0.0; 4]);
+        let mut numbers: Vec<f32> = (0..1000).map(|i| ((i * 37) % 500) as f32).collect();
+        numbers[77] = f32::INFINITY;
+        numbers[78] = f32::NAN;
+        assert_eq!((highest(&numbers), sum(&numbers[..40])), (Some(499.0), numbers[..40].iter().sum::<f32>().into()));
+    }
+
+    /// A long vocabulary against the definition: sort, cut, compare what can be drawn.
+    #[test]
+    fn cuts_keep_the_likeliest_of_many() {
+        let logits: Vec<f32> = (0..3000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 22) as f32).collect();
+        let mut ranked: Vec<u32> = (0..3000).collect();
+        ranked.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]));
+        for (top_k, top_p, min_p) in [(7, 1.0, 0.0), (200, 1.0, 0.0), (0, 0.05, 0.0), (0, 1.0, 0.95), (50, 0.5, 0.9), (2999, 0.01, 0.0)] {
+            let change = |s: &mut Sampling| (s.top_k, s.top_p, s.min_p) = (top_k, top_p, min_p);
+            let weight = |id: &u32| f64::from(logits[*id as usize] - logits[ranked[0] as usize]).exp();
+            let pool = &ranked[..if top_k == 0 { 3000 } else { top_k }];
+            let total: f64 = pool.iter().map(weight).sum();
+            let mut mass = 0.0;
+            let kept = pool.iter().take_while(|id| {
+                let keeps = mass < f64::from(top_p) * total && weight(id) >= f64::from(min_p);
+                mass += weight(id);
+                keeps
+            });
+            let kept: Vec<u32> = kept.copied().collect();
+            let drawn = tally(&logits, change);
+            let foreign = (0..3000u32).filter(|id| drawn[*id as usize] > 0 && !kept.contains(id)).count();
+            assert_eq!(foreign, 0, "top_k {top_k}, top_p {top_p}, min_p {min_p}: {} kept", kept.len());
+            // Nothing that is kept is much rarer than the rest.
+            assert!(kept.len() > 60 || kept.iter().all(|id| drawn[*id as usize] > 0));
+        }
     }
 
     #[test]

@@ -227,10 +227,10 @@ impl Fetch<'_> {
     /// The bytes of an expert that was handed out (region 0), until [`Fetch::done`].
     ///
     /// # Panics
-    /// If the slot is not one that this fetch holds.
-    pub fn slot_bytes(&self, slot: Slot) -> &[u8] {
-        let pin = self.experts.pins.iter().find(|pin| pin.slot() == slot);
-        self.experts.shared.slab.bytes(pin.unwrap_or_else(|| panic!("slot {} is not held by this fetch", slot.0)))
+    /// If this fetch does not hold the expert.
+    pub fn bytes(&self, expert: ExpertId) -> &[u8] {
+        let pin = self.experts.pins.iter().find(|pin| pin.expert() == expert);
+        self.experts.shared.slab.bytes(pin.unwrap_or_else(|| panic!("expert {} is not held by this fetch", expert.0)))
     }
 }
 

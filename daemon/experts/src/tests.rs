@@ -158,7 +158,7 @@ fn arrivals(fetch: &mut Fetch<'_>) -> Option<Vec<Result<u16, String>>> {
     fetch.next(&mut arrivals).then_some(())?;
     let check = |arrival| match arrival {
         Arrival::Ready { expert, slot } => {
-            assert_bytes(fetch.slot_bytes(slot), 1, COUNT, 0, expert);
+            assert_bytes(fetch.bytes(expert), 1, COUNT, 0, expert);
             Ok(expert.0)
         }
         Arrival::Failed { error, .. } => Err(error.to_string()),
@@ -435,7 +435,7 @@ fn random_fetch(experts: &mut Experts, random: &mut Random, layers: usize, count
         for arrival in arrivals.drain(..) {
             match arrival {
                 Arrival::Ready { expert, slot } => {
-                    assert_bytes(fetch.slot_bytes(slot), layers, count, layer, expert);
+                    assert_bytes(fetch.bytes(expert), layers, count, layer, expert);
                     holding.push((expert, slot));
                     arrived.push(expert.0);
                 }
@@ -450,7 +450,7 @@ fn random_fetch(experts: &mut Experts, random: &mut Random, layers: usize, count
         }
         random.shuffle(&mut holding);
         for (expert, slot) in holding.drain(random.below(holding.len() + 1).min(spare)..) {
-            assert_bytes(fetch.slot_bytes(slot), layers, count, layer, expert); // nobody wrote to it meanwhile
+            assert_bytes(fetch.bytes(expert), layers, count, layer, expert); // nobody wrote to it meanwhile
             fetch.done(&[expert]);
         }
     }

@@ -472,6 +472,7 @@ fn bench_row(row: Row) -> v1::BenchRow {
         lookahead_recall: decode.lookahead_recall,
         prefetch_useful: decode.prefetch_useful,
         prefetch_wasted: decode.prefetch_wasted,
+        stages: decode.stages().map(|(name, seconds)| v1::BenchStage { name: name.into(), seconds }).collect(),
         ..prompt
     }
 }

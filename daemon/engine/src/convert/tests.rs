@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fs};
 use tempfile::TempDir;
 
 use super::*;
-use crate::model::tests::small;
+use crate::model::{tests::small, weights::Arena};
 
 type Files = BTreeMap<String, Vec<u8>>;
 
@@ -37,7 +37,9 @@ fn contents(dir: &Path) -> Vec<Vec<u8>> {
         }
     }
     let spans = specs.into_iter().flat_map(|spec| [Some(spec.weight), spec.scales, spec.biases]).flatten();
-    spans.map(|span| model.weights.read("test", span).unwrap().as_slice().to_vec()).collect()
+    let mut arena = Arena::default();
+    let parts: Vec<_> = spans.map(|span| model.weights.read("test", span, &mut arena).unwrap()).collect();
+    parts.into_iter().map(|part| arena.get(part).to_vec()).collect()
 }
 
 fn go_on(_: Progress) -> bool {

@@ -4,7 +4,6 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fmt,
     fs::File,
     io,
     os::unix::fs::FileExt,
@@ -81,49 +80,51 @@ pub(crate) struct VectorSpec {
     pub(crate) span: Span,
 }
 
-/// Owned bytes, 64-byte aligned; many of them in huge pages.
-pub(crate) enum Aligned {
-    /// `bytes` is longer than `len` by up to ALIGN - 1, so that an aligned start lies within; never resized.
-    Few {
-        bytes: Vec<u8>,
-        start: usize,
-        len: usize,
-    },
-    Many(Pages),
+/// Memory for weights: every matrix begins at 64 bytes, and all of them share large mappings, so that small ones lie in huge pages
+/// too. Many matrices of a token's step would need a page table's entry for every four rows otherwise: a tenth of its time.
+#[derive(Debug, Default)]
+pub(crate) struct Arena {
+    chunks: Vec<Pages>,
+    /// Of the last chunk.
+    used: usize,
 }
 
-/// From here on bytes get pages of their own.
-const MANY: usize = 2 << 20;
+/// Bytes in an [`Arena`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    chunk: usize,
+    at: usize,
+    len: usize,
+}
 
-impl Aligned {
+/// A chunk's size, unless one matrix is larger. Memory that is never touched is none.
+const CHUNK: usize = 256 << 20;
+
+impl Arena {
     /// Zeroed.
-    pub(crate) fn new(len: usize) -> io::Result<Self> {
-        if len >= MANY {
-            return Ok(Self::Many(Pages::new(len)?));
+    fn take(&mut self, len: usize) -> io::Result<Part> {
+        let at = self.used.next_multiple_of(ALIGN);
+        let fits = self.chunks.last().is_some_and(|chunk| at + len <= chunk.as_slice().len());
+        if !fits {
+            self.chunks.push(Pages::new(len.max(CHUNK))?);
         }
-        let bytes = vec![0; len + ALIGN - 1];
-        let start = bytes.as_ptr().addr().wrapping_neg() % ALIGN;
-        Ok(Self::Few { bytes, start, len })
+        let at = if fits { at } else { 0 };
+        self.used = at + len;
+        Ok(Part { chunk: self.chunks.len() - 1, at, len })
     }
 
-    pub(crate) fn as_slice(&self) -> &[u8] {
-        match self {
-            Self::Few { bytes, start, len } => &bytes[*start..start + len],
-            Self::Many(pages) => pages.as_slice(),
-        }
+    pub(crate) fn get(&self, part: Part) -> &[u8] {
+        &self.chunks[part.chunk].as_slice()[part.at..part.at + part.len]
     }
 
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
-        match self {
-            Self::Few { bytes, start, len } => &mut bytes[*start..*start + *len],
-            Self::Many(pages) => pages.as_mut_slice(),
-        }
+    fn get_mut(&mut self, part: Part) -> &mut [u8] {
+        &mut self.chunks[part.chunk].as_mut_slice()[part.at..part.at + part.len]
     }
 }
 
-impl fmt::Debug for Aligned {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Aligned({} bytes)", self.as_slice().len())
+impl Part {
+    pub(crate) fn len(&self) -> usize {
+        self.len
     }
 }
 
@@ -311,24 +312,30 @@ impl Weights {
     }
 
     /// Reads a span by positional reads; a short read is an error.
-    pub(crate) fn read(&self, name: &str, span: Span) -> Result<Aligned, Error> {
-        let file = span.file as usize;
-        let fail = |reason: String| Error::Tensor { path: self.files[file].clone(), tensor: name.into(), reason };
-        let len = usize::try_from(span.len).map_err(|error| fail(error.to_string()))?;
-        let mut bytes = Aligned::new(len).map_err(|error| fail(format!("no memory for {len} bytes: {error}")))?;
-        self.handles[file]
-            .read_exact_at(bytes.as_mut_slice(), span.offset)
-            .map_err(|error| fail(format!("reading {len} bytes at {}: {error}", span.offset)))?;
-        Ok(bytes)
+    pub(crate) fn read(&self, name: &str, span: Span, arena: &mut Arena) -> Result<Part, Error> {
+        let len = usize::try_from(span.len).map_err(|error| self.failed(name, span, error))?;
+        let part = arena.take(len).map_err(|error| self.failed(name, span, format!("no memory for {len} bytes: {error}")))?;
+        self.fill(name, span, arena.get_mut(part))?;
+        Ok(part)
+    }
+
+    fn fill(&self, name: &str, span: Span, bytes: &mut [u8]) -> Result<(), Error> {
+        let read = self.handles[span.file as usize].read_exact_at(bytes, span.offset);
+        read.map_err(|error| self.failed(name, span, format!("reading {} bytes at {}: {error}", span.len, span.offset)))
+    }
+
+    fn failed(&self, name: &str, span: Span, reason: impl ToString) -> Error {
+        Error::Tensor { path: self.files[span.file as usize].clone(), tensor: name.into(), reason: reason.to_string() }
     }
 
     /// Reads and widens to f32.
     pub(crate) fn read_vector(&self, spec: &VectorSpec) -> Result<Vec<f32>, Error> {
-        let bytes = self.read(&spec.name, spec.span)?;
+        let mut bytes = vec![0; spec.span.len as usize];
+        self.fill(&spec.name, spec.span, &mut bytes)?;
         Ok(match spec.float {
-            Float::F32 => bytes.as_slice().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            Float::F16 => bytes.as_slice().as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
-            Float::Bf16 => bytes.as_slice().as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+            Float::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            Float::F16 => bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+            Float::Bf16 => bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
         })
     }
 }

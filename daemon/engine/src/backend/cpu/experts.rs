@@ -1,5 +1,9 @@
 //! The routed experts: how a record lies in a slab slot, and the SwiGLU feed-forward over slots.
 
+use std::ops::Range;
+
+use arrayvec::ArrayVec;
+
 use super::{
     linear::{Pieces, Tile, each_tile},
     matrix::{Acts, Matrix, Prepared},
@@ -93,7 +97,12 @@ pub(super) struct Work<'a> {
     pub(super) tokens: &'a [u32],
     /// Rows of the result, one for each token; no two works share one.
     pub(super) places: &'a [u32],
+    /// The first row of it between its two products.
+    pub(super) first: usize,
 }
+
+/// What one fork-join takes at most; on the stack.
+pub(super) type Works<'a> = ArrayVec<Work<'a>, 32>;
 
 /// Between the two products of a feed-forward: silu(gate · x) ⊙ up · x of all works' rows, one after the other
 /// [rows, width].
@@ -106,53 +115,60 @@ pub(super) struct Buffers {
 /// out[place] = down · (silu(gate · x[token]) ⊙ up · x[token]) for every work's tokens. `x` is prepared for gate and up.
 pub(super) fn feed_forward(pool: &Pool, isa: &Isa, works: &[Work<'_>], x: &Acts<'_>, buffers: &mut Buffers, out: &mut [f32]) {
     let Buffers { mid, prepared } = buffers;
-    let (width, hidden) = (works[0].gate.rows, works[0].down.rows);
-    // The first row of each work in `mid`.
-    let firsts: Vec<usize> = works
-        .iter()
-        .scan(0, |next, work| {
-            let first = *next;
-            *next += work.tokens.len();
-            Some(first)
-        })
-        .collect();
+    let width = works[0].gate.rows;
     let rows = works.iter().map(|work| work.tokens.len()).sum::<usize>();
+    // Tokens differ from work to work; what counts is that a piece of few is not too small.
+    let row_bytes = |w: &Matrix<'_>| w.row_bytes() * rows.div_ceil(works.len());
     {
         let mid = Cells::new(mid);
-        let pieces = Pieces::new(pool, works.iter().map(|work| work.gate.rows));
+        let pieces = Pieces::new(pool, works.iter().map(|work| work.gate.rows), 2 * row_bytes(&works[0].gate));
         pool.run(pieces.count(), &|piece| {
-            let (index, rows) = pieces.get(piece);
-            let (work, mut first) = (&works[index], firsts[index]);
-            let (mut gates, mut ups): (Tile, Tile) = ([0.0; _], [0.0; _]);
-            for tokens in work.tokens.chunks(TOKENS_MAX) {
-                each_tile(rows.clone(), |rows| {
-                    let cells = rows.len() * tokens.len();
-                    (isa.rows)(&work.gate, rows.clone(), x, tokens, &mut gates[..cells]);
-                    (isa.rows)(&work.up, rows.clone(), x, tokens, &mut ups[..cells]);
-                    (isa.swiglu)(&mut gates[..cells], &ups[..cells]);
-                    for (row, gates) in rows.zip(gates.chunks_exact(tokens.len())) {
-                        for (t, value) in gates.iter().enumerate() {
-                            mid.set((first + t) * width + row, *value);
-                        }
-                    }
-                });
-                first += tokens.len();
+            for (index, rows) in pieces.get(piece) {
+                works[index].gate_up(isa, x, &rows, &mid);
             }
         });
     }
     let mid = prepared.of((pool, isa), &mid[..rows * width], width, works[0].down.format);
     let out = Cells::new(out);
-    let pieces = Pieces::new(pool, works.iter().map(|work| work.down.rows));
+    let pieces = Pieces::new(pool, works.iter().map(|work| work.down.rows), row_bytes(&works[0].down));
     pool.run(pieces.count(), &|piece| {
-        let (index, rows) = pieces.get(piece);
-        let (work, mut first) = (&works[index], firsts[index] as u32);
+        for (index, rows) in pieces.get(piece) {
+            works[index].down(isa, &mid, &rows, &out);
+        }
+    });
+}
+
+impl Work<'_> {
+    /// mid[first + t] = silu(gate · x) ⊙ up · x, some of its columns.
+    fn gate_up(&self, isa: &Isa, x: &Acts<'_>, rows: &Range<usize>, mid: &Cells<'_>) {
+        let (mut first, width) = (self.first, self.gate.rows);
+        let (mut gates, mut ups): (Tile, Tile) = ([0.0; _], [0.0; _]);
+        for tokens in self.tokens.chunks(TOKENS_MAX) {
+            each_tile(rows.clone(), |rows| {
+                let cells = rows.len() * tokens.len();
+                (isa.rows)(&self.gate, rows.clone(), x, tokens, &mut gates[..cells]);
+                (isa.rows)(&self.up, rows.clone(), x, tokens, &mut ups[..cells]);
+                (isa.swiglu)(&mut gates[..cells], &ups[..cells]);
+                for (row, gates) in rows.zip(gates.chunks_exact(tokens.len())) {
+                    for (t, value) in gates.iter().enumerate() {
+                        mid.set((first + t) * width + row, *value);
+                    }
+                }
+            });
+            first += tokens.len();
+        }
+    }
+
+    /// out[place] = down · mid[first + t], some of its columns.
+    fn down(&self, isa: &Isa, mid: &Acts<'_>, rows: &Range<usize>, out: &Cells<'_>) {
+        let (mut first, hidden) = (self.first as u32, self.down.rows);
         let (mut tile, mut ids): (Tile, [u32; TOKENS_MAX]) = ([0.0; _], [0; _]);
-        for places in work.places.chunks(TOKENS_MAX) {
+        for places in self.places.chunks(TOKENS_MAX) {
             let ids = &mut ids[..places.len()];
             ids.iter_mut().zip(first..).for_each(|(id, row)| *id = row);
             each_tile(rows.clone(), |rows| {
                 let tile = &mut tile[..rows.len() * places.len()];
-                (isa.rows)(&work.down, rows.clone(), &mid, ids, tile);
+                (isa.rows)(&self.down, rows.clone(), mid, ids, tile);
                 for (row, values) in rows.zip(tile.chunks_exact(places.len())) {
                     for (place, value) in places.iter().zip(values) {
                         out.set(*place as usize * hidden + row, *value);
@@ -161,5 +177,5 @@ pub(super) fn feed_forward(pool: &Pool, isa: &Isa, works: &[Work<'_>], x: &Acts<
             });
             first += places.len() as u32;
         }
-    });
+    }
 }

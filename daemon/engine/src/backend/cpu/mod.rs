@@ -13,10 +13,10 @@ mod portable;
 mod simd;
 mod speed;
 
-use std::ops::Range;
+use std::{ops::Range, time::Instant};
 
 use attention::{Kv, Queries};
-use experts::{Buffers, Record, Work};
+use experts::{Buffers, Record, Work, Works};
 use flash_experts::{ExpertId, Slice};
 use linear::{Linear, linear};
 use matrix::{Matrix, Prepared};
@@ -31,9 +31,10 @@ use crate::{
     model::{
         arch::Arch,
         families::{Ffn, FfnSpec, LayerSpec, Model},
-        weights::{Aligned, Format, MatrixSpec, Span, Weights},
+        weights::{Arena, Format, MatrixSpec, Part, Span, Weights},
     },
     moe::Plan,
+    profile::{Profile, Stage},
 };
 
 /// Rows of attention computed together at most: what a piece keeps between its products stays small.
@@ -78,6 +79,7 @@ pub(crate) struct Cpu {
     isa: Isa,
     pool: Pool,
     shape: Shape,
+    trunk: Arena,
     embed: Owned,
     head: Option<Owned>,
     norm: Vec<f32>,
@@ -85,15 +87,16 @@ pub(crate) struct Cpu {
     inverse_frequencies: Vec<f32>,
     kv: Kv,
     scratch: Scratch,
+    pub(crate) profile: Profile,
 }
 
 /// A trunk matrix.
 #[derive(Debug)]
 struct Owned {
     spec: MatrixSpec,
-    weight: Aligned,
-    scales: Option<Aligned>,
-    biases: Option<Aligned>,
+    weight: Part,
+    scales: Option<Part>,
+    biases: Option<Part>,
 }
 
 #[derive(Debug)]
@@ -156,30 +159,27 @@ struct Scratch {
 }
 
 impl Owned {
-    fn read(weights: &Weights, spec: &MatrixSpec) -> Result<Self, Error> {
-        let read = |span: Span| weights.read(&spec.name, span);
+    fn read(weights: &Weights, spec: &MatrixSpec, trunk: &mut Arena) -> Result<Self, Error> {
+        let mut read = |span: Span| weights.read(&spec.name, span, trunk);
         Ok(Self {
             weight: read(spec.weight)?,
-            scales: spec.scales.map(read).transpose()?,
-            biases: spec.biases.map(read).transpose()?,
+            scales: spec.scales.map(&mut read).transpose()?,
+            biases: spec.biases.map(&mut read).transpose()?,
             spec: spec.clone(),
         })
     }
 
-    fn view(&self) -> Matrix<'_> {
+    fn view<'a>(&self, trunk: &'a Arena) -> Matrix<'a> {
+        let side = |part: Option<Part>| part.map_or(&[][..], |part| trunk.get(part));
         Matrix {
             rows: self.spec.rows,
             cols: self.spec.cols,
             format: self.spec.format,
-            weight: self.weight.as_slice(),
-            scales: side_of(&self.scales),
-            biases: side_of(&self.biases),
+            weight: trunk.get(self.weight),
+            scales: side(self.scales),
+            biases: side(self.biases),
         }
     }
-}
-
-fn side_of(bytes: &Option<Aligned>) -> &[u8] {
-    bytes.as_ref().map_or(&[], Aligned::as_slice)
 }
 
 impl Cpu {
@@ -187,11 +187,12 @@ impl Cpu {
     pub(crate) fn load(model: &Model, kernels: Kernels, progress: &mut dyn FnMut(f64)) -> Result<Self, Error> {
         let (arch, weights) = (&model.arch, &model.weights);
         let isa = if kernels == Kernels::Reference { Isa::PORTABLE } else { Isa::available()[0] };
-        let embed = Owned::read(weights, &model.embed)?;
-        let head = model.head.as_ref().map(|head| Owned::read(weights, head)).transpose()?;
+        let mut trunk = Arena::default();
+        let embed = Owned::read(weights, &model.embed, &mut trunk)?;
+        let head = model.head.as_ref().map(|head| Owned::read(weights, head, &mut trunk)).transpose()?;
         let mut layers = Vec::with_capacity(model.layers.len());
         for (index, spec) in model.layers.iter().enumerate() {
-            layers.push(Layer::read(weights, spec)?);
+            layers.push(Layer::read(weights, spec, &mut trunk)?);
             progress((index + 1) as f64 / model.layers.len() as f64);
         }
         let shape = Shape {
@@ -211,7 +212,7 @@ impl Cpu {
         let kv = if kernels == Kernels::Reference { Kv::F32(Vec::new()) } else { Kv::F16(Vec::new()) };
         let pool = Pool::new(1).expect("a pool of the calling thread alone starts nothing");
         let norm = weights.read_vector(&model.norm)?;
-        Ok(Self { isa, pool, shape, embed, head, norm, layers, inverse_frequencies, kv, scratch })
+        Ok(Self { isa, pool, shape, trunk, embed, head, norm, layers, inverse_frequencies, kv, scratch, profile: Profile::default() })
     }
 
     /// Starts the workers; `threads` counts the calling one, which is pinned from now on.
@@ -240,7 +241,8 @@ impl Cpu {
     }
 
     pub(crate) fn trunk_bytes(&self) -> Bytes {
-        let owned = |m: &Owned| (m.weight.as_slice().len() + side_of(&m.scales).len() + side_of(&m.biases).len()) as Bytes;
+        let len = |part: Option<Part>| part.map_or(0, |part| part.len());
+        let owned = |m: &Owned| (len(Some(m.weight)) + len(m.scales) + len(m.biases)) as Bytes;
         let layer = |layer: &Layer| {
             let ffn = match &layer.ffn {
                 LayerFfn::Dense(ffn) => ffn.iter().map(owned).sum(),
@@ -283,6 +285,7 @@ impl Cpu {
 
     /// Sizes `act` for the pass and embeds its tokens.
     pub(crate) fn begin(&mut self, act: &mut Activations, batch: &Batch) {
+        let began = Instant::now();
         let Shape { hidden, top_k, .. } = self.shape;
         let rows = batch.rows.len();
         act.hidden.resize(rows * hidden, 0.0);
@@ -292,16 +295,18 @@ impl Cpu {
         for row in &batch.rows {
             norm::turns(row.position as u32, &self.inverse_frequencies, &mut act.turns);
         }
-        let embed = self.embed.view();
+        let embed = self.embed.view(&self.trunk);
         for (row, out) in batch.rows.iter().zip(act.hidden.chunks_exact_mut(hidden)) {
             embed.dequantize_row(row.token as usize, out);
         }
+        self.profile.add(Stage::Projections, began);
     }
 
     /// Attention of `layer` over a piece of the rows, added to the residual. Rows that are not `alive` take no part: their
     /// KV blocks may belong to others by now.
     pub(crate) fn attention(&mut self, layer: usize, act: &mut Activations, batch: &Batch, alive: &[bool], piece: Range<usize>) {
-        let Self { isa, pool, shape, kv, scratch, .. } = self;
+        let began = Instant::now();
+        let Self { isa, pool, shape, trunk, kv, scratch, profile, .. } = self;
         let l = &self.layers[layer];
         let (rows, d, hidden) = (piece.len(), shape.head_dim, shape.hidden);
         let (q_width, kv_width) = (shape.heads * d, shape.kv_heads * d);
@@ -319,9 +324,9 @@ impl Cpu {
             let other =
                 |prepared, format| if format == formats[0] { q_acts } else { Prepared::of(prepared, (pool, isa), x, hidden, format) };
             let jobs = [
-                Linear { w: l.q.view(), x: q_acts, out: &out, width, at: 0 },
-                Linear { w: l.k.view(), x: other(k, formats[1]), out: &out, width, at: q_width },
-                Linear { w: l.v.view(), x: other(v, formats[2]), out: &out, width, at: q_width + kv_width },
+                Linear { w: l.q.view(trunk), x: q_acts, out: &out, width, at: 0 },
+                Linear { w: l.k.view(trunk), x: other(k, formats[1]), out: &out, width, at: q_width },
+                Linear { w: l.v.view(trunk), x: other(v, formats[2]), out: &out, width, at: q_width + kv_width },
             ];
             linear(pool, isa, rows, &jobs);
         }
@@ -335,6 +340,7 @@ impl Cpu {
                 }
             }
         });
+        let began = profile.add(Stage::Projections, began);
         for (i, row) in batch_rows.iter().enumerate().filter(|(i, _)| alive[*i]) {
             let (k, v) = scratch.qkv[i * width..][q_width..width].split_at(kv_width);
             kv.write(shape, layer, &batch.tables[row.sequence], row.position, k, v);
@@ -345,16 +351,18 @@ impl Cpu {
             let queries = Queries { shape, layer, heads: qkv, width, rows: batch_rows, alive, tables: &batch.tables };
             kv.attend((pool, isa), &queries, &mut scratch.attention, &out);
         }
+        let began = profile.add(Stage::Attention, began);
         let x = scratch.prepared[0].of((pool, isa), &scratch.attended[..rows * q_width], q_width, l.o.spec.format);
         let out = Cells::new(&mut scratch.delta);
-        linear(pool, isa, rows, &[Linear { w: l.o.view(), x, out: &out, width: hidden, at: 0 }]);
+        linear(pool, isa, rows, &[Linear { w: l.o.view(trunk), x, out: &out, width: hidden, at: 0 }]);
         add(residual, &scratch.delta);
+        profile.add(Stage::Projections, began);
     }
 
     /// Normalises a piece of the rows for the feed-forward and gives its router logits [rows, experts]; `None` for a dense
     /// layer.
     pub(crate) fn route(&mut self, layer: usize, act: &mut Activations, piece: Range<usize>) -> Option<&[f32]> {
-        let Self { isa, pool, shape, scratch, .. } = self;
+        let Self { isa, pool, shape, trunk, scratch, .. } = self;
         let l = &self.layers[layer];
         let hidden = shape.hidden;
         let normed = &mut act.normed[piece.start * hidden..piece.end * hidden];
@@ -368,54 +376,64 @@ impl Cpu {
         let LayerFfn::Moe { router, .. } = &l.ffn else { return None };
         let x = scratch.prepared[0].of((pool, isa), normed, hidden, router.spec.format);
         let out = Cells::new(&mut scratch.routed);
-        linear(pool, isa, piece.len(), &[Linear { w: router.view(), x, out: &out, width: shape.experts, at: 0 }]);
+        linear(pool, isa, piece.len(), &[Linear { w: router.view(trunk), x, out: &out, width: shape.experts, at: 0 }]);
         Some(&scratch.routed[..piece.len() * shape.experts])
     }
 
     /// Logits [rows, experts] of a later layer's router on today's residual: what that layer will probably choose
     /// (arXiv 2603.19289). For passes of at most [`PIECE_MAX`] rows; `None` for a dense layer.
     pub(crate) fn foresee(&mut self, layer: usize, act: &Activations) -> Option<&[f32]> {
-        let Self { isa, pool, shape, scratch, .. } = self;
+        let Self { isa, pool, shape, trunk, scratch, .. } = self;
         let l = &self.layers[layer];
         let LayerFfn::Moe { router, .. } = &l.ffn else { return None };
         let rows = act.hidden.len() / shape.hidden;
         normalize(pool, &act.hidden, &l.ffn_norm, shape.eps, &mut scratch.normed);
         let x = scratch.prepared[0].of((pool, isa), &scratch.normed[..rows * shape.hidden], shape.hidden, router.spec.format);
         let out = Cells::new(&mut scratch.routed);
-        linear(pool, isa, rows, &[Linear { w: router.view(), x, out: &out, width: shape.experts, at: 0 }]);
+        linear(pool, isa, rows, &[Linear { w: router.view(trunk), x, out: &out, width: shape.experts, at: 0 }]);
         Some(&scratch.routed[..rows * shape.experts])
     }
 
     /// The feed-forward of a dense layer over a piece of the rows, added to the residual.
     pub(crate) fn dense(&mut self, layer: usize, act: &mut Activations, piece: Range<usize>) {
-        let Self { isa, pool, shape, scratch, .. } = self;
+        let Self { isa, pool, shape, trunk, scratch, .. } = self;
         let LayerFfn::Dense([gate, up, down]) = &self.layers[layer].ffn else { return };
         let hidden = shape.hidden;
-        let rows: Vec<u32> = piece.clone().map(|row| row as u32).collect();
-        let work = Work { gate: gate.view(), up: up.view(), down: down.view(), tokens: &rows, places: &rows };
+        let mut rows = [0; PIECE_MAX];
+        let rows = &mut rows[..piece.len()];
+        rows.iter_mut().zip(piece.clone()).for_each(|(id, row)| *id = row as u32);
+        let work = Work { gate: gate.view(trunk), up: up.view(trunk), down: down.view(trunk), tokens: rows, places: rows, first: 0 };
         let x = act.prepared.acts(&act.normed);
         experts::feed_forward(pool, isa, &[work], &x, &mut scratch.ffn, &mut act.out);
         add(&mut act.hidden[piece.start * hidden..piece.end * hidden], &act.out[piece.start * hidden..]);
     }
 
-    /// Runs the experts whose slots are given, for all the rows routed to them; results wait for [`Cpu::combine`].
-    pub(crate) fn experts(&mut self, layer: usize, act: &mut Activations, plan: &Plan, ready: &[(ExpertId, &[u8])]) {
+    /// Runs experts, whose slots' bytes `slot` gives, for all the rows routed to them; results wait for [`Cpu::combine`].
+    pub(crate) fn experts<'a>(
+        &mut self,
+        layer: usize,
+        act: &mut Activations,
+        plan: &Plan,
+        ready: &[ExpertId],
+        slot: &dyn Fn(ExpertId) -> &'a [u8],
+    ) {
         let Self { isa, pool, scratch, .. } = self;
         let LayerFfn::Moe { record, .. } = &self.layers[layer].ffn else { return };
         let x = act.prepared.acts(&act.normed);
-        let mut works: Vec<Work<'_>> = Vec::with_capacity(ready.len());
+        let mut works = Works::new_const();
         let mut places_taken = 0;
-        for (expert, slot) in ready {
-            let (gate, up, down) = (record.gate.matrix(slot), record.up.matrix(slot), record.down.matrix(slot));
+        for expert in ready {
+            let bytes = slot(*expert);
+            let (gate, up, down) = (record.gate.matrix(bytes), record.up.matrix(bytes), record.down.matrix(bytes));
             let (tokens, places) = plan.rows_of(*expert);
             for (tokens, places) in tokens.chunks(PLACES_MAX).zip(places.chunks(PLACES_MAX)) {
-                if places_taken + places.len() > PLACES_MAX {
+                if places_taken + places.len() > PLACES_MAX || works.is_full() {
                     experts::feed_forward(pool, isa, &works, &x, &mut scratch.ffn, &mut act.out);
                     works.clear();
                     places_taken = 0;
                 }
+                works.push(Work { gate, up, down, tokens, places, first: places_taken });
                 places_taken += places.len();
-                works.push(Work { gate, up, down, tokens, places });
             }
         }
         if !works.is_empty() {
@@ -439,25 +457,27 @@ impl Cpu {
         });
     }
 
-    /// Logits [rows.len(), vocab] of the given rows of a finished pass, at most [`PIECE_MAX`].
-    pub(crate) fn logits(&mut self, act: &Activations, rows: &[usize]) -> &[f32] {
-        let Self { isa, pool, shape, scratch, .. } = self;
+    /// Logits [rows.len(), vocab] of some rows of a finished pass, at most [`PIECE_MAX`].
+    pub(crate) fn logits(&mut self, act: &Activations, rows: Range<usize>) -> &[f32] {
+        let began = Instant::now();
+        let Self { isa, pool, shape, trunk, scratch, .. } = self;
         let hidden = shape.hidden;
-        for (row, out) in rows.iter().zip(scratch.normed.chunks_exact_mut(hidden)) {
+        for (row, out) in rows.clone().zip(scratch.normed.chunks_exact_mut(hidden)) {
             norm::rms_norm(&act.hidden[row * hidden..][..hidden], &self.norm, shape.eps, out);
         }
         scratch.logits.resize(rows.len().max(1) * shape.vocab, 0.0);
-        let head = self.head.as_ref().unwrap_or(&self.embed).view();
+        let head = self.head.as_ref().unwrap_or(&self.embed).view(trunk);
         let x = scratch.prepared[0].of((pool, isa), &scratch.normed[..rows.len() * hidden], hidden, head.format);
         let out = Cells::new(&mut scratch.logits);
         linear(pool, isa, rows.len(), &[Linear { w: head, x, out: &out, width: shape.vocab, at: 0 }]);
+        self.profile.add(Stage::Head, began);
         &scratch.logits[..rows.len() * shape.vocab]
     }
 }
 
 impl Layer {
-    fn read(weights: &Weights, spec: &LayerSpec) -> Result<Self, Error> {
-        let matrix = |spec: &MatrixSpec| Owned::read(weights, spec);
+    fn read(weights: &Weights, spec: &LayerSpec, trunk: &mut Arena) -> Result<Self, Error> {
+        let mut matrix = |spec: &MatrixSpec| Owned::read(weights, spec, trunk);
         let ffn = match &spec.ffn {
             FfnSpec::Dense(ffn) => {
                 shared_groups(weights, ffn)?;

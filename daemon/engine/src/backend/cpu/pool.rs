@@ -41,6 +41,8 @@ struct Shared {
     /// Threads blocked on `wake`; checked so that a busy pool makes no system call.
     sleeping: AtomicUsize,
     stop: AtomicBool,
+    /// `panic` holds one: looked at after every job, without its lock.
+    panicked: AtomicBool,
     /// Also what the condition variables sleep under.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     /// A job opened, or the pool ends.
@@ -100,9 +102,10 @@ impl Pool {
         let own = catch_unwind(AssertUnwindSafe(|| shared.take(f)));
         shared.state.fetch_and(!OPEN, SeqCst);
         shared.until(|| shared.state.load(SeqCst) & INSIDE == 0, &shared.left);
-        let theirs = shared.lock().take();
-        if let Some(panic) = own.err().or(theirs) {
-            resume_unwind(panic);
+        if own.is_err() || shared.panicked.load(Relaxed) {
+            shared.panicked.store(false, Relaxed);
+            let theirs = shared.lock().take();
+            resume_unwind(own.err().or(theirs).expect("somebody panicked"));
         }
     }
 
@@ -144,6 +147,7 @@ impl Shared {
             let job: Job<'_> = unsafe { std::mem::transmute(job) };
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.take(job))) {
                 *self.lock() = Some(panic);
+                self.panicked.store(true, Relaxed);
             }
             if self.state.fetch_sub(1, SeqCst) & (INSIDE | OPEN) == 1 && self.sleeping.load(SeqCst) > 0 {
                 drop(self.lock());

@@ -29,7 +29,8 @@ const FIXED_MAX: f32 = 32_000.0;
 /// Tokens of a tile: with two rows, their sums fill the registers.
 const TOKENS: usize = 6;
 /// A decode step streams rows from memory. Four at a time defeat the CPU's own prefetcher, and a third of the bandwidth is left
-/// (11 of 32 GB/s); asked for in the order in which they lie, their lines come as fast as one row's.
+/// (11 of 32 GB/s); asked for in the order in which they lie, their lines come as fast as one row's. At least as many rows ahead as
+/// are under way.
 const PREFETCH_BYTES: usize = 4096;
 /// The same for scales and biases, which are an eighth of the bytes.
 const PREFETCH_ROWS: usize = 16;
@@ -164,7 +165,7 @@ unsafe fn tile<const BITS: usize, P: Wide, const R: usize, const T: usize>(
         let xs: [*const i8; T] = std::array::from_fn(|t| x.fixed.bytes.as_ptr().add(tokens[t] as usize * stride));
         let x_scales: [*const f32; T] = std::array::from_fn(|t| x.fixed.scales.as_ptr().add(tokens[t] as usize * groups));
         let sums: [*const f32; T] = std::array::from_fn(|t| x.sums.as_ptr().add(tokens[t] as usize * groups));
-        let mut ahead = codes[0].wrapping_add(PREFETCH_BYTES);
+        let mut ahead = codes[0].wrapping_add(PREFETCH_BYTES.max(R * bytes));
         if T == 1 {
             for side in [w.scales, w.biases] {
                 let row_bytes = side.len() / w.rows;
