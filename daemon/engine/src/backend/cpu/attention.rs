@@ -18,6 +18,7 @@ use half::{f16, slice::HalfFloatSliceExt};
 
 use super::{
     Row, Shape,
+    blocks::Blocks,
     pool::{Cells, Pool},
     portable::Number,
     simd::Isa,
@@ -34,11 +35,11 @@ const PAIRS: usize = 32;
 /// Units between two joins, a thread: the last one's end is waited for seldom, and their results (17 KB each) stay in cache.
 pub(super) const UNITS: usize = 64;
 
-/// Memory of the blocks in use; a block's memory is taken when it is first written and returned when it is freed.
+/// The blocks in use.
 #[derive(Debug)]
 pub(super) enum Kv {
-    F32(Vec<Option<Box<[f32]>>>),
-    F16(Vec<Option<Box<[f16]>>>),
+    F32(Blocks<f32>),
+    F16(Blocks<f16>),
 }
 
 impl Kv {
@@ -49,15 +50,15 @@ impl Kv {
 
     pub(super) fn blocks_used(&self) -> usize {
         match self {
-            Self::F32(blocks) => blocks.iter().flatten().count(),
-            Self::F16(blocks) => blocks.iter().flatten().count(),
+            Self::F32(blocks) => blocks.used(),
+            Self::F16(blocks) => blocks.used(),
         }
     }
 
     pub(super) fn free(&mut self, block: BlockId) {
         match self {
-            Self::F32(blocks) => drop(blocks.get_mut(block.0 as usize).and_then(Option::take)),
-            Self::F16(blocks) => drop(blocks.get_mut(block.0 as usize).and_then(Option::take)),
+            Self::F32(blocks) => blocks.free(block),
+            Self::F16(blocks) => blocks.free(block),
         }
     }
 
@@ -155,8 +156,8 @@ impl Shape {
     }
 }
 
-fn write<N: Copy + Default>(
-    blocks: &mut Vec<Option<Box<[N]>>>,
+fn write<N: Number + Default>(
+    blocks: &mut Blocks<N>,
     shape: &Shape,
     layer: usize,
     table: &[BlockId],
@@ -164,11 +165,7 @@ fn write<N: Copy + Default>(
     sides: [&[f32]; 2],
     convert: impl Fn(&mut [N], &[f32]),
 ) {
-    let id = table[position / BLOCK].0 as usize;
-    if blocks.len() <= id {
-        blocks.resize_with(id + 1, || None);
-    }
-    let block = blocks[id].get_or_insert_with(|| vec![N::default(); shape.block_numbers()].into());
+    let block = blocks.get_mut(table[position / BLOCK], shape.block_numbers());
     let (d, token) = (shape.head_dim, position % BLOCK);
     let mut narrow = [N::default(); 64];
     for kv_head in 0..shape.kv_heads {
@@ -316,7 +313,7 @@ fn attend<N: Number + Sync>(pool: &Pool, pass: &Pass<'_, N>, work: &mut Work) {
 
 /// What units have in common.
 struct Pass<'a, N> {
-    blocks: &'a [Option<Box<[N]>>],
+    blocks: &'a Blocks<N>,
     kernel: fn(&Tile<'_, N>, Partial<'_>),
     queries: &'a Queries<'a>,
     out: &'a Cells<'a>,
@@ -338,7 +335,7 @@ impl<N: Number> Pass<'_, N> {
         let blocks = counts.iter().max().map_or(0, |count| count.div_ceil(BLOCK));
         let mut runs = [[&[][..]; SPAN_BLOCKS]; 2];
         for (i, id) in table[start / BLOCK..][..blocks].iter().enumerate() {
-            let block = self.blocks[id.0 as usize].as_ref().expect("positions up to the row's own were written");
+            let block = self.blocks.get(*id).expect("positions up to the row's own were written");
             for (side, runs) in runs.iter_mut().enumerate() {
                 runs[i] = &block[shape.run(layer, side, kv_head)..][..BLOCK * d];
             }
@@ -473,7 +470,7 @@ mod tests {
 
         #[test]
         fn a_row_is_the_same_in_any_company(kv_heads in 1usize..3, shared in 1usize..10, wide: bool, seed: u64) {
-            let case = Case::new(if wide { Kv::F32(Vec::new()) } else { Kv::F16(Vec::new()) }, kv_heads, shared, seed);
+            let case = Case::new(if wide { Kv::F32(Blocks::default()) } else { Kv::F16(Blocks::default()) }, kv_heads, shared, seed);
             let width = case.shape.heads * D;
             // Both sides of every boundary, and a prompt's end beside another's rows.
             let mut rows: Vec<(usize, usize)> = vec![(1, 700), (1, CONTEXT - 1)];
@@ -500,7 +497,7 @@ mod tests {
 
     #[test]
     fn rows_that_are_not_alive_are_left_alone() {
-        let case = Case::new(Kv::F16(Vec::new()), 1, 2, 1);
+        let case = Case::new(Kv::F16(Blocks::default()), 1, 2, 1);
         let rows = [(0, 3), (1, 4), (0, 5)].map(|(sequence, position)| Row { token: 0, position, sequence });
         let (queries, mut out) = (vec![1.0; 3 * 2 * D], vec![7.0; 3 * 2 * D]);
         let (heads, tables) = (&queries[..], &case.tables[..]);

@@ -4,6 +4,7 @@
 //! on how many rows, threads or sequences share a pass, nor on the pieces it is computed in.
 
 mod attention;
+mod blocks;
 mod experts;
 mod linear;
 mod matrix;
@@ -16,6 +17,7 @@ mod speed;
 use std::{ops::Range, time::Instant};
 
 use attention::{Kv, Queries};
+use blocks::Blocks;
 use experts::{Buffers, Record, Work, Works};
 use flash_experts::{ExpertId, Slice};
 use linear::{Linear, linear};
@@ -209,7 +211,7 @@ impl Cpu {
         let half = arch.head_dim / 2;
         let inverse_frequencies = (0..half).map(|i| arch.rope_theta.powf(-((2 * i) as f32) / arch.head_dim as f32)).collect();
         let scratch = Scratch::new(&shape, &layers, arch);
-        let kv = if kernels == Kernels::Reference { Kv::F32(Vec::new()) } else { Kv::F16(Vec::new()) };
+        let kv = if kernels == Kernels::Reference { Kv::F32(Blocks::default()) } else { Kv::F16(Blocks::default()) };
         let pool = Pool::new(1).expect("a pool of the calling thread alone starts nothing");
         let norm = weights.read_vector(&model.norm)?;
         Ok(Self { isa, pool, shape, trunk, embed, head, norm, layers, inverse_frequencies, kv, scratch, profile: Profile::default() })

@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::{
     Kv, PIECE_MAX, Row, Shape,
     attention::{Queries, UNITS, Work},
+    blocks::Blocks,
     pool::{Cells, Pool},
     simd::Isa,
 };
@@ -82,7 +83,7 @@ impl Bench {
             top_k: 0,
             experts: 0,
         };
-        let (mut kv, mut next) = (Kv::F16(Vec::new()), noise());
+        let (mut kv, mut next) = (Kv::F16(Blocks::default()), noise());
         let table: Table = (0..context.div_ceil(crate::kv::BLOCK) as u32).map(BlockId).collect();
         let mut numbers = || (0..shape.kv_heads * shape.head_dim).map(|_| next()).collect::<Vec<f32>>();
         let some: Vec<[Vec<f32>; 2]> = (0..64).map(|_| [numbers(), numbers()]).collect();

@@ -1,0 +1,106 @@
+//! Memory of the KV cache's blocks. Neighbours share a mapping, so that huge pages can back them: read from pages of 4 KiB, a long
+//! context waits a fifth of its time for the page table.
+
+use flash_experts::Pages;
+
+use super::portable::Number;
+use crate::kv::BlockId;
+
+/// Bytes of a mapping, about; it is returned when the last block in it is freed.
+const CHUNK: usize = 32 << 20;
+
+/// Blocks of equal size by number. Their memory is taken when they are first written.
+#[derive(Debug)]
+pub(super) struct Blocks<N> {
+    chunks: Vec<Option<Chunk>>,
+    /// Numbers of a block; 0 until the first one is written.
+    size: usize,
+    kind: std::marker::PhantomData<N>,
+}
+
+#[derive(Debug)]
+struct Chunk {
+    pages: Pages,
+    used: Vec<bool>,
+}
+
+impl<N> Default for Blocks<N> {
+    fn default() -> Self {
+        Self { chunks: Vec::new(), size: 0, kind: std::marker::PhantomData }
+    }
+}
+
+impl<N: Number> Blocks<N> {
+    fn per_chunk(&self) -> usize {
+        (CHUNK / (self.size * size_of::<N>()).max(1)).max(1)
+    }
+
+    fn chunk_of(&self, id: BlockId) -> (usize, usize) {
+        (id.0 as usize / self.per_chunk(), id.0 as usize % self.per_chunk())
+    }
+
+    /// `None` if nobody has written it.
+    pub(super) fn get(&self, id: BlockId) -> Option<&[N]> {
+        let (chunk, at) = self.chunk_of(id);
+        let chunk = self.chunks.get(chunk)?.as_ref().filter(|chunk| chunk.used[at])?;
+        // SAFETY: pages begin at a multiple of N's alignment, and any bits are a `Number`.
+        let numbers = unsafe { chunk.pages.as_slice().align_to().1 };
+        Some(&numbers[at * self.size..][..self.size])
+    }
+
+    /// For writing; what is in it besides is of no meaning. All blocks have `size` numbers.
+    pub(super) fn get_mut(&mut self, id: BlockId, size: usize) -> &mut [N] {
+        self.size = size;
+        let ((chunk, at), blocks) = (self.chunk_of(id), self.per_chunk());
+        if self.chunks.len() <= chunk {
+            self.chunks.resize_with(chunk + 1, || None);
+        }
+        let chunk = self.chunks[chunk].get_or_insert_with(|| {
+            // As with any allocation, there is no going on without it; a budget has been held against before.
+            let pages = Pages::new(blocks * size * size_of::<N>()).unwrap_or_else(|error| panic!("no memory for the KV cache: {error}"));
+            Chunk { pages, used: vec![false; blocks] }
+        });
+        chunk.used[at] = true;
+        // SAFETY: as above; the borrow is exclusive.
+        let numbers = unsafe { chunk.pages.as_mut_slice().align_to_mut().1 };
+        &mut numbers[at * size..][..size]
+    }
+
+    pub(super) fn free(&mut self, id: BlockId) {
+        let (chunk, at) = self.chunk_of(id);
+        let Some(slot) = self.chunks.get_mut(chunk) else { return };
+        if let Some(chunk) = slot {
+            chunk.used[at] = false;
+            if !chunk.used.contains(&true) {
+                *slot = None;
+            }
+        }
+    }
+
+    pub(super) fn used(&self) -> usize {
+        self.chunks.iter().flatten().map(|chunk| chunk.used.iter().filter(|used| **used).count()).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_apart_and_their_memory_goes_with_the_last() {
+        let mut blocks = Blocks::<f32>::default();
+        let size = CHUNK / 4 / 3; // three to a chunk
+        for id in [0, 1, 4] {
+            blocks.get_mut(BlockId(id), size).fill(id as f32 + 1.0);
+        }
+        for id in [0, 1, 4] {
+            assert!(blocks.get(BlockId(id)).unwrap().iter().all(|number| *number == id as f32 + 1.0));
+        }
+        assert_eq!((blocks.get(BlockId(2)), blocks.get(BlockId(9)), blocks.used()), (None, None, 3));
+        blocks.free(BlockId(9));
+        blocks.free(BlockId(0));
+        assert_eq!((blocks.get(BlockId(0)), blocks.used(), blocks.chunks.iter().flatten().count()), (None, 2, 2));
+        blocks.free(BlockId(1));
+        assert_eq!((blocks.used(), blocks.chunks.iter().flatten().count()), (1, 1));
+    }
+}
