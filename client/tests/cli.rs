@@ -389,9 +389,13 @@ fn a_bench_is_a_table_or_lines_of_json() {
     for part in ["cache  slots", "io direct, policy lfru", "12.3", "memory 39.5 GB/s", "disk   1.70 GB/s in reads of 82.9 kB"] {
         assert!(ran.stdout.contains(part), "{part} is not in {}", ran.stdout);
     }
+    assert!(!ran.stdout.contains("experts 75.0%"), "{}", ran.stdout);
+    let profile = home.run(&["bench", "tiny", "--profile"]).stdout;
+    assert!(profile.contains("80.0 ms: experts 75.0%, unaccounted 25.0%"), "{profile}");
     let lines = home.run(&["bench", "--json", "-q"]).stdout;
     let events: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
     assert_eq!((&events[0]["event"], &events[1]["decode_tok_s"]), (&"machine".into(), &12.3.into()));
+    assert_eq!(events[1]["stages_s"]["experts"], 0.06);
     home.run(&["bench", "--routing", "skewed"]).expect(2, "", "--routing takes trace:FILE");
     home.run(&["bench", "--no-cache", "--cache", "25%"]).expect(2, "", "cannot be used with");
 }

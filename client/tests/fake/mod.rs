@@ -316,6 +316,7 @@ impl Admin for Script {
             state: "cold".into(),
             variant: Some(variant),
             decode_tok_s: Some(12.3),
+            stages: [("experts", 0.06), ("unaccounted", 0.02)].map(|(name, seconds)| BenchStage { name: name.into(), seconds }).into(),
             ..BenchRow::default()
         };
         let progress = BenchProgress { stage: "25% cold".into(), done: 1, total: 2 };

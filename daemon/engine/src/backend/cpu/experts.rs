@@ -5,7 +5,7 @@ use std::ops::Range;
 use arrayvec::ArrayVec;
 
 use super::{
-    linear::{Pieces, Tile, each_tile},
+    linear::{Pieces, each_tile, with_tiles},
     matrix::{Acts, Matrix, Prepared},
     pool::{Cells, Pool},
     simd::{Isa, TOKENS_MAX},
@@ -117,32 +117,28 @@ pub(super) fn feed_forward(pool: &Pool, isa: &Isa, works: &[Work<'_>], x: &Acts<
     let Buffers { mid, prepared } = buffers;
     let width = works[0].gate.rows;
     let rows = works.iter().map(|work| work.tokens.len()).sum::<usize>();
+    let most = works.iter().map(|work| work.tokens.len()).max().unwrap_or(0);
     // Tokens differ from work to work; what counts is that a piece of few is not too small.
     let row_bytes = |w: &Matrix<'_>| w.row_bytes() * rows.div_ceil(works.len());
     {
         let mid = Cells::new(mid);
         let pieces = Pieces::new(pool, works.iter().map(|work| work.gate.rows), 2 * row_bytes(&works[0].gate));
         pool.run(pieces.count(), &|piece| {
-            for (index, rows) in pieces.get(piece) {
-                works[index].gate_up(isa, x, &rows, &mid);
-            }
+            with_tiles(most, |tiles| pieces.get(piece).for_each(|(index, rows)| works[index].gate_up(isa, x, &rows, &mid, tiles)));
         });
     }
     let mid = prepared.of((pool, isa), &mid[..rows * width], width, works[0].down.format);
     let out = Cells::new(out);
     let pieces = Pieces::new(pool, works.iter().map(|work| work.down.rows), row_bytes(&works[0].down));
     pool.run(pieces.count(), &|piece| {
-        for (index, rows) in pieces.get(piece) {
-            works[index].down(isa, &mid, &rows, &out);
-        }
+        with_tiles(most, |[tile]| pieces.get(piece).for_each(|(index, rows)| works[index].down(isa, &mid, &rows, &out, tile)));
     });
 }
 
 impl Work<'_> {
     /// mid[first + t] = silu(gate · x) ⊙ up · x, some of its columns.
-    fn gate_up(&self, isa: &Isa, x: &Acts<'_>, rows: &Range<usize>, mid: &Cells<'_>) {
+    fn gate_up(&self, isa: &Isa, x: &Acts<'_>, rows: &Range<usize>, mid: &Cells<'_>, [gates, ups]: &mut [&mut [f32]; 2]) {
         let (mut first, width) = (self.first, self.gate.rows);
-        let (mut gates, mut ups): (Tile, Tile) = ([0.0; _], [0.0; _]);
         for tokens in self.tokens.chunks(TOKENS_MAX) {
             each_tile(rows.clone(), |rows| {
                 let cells = rows.len() * tokens.len();
@@ -160,9 +156,9 @@ impl Work<'_> {
     }
 
     /// out[place] = down · mid[first + t], some of its columns.
-    fn down(&self, isa: &Isa, mid: &Acts<'_>, rows: &Range<usize>, out: &Cells<'_>) {
+    fn down(&self, isa: &Isa, mid: &Acts<'_>, rows: &Range<usize>, out: &Cells<'_>, tile: &mut [f32]) {
         let (mut first, hidden) = (self.first as u32, self.down.rows);
-        let (mut tile, mut ids): (Tile, [u32; TOKENS_MAX]) = ([0.0; _], [0; _]);
+        let mut ids = [0; TOKENS_MAX];
         for places in self.places.chunks(TOKENS_MAX) {
             let ids = &mut ids[..places.len()];
             ids.iter_mut().zip(first..).for_each(|(id, row)| *id = row);

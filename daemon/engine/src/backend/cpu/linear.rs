@@ -17,8 +17,17 @@ const ROWS: usize = 32;
 /// What a piece reads at least: about a microsecond, several times what handing it out costs.
 const PIECE_BYTES: usize = 16 << 10;
 
-/// Results for [`ROWS`] × [`TOKENS_MAX`].
-pub(super) type Tile = [f32; ROWS * TOKENS_MAX];
+/// Calls `f` with N buffers for results of [`ROWS`] × `tokens`, at most [`TOKENS_MAX`]. A decode step's are small: to clear large ones takes
+/// longer than a small model's piece.
+pub(super) fn with_tiles<const N: usize>(tokens: usize, f: impl FnOnce(&mut [&mut [f32]; N])) {
+    if tokens == 1 {
+        let mut tiles = [[0.0; ROWS]; N];
+        f(&mut tiles.each_mut().map(|tile| &mut tile[..]));
+    } else {
+        let mut tiles = [[0.0; ROWS * TOKENS_MAX]; N];
+        f(&mut tiles.each_mut().map(|tile| &mut tile[..]));
+    }
+}
 
 /// out[i × width + at + row] = w[row] · x[tokens[i]], for the i-th token and every row.
 #[derive(Clone, Copy, Debug)]
@@ -34,15 +43,12 @@ pub(super) struct Linear<'a> {
 pub(super) fn linear(pool: &Pool, isa: &Isa, tokens: usize, jobs: &[Linear<'_>]) {
     let pieces = Pieces::new(pool, jobs.iter().map(|job| job.w.rows), tokens * jobs.first().map_or(0, |job| job.w.row_bytes()));
     pool.run(pieces.count(), &|piece| {
-        for (job, rows) in pieces.get(piece) {
-            jobs[job].rows(isa, tokens, &rows);
-        }
+        with_tiles(tokens, |[tile]| pieces.get(piece).for_each(|(job, rows)| jobs[job].rows(isa, tokens, &rows, tile)));
     });
 }
 
 impl Linear<'_> {
-    fn rows(&self, isa: &Isa, tokens: usize, rows: &Range<usize>) {
-        let mut tile: Tile = [0.0; _];
+    fn rows(&self, isa: &Isa, tokens: usize, rows: &Range<usize>, tile: &mut [f32]) {
         let mut ids = [0u32; TOKENS_MAX];
         for first in (0..tokens).step_by(TOKENS_MAX) {
             let count = TOKENS_MAX.min(tokens - first);
