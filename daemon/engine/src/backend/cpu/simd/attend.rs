@@ -73,18 +73,14 @@ macro_rules! attention {
             unsafe {
                 let queries: [*const f32; T] = std::array::from_fn(|t| tile.query(at + t).as_ptr());
                 let blocks = most.div_ceil(BLOCK);
-                for block in 0..blocks {
-                    let next = if block + 1 < blocks { tile.keys[block + 1] } else { tile.values[0] };
-                    for first in (0..BLOCK).step_by(2 * LANES) {
-                        let sums = keys_tile(tile.keys[block].as_ptr().add(first), d, queries, next.as_ptr().add(first));
-                        for t in 0..T {
-                            for (half, sum) in sums[t].into_iter().enumerate() {
-                                let position = block * BLOCK + first + half * LANES;
-                                let seen = keep(mul(sum, splat(tile.scale)), counts[t].saturating_sub(position), splat(f32::NEG_INFINITY));
-                                store(scores.add(t * ROW + position), seen);
-                            }
-                        }
-                    }
+                // Few heads leave registers over, and sums that wait for each other: then several blocks side by side.
+                let mut block = 0;
+                while block < blocks {
+                    block += match blocks - block {
+                        4.. if T == 1 => scores_of::<N, T, 4>(tile, block, blocks, queries, counts, scores),
+                        2.. if T <= 2 => scores_of::<N, T, 2>(tile, block, blocks, queries, counts, scores),
+                        _ => scores_of::<N, T, 1>(tile, block, blocks, queries, counts, scores),
+                    };
                 }
                 for t in 0..T {
                     (out.max[at + t], out.sum[at + t]) = softmax(scores.add(t * ROW), counts[t]);
@@ -107,24 +103,48 @@ macro_rules! attention {
             T
         }
 
-        /// Products of T queries with 2 × LANES keys, in order of the head's dimensions. Meanwhile the block that comes next
-        /// is fetched, a row for a row.
+        /// Scores of T queries with B blocks from `block` on, in order of the head's dimensions; returns B. Meanwhile the blocks
+        /// that come next are fetched, a row for a row.
         #[inline]
         #[target_feature(enable = $features)]
-        unsafe fn keys_tile<N: Number, const T: usize>(keys: *const N, d: usize, queries: [*const f32; T], next: *const N) -> [[V; 2]; T] {
-            let mut sums = [[splat(0.0); 2]; T];
-            for i in 0..d {
-                // SAFETY: the caller promises a block of [d, BLOCK] keys, queries of d, and a `next` as large as a block.
-                unsafe {
-                    prefetch(next.add(i * BLOCK).cast());
-                    let keys = [number(keys.add(i * BLOCK)), number(keys.add(i * BLOCK + LANES))];
-                    for t in 0..T {
-                        let q = splat(*queries[t].add(i));
-                        sums[t] = [fma(keys[0], q, sums[t][0]), fma(keys[1], q, sums[t][1])];
+        unsafe fn scores_of<N: Number, const T: usize, const B: usize>(
+            tile: &Tile<'_, N>,
+            block: usize,
+            blocks: usize,
+            queries: [*const f32; T],
+            counts: [usize; T],
+            scores: *mut f32,
+        ) -> usize {
+            let next: [*const N; B] = std::array::from_fn(|b| {
+                let next = block + B + b;
+                if next < blocks { tile.keys[next].as_ptr() } else { tile.values[(next - blocks).min(blocks - 1)].as_ptr() }
+            });
+            for first in (0..BLOCK).step_by(2 * LANES) {
+                let mut sums = [[[splat(0.0); 2]; B]; T];
+                for i in 0..tile.head_dim {
+                    for b in 0..B {
+                        // SAFETY: `check` asserted blocks of [d, BLOCK] numbers and queries of d.
+                        unsafe {
+                            prefetch(next[b].add(i * BLOCK + first).cast());
+                            let keys = tile.keys[block + b].as_ptr().add(i * BLOCK + first);
+                            let keys = [number(keys), number(keys.add(LANES))];
+                            for t in 0..T {
+                                let q = splat(*queries[t].add(i));
+                                sums[t][b] = [fma(keys[0], q, sums[t][b][0]), fma(keys[1], q, sums[t][b][1])];
+                            }
+                        }
+                    }
+                }
+                for t in 0..T {
+                    for (half, sum) in sums[t].into_iter().flatten().enumerate() {
+                        let position = (block + half / 2) * BLOCK + first + half % 2 * LANES;
+                        let seen = keep(mul(sum, splat(tile.scale)), counts[t].saturating_sub(position), splat(f32::NEG_INFINITY));
+                        // SAFETY: rows of SPAN scores.
+                        unsafe { store(scores.add(t * ROW + position), seen) };
                     }
                 }
             }
-            sums
+            B
         }
 
         /// acc[t] += Σ weights[t][i] × values[i] over `range`, in that order.
@@ -142,6 +162,15 @@ macro_rules! attention {
             // SAFETY: the caller promises a block of [BLOCK, d] values, weights for `range`, sums of d, and a `next` as large as
             // a block; at + W × LANES ≤ d.
             unsafe {
+                // As above: few heads, several columns.
+                while T == 1 && at + 8 * LANES <= d {
+                    values_columns::<N, T, 8>(values.add(at), range.clone(), d, weights, acc.map(|acc| acc.add(at)), next.add(at * BLOCK));
+                    at += 8 * LANES;
+                }
+                while T <= 2 && at + 4 * LANES <= d {
+                    values_columns::<N, T, 4>(values.add(at), range.clone(), d, weights, acc.map(|acc| acc.add(at)), next.add(at * BLOCK));
+                    at += 4 * LANES;
+                }
                 while at + 2 * LANES <= d {
                     values_columns::<N, T, 2>(values.add(at), range.clone(), d, weights, acc.map(|acc| acc.add(at)), next.add(at * BLOCK));
                     at += 2 * LANES;
