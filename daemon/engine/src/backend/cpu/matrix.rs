@@ -107,7 +107,7 @@ pub(crate) struct Fixed<'a> {
     pub(crate) bits: u8,
     /// [tokens, cols / group]
     pub(crate) scales: &'a [f32],
-    /// [tokens, row_bytes]; the instruction set's own order.
+    /// [tokens, row_bytes], aligned to 64 bytes; the instruction set's own order.
     pub(crate) bytes: &'a [i8],
 }
 
@@ -142,7 +142,16 @@ pub(crate) struct Prepared {
     /// 0: nobody reads fixed point.
     bits: u8,
     scales: Vec<f32>,
+    /// Aligned from [`aligned`] on.
     bytes: Vec<i8>,
+}
+
+/// So that no vector lies in two cache lines.
+const ALIGN: usize = 64;
+
+/// Where `bytes` are aligned first, if they are not empty.
+fn aligned(bytes: &[i8]) -> usize {
+    bytes.as_ptr().align_offset(ALIGN).min(bytes.len())
 }
 
 impl Prepared {
@@ -153,7 +162,7 @@ impl Prepared {
         (self.cols, self.group, self.bits) = (cols, group, if fixed { bits } else { 0 });
         self.sums.resize(rows * cols / group, 0.0);
         self.scales.resize(if fixed { rows * cols / group } else { 0 }, 0.0);
-        self.bytes.resize(if fixed { rows * Fixed::row_bytes(cols, bits) } else { 0 }, 0);
+        self.bytes.resize(if fixed { ALIGN + rows * Fixed::row_bytes(cols, bits) } else { 0 }, 0);
     }
 
     /// The rows from `first` on are those of `x` [rows, cols].
@@ -165,7 +174,8 @@ impl Prepared {
         if let Some(fixed) = isa.fixed.filter(|_| bits > 0) {
             let row_bytes = Fixed::row_bytes(cols, bits);
             let scales = self.scales[first * groups..].chunks_mut(TASK_ROWS * groups);
-            let bytes = self.bytes[first * row_bytes..].chunks_mut(TASK_ROWS * row_bytes);
+            let start = aligned(&self.bytes) + first * row_bytes;
+            let bytes = self.bytes[start..].chunks_mut(TASK_ROWS * row_bytes);
             pool.each(x.chunks(TASK_ROWS * cols).zip(scales).zip(bytes), |((x, scales), bytes)| {
                 let rows = scales.chunks_exact_mut(groups).zip(bytes.chunks_exact_mut(row_bytes));
                 for (x, (scales, bytes)) in x.chunks_exact(cols).zip(rows) {
@@ -177,7 +187,7 @@ impl Prepared {
 
     /// For `x`, whose rows were filled in.
     pub(crate) fn acts<'a>(&'a self, x: &'a [f32]) -> Acts<'a> {
-        let fixed = Fixed { bits: self.bits, scales: &self.scales, bytes: &self.bytes };
+        let fixed = Fixed { bits: self.bits, scales: &self.scales, bytes: &self.bytes[aligned(&self.bytes)..] };
         Acts { x, cols: self.cols, sums: &self.sums, group: self.group, fixed }
     }
 

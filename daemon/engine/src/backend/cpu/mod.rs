@@ -25,7 +25,7 @@ use matrix::{Matrix, Prepared};
 pub(crate) use pool::physical_cores;
 use pool::{Cells, Pool, TASK_ROWS};
 use simd::Isa;
-pub use speed::{Attention, Decoded};
+pub use speed::{Attention, Decoded, Multiplied, Products};
 
 use crate::{
     Bytes, Error, Kernels,

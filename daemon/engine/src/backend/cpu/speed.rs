@@ -1,5 +1,5 @@
-//! How fast attention alone runs, on a KV cache of noise: what `benches/attention.rs` prints. Not the speed of a model;
-//! `bench.rs` measures that.
+//! How fast attention runs alone, on a KV cache of noise, and products, on weights of noise: what `benches/attention.rs` and
+//! `benches/products.rs` print. Not the speed of a model; `bench.rs` measures that.
 
 use std::time::Instant;
 
@@ -7,6 +7,8 @@ use super::{
     Kv, PIECE_MAX, Row, Shape,
     attention::{Queries, UNITS, Work},
     blocks::Blocks,
+    linear::{Linear, linear},
+    matrix::{Matrix, Prepared},
     pool::{Cells, Pool},
     simd::Isa,
 };
@@ -14,9 +16,10 @@ use crate::{
     Bytes,
     kv::{BlockId, Table},
     machine::memory_bandwidth,
+    model::weights::{Float, Format},
 };
 
-/// Of KV cache: more than any processor's caches hold, so that a layer's bytes are gone when its turn comes again, as they
+/// Of KV cache or weights: more than any processor's caches hold, so that a layer's bytes are gone when its turn comes again, as they
 /// are between two tokens of a large model.
 const CACHE: usize = 256 << 20;
 
@@ -112,6 +115,71 @@ impl Bench {
         let seconds = start.elapsed().as_secs_f64();
         assert!(out.iter().all(|x| x.is_finite()));
         seconds
+    }
+}
+
+/// Products of a matrix with some tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Products {
+    /// Of a weight: 4 or 8 with a bf16 scale and bias for each group of columns, or 16 for bf16.
+    pub bits: u8,
+    pub group: usize,
+    pub cols: usize,
+    pub tokens: usize,
+    pub threads: usize,
+}
+
+/// What they took.
+#[derive(Clone, Copy, Debug)]
+pub struct Multiplied {
+    pub kernels: &'static str,
+    /// Weights, scales and biases, read once.
+    pub bytes: Bytes,
+    /// Multiplications and additions.
+    pub operations: f64,
+    pub median_s: f64,
+    pub best_s: f64,
+    /// Of a sum by as many threads, just before.
+    pub memory_bytes_s: f64,
+}
+
+impl Products {
+    /// Every kind of kernels that this CPU has, the portable ones apart, some `rounds` times in turn.
+    pub fn measure(&self, rounds: usize) -> Vec<Multiplied> {
+        let Self { bits, group, cols, tokens, threads } = *self;
+        let memory_bytes_s = memory_bandwidth(threads, None);
+        let format = if bits == 16 { Format::Bf16 } else { Format::Affine { bits, group, params: Float::Bf16 } };
+        // Many tokens do not wait for memory, and would take long.
+        let bytes = if tokens < 8 { CACHE } else { CACHE / 64 };
+        let rows = bytes / (cols * usize::from(bits) / 8);
+        let mut next = noise();
+        // Of small numbers, whatever they are read as.
+        let mut noise_of =
+            |len: usize| (0..len).map(|i| if i % 2 == 1 && bits == 16 { 0x3c } else { (256.0 * next()) as i8 as u8 }).collect();
+        let weight: Vec<u8> = noise_of(rows * cols * usize::from(bits) / 8);
+        let side = if bits == 16 { vec![] } else { [0u8, 0x3c].repeat(rows * cols / group) };
+        let w = Matrix { rows, cols, format, weight: &weight, scales: &side, biases: &side };
+        let x: Vec<f32> = (0..tokens * cols).map(|_| next()).collect();
+        let (mut out, mut prepared) = (vec![0.0; tokens * rows], Prepared::default());
+        let pool = Pool::new(threads).expect("threads");
+        let mut sets = Isa::available();
+        sets.pop();
+        let mut times = vec![Vec::new(); sets.len()];
+        for _ in 0..rounds {
+            for (isa, times) in sets.iter().zip(&mut times) {
+                let start = Instant::now();
+                let x = prepared.of((&pool, isa), &x, cols, format);
+                let out = &Cells::new(&mut out);
+                linear(&pool, isa, tokens, &[Linear { w, x, out, width: rows, at: 0 }]);
+                times.push(start.elapsed().as_secs_f64());
+            }
+        }
+        let (bytes, operations) = ((weight.len() + 2 * side.len()) as Bytes, (2 * rows * cols * tokens) as f64);
+        let measured = sets.iter().zip(times).map(|(isa, mut times)| {
+            times.sort_unstable_by(f64::total_cmp);
+            Multiplied { kernels: isa.name, bytes, operations, median_s: times[rounds / 2], best_s: times[0], memory_bytes_s }
+        });
+        measured.collect()
     }
 }
 

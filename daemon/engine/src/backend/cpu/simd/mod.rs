@@ -11,19 +11,24 @@ use half::f16;
 
 use super::{
     attention::{Partial, Tile},
-    matrix::{Acts, FixedRow, Matrix},
+    matrix::{Acts, Fixed, FixedRow, Matrix},
     norm, portable,
 };
+use crate::model::weights::{Float, Format};
 
 mod attend;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx2fixed;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+#[cfg(target_arch = "aarch64")]
+mod neonfixed;
 
 /// Most tokens one call of [`Isa::rows`] takes.
 pub(crate) const TOKENS_MAX: usize = 64;
@@ -65,21 +70,32 @@ impl Isa {
                 sets.push(avx512vnni::ISA);
             }
             if avx512 {
-                sets.push(avx512::ISA);
+                sets.push(avx2fixed::WITH_AVX512);
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
-                sets.push(avx2::ISA);
+                sets.push(avx2fixed::ISA);
             }
         }
         #[cfg(target_arch = "aarch64")]
-        sets.push(neon::ISA);
+        {
+            if std::arch::is_aarch64_feature_detected!("i8mm") {
+                sets.push(neonfixed::I8MM);
+            }
+            if std::arch::is_aarch64_feature_detected!("dotprod") {
+                sets.push(neonfixed::DOTPROD);
+            }
+            sets.push(neonfixed::NEON);
+        }
         sets.push(Self::PORTABLE);
         sets
     }
 }
 
-/// How a group's scales and biases are stored, as a type, so that the choice is made once per call.
+/// How plain weights, or a group's scales and biases, are stored: as a type, so that the choice is made once per call.
 trait Param {
+    const FLOAT: Float;
+    const BYTES: usize = if matches!(Self::FLOAT, Float::F32) { 4 } else { 2 };
+
     /// # Safety
     /// `at + 1` numbers must be readable.
     unsafe fn get(from: *const u8, at: usize) -> f32;
@@ -90,6 +106,8 @@ struct F16;
 struct Bf16;
 
 impl Param for F32 {
+    const FLOAT: Float = Float::F32;
+
     #[inline(always)]
     unsafe fn get(from: *const u8, at: usize) -> f32 {
         // SAFETY: the caller's promise; unaligned reads are allowed.
@@ -98,6 +116,8 @@ impl Param for F32 {
 }
 
 impl Param for F16 {
+    const FLOAT: Float = Float::F16;
+
     #[inline(always)]
     unsafe fn get(from: *const u8, at: usize) -> f32 {
         // SAFETY: the caller's promise.
@@ -106,6 +126,8 @@ impl Param for F16 {
 }
 
 impl Param for Bf16 {
+    const FLOAT: Float = Float::Bf16;
+
     #[inline(always)]
     unsafe fn get(from: *const u8, at: usize) -> f32 {
         // SAFETY: the caller's promise.
@@ -113,22 +135,37 @@ impl Param for Bf16 {
     }
 }
 
-/// Plain formats, as a type.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Plain {
-    F32,
-    F16,
-    Bf16,
+/// The bits and parameters of weights that fixed point was prepared for, once every access of their products is known to lie inside
+/// what is lent.
+fn fixed_point(w: &Matrix<'_>, range: &Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &[f32]) -> Option<(u8, Float)> {
+    let Format::Affine { bits: bits @ (4 | 8), group: group @ (32 | 64 | 128), params } = w.format else { return None };
+    if x.fixed.bytes.is_empty() || x.fixed.bits != bits {
+        return None;
+    }
+    assert!(range.end <= w.rows && w.weight.len() >= w.rows * w.row_bytes() && x.cols == w.cols && x.group == group);
+    let (groups, side) = (w.cols / group, if params == Float::F32 { 4 } else { 2 });
+    assert!(w.cols.is_multiple_of(group) && w.scales.len() >= w.rows * groups * side && w.biases.len() >= w.rows * groups * side);
+    let read = tokens.iter().map(|token| *token as usize + 1).max().unwrap_or(0);
+    assert!(read * groups <= x.sums.len().min(x.fixed.scales.len()) && read * Fixed::row_bytes(w.cols, bits) <= x.fixed.bytes.len());
+    assert!(out.len() >= range.len() * tokens.len() && tokens.len() <= TOKENS_MAX);
+    Some((bits, params))
+}
+
+/// A decode step streams rows from memory, several at a time. Lines are asked for in the order in which they lie (`avx512vnni.rs` says
+/// why), so far ahead: less than all rows of a tile would be what these ask for themselves.
+fn ahead<const R: usize>(first: *const u8, row_bytes: usize) -> *const u8 {
+    first.wrapping_add((R * row_bytes).max(4096))
 }
 
 /// The loops over primitives that the invoking module defines:
-/// `V` (vector of `LANES` f32), `splat`, `load`, `fma`, `total` (sum of lanes), `load_f16`, `load_bf16`, and
-/// `codes::<BITS>` (the LANES codes that start at a column, as floats). `$features` are the module's target features.
+/// `V` (vector of `LANES` f32), `splat`, `load`, `fma`, `total` (sum of lanes), `load_f16`, `load_bf16` and `prefetch`. `ROWS` says how
+/// many rows × four tokens its registers are good for, and `ROWS_OF_FEW` × fewer. `$features` are the module's target features.
+/// Packed codes are left to the files that multiply them in fixed point.
 macro_rules! kernels {
     ($features:literal, $name:literal) => {
         use std::ops::Range;
 
-        use super::{Bf16, F16, F32, Isa, Param, Plain};
+        use super::{Bf16, F16, F32, Isa, Param, ahead};
         use crate::backend::cpu::{
             matrix::{Acts, Matrix},
             portable,
@@ -141,99 +178,13 @@ macro_rules! kernels {
             assert!(range.end <= w.rows && w.weight.len() >= w.rows * w.row_bytes() && x.cols == w.cols);
             assert!(tokens.iter().all(|&token| (token as usize + 1) * x.cols <= x.x.len()));
             assert!(out.len() >= range.len() * tokens.len());
-            if let Format::Affine { group, params, .. } = w.format {
-                let bytes = w.rows * (w.cols / group) * if params == Float::F32 { 4 } else { 2 };
-                assert!(x.group == group && w.scales.len() >= bytes && w.biases.len() >= bytes && w.cols % group == 0);
-                assert!(tokens.iter().all(|&token| (token as usize + 1) * (x.cols / group) <= x.sums.len()));
-            }
             // SAFETY: the features were detected (see ISA) and every access of the tiles lies inside what was asserted.
             unsafe {
                 match w.format {
-                    Format::Affine { bits: 4, params: Float::Bf16, .. } => affine::<4, Bf16>(w, range, x, tokens, out),
-                    Format::Affine { bits: 4, params: Float::F16, .. } => affine::<4, F16>(w, range, x, tokens, out),
-                    Format::Affine { bits: 4, params: Float::F32, .. } => affine::<4, F32>(w, range, x, tokens, out),
-                    Format::Affine { bits: 8, params: Float::Bf16, .. } => affine::<8, Bf16>(w, range, x, tokens, out),
-                    Format::Affine { bits: 8, params: Float::F16, .. } => affine::<8, F16>(w, range, x, tokens, out),
-                    Format::Affine { bits: 8, params: Float::F32, .. } => affine::<8, F32>(w, range, x, tokens, out),
-                    Format::F32 if w.cols % LANES == 0 => plain(Plain::F32, w, range, x, tokens, out),
-                    Format::F16 if w.cols % LANES == 0 => plain(Plain::F16, w, range, x, tokens, out),
-                    Format::Bf16 if w.cols % LANES == 0 => plain(Plain::Bf16, w, range, x, tokens, out),
+                    Format::F32 if w.cols % LANES == 0 => plain::<F32>(w, range, x, tokens, out),
+                    Format::F16 if w.cols % LANES == 0 => plain::<F16>(w, range, x, tokens, out),
+                    Format::Bf16 if w.cols % LANES == 0 => plain::<Bf16>(w, range, x, tokens, out),
                     _ => portable::rows(w, range, x, tokens, out),
-                }
-            }
-        }
-
-        #[target_feature(enable = $features)]
-        unsafe fn affine<const BITS: usize, P: Param>(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
-            let (mut row, width) = (range.start, tokens.len());
-            // SAFETY: `rows` checked every length.
-            unsafe {
-                while row < range.end {
-                    let out = &mut out[(row - range.start) * width..];
-                    if width == 1 && row + 4 <= range.end {
-                        affine_tile::<BITS, P, 4, 1>(w, row, x, tokens, out, width);
-                        row += 4;
-                        continue;
-                    }
-                    let mut at = 0;
-                    while at + 4 <= width {
-                        affine_tile::<BITS, P, 1, 4>(w, row, x, &tokens[at..], &mut out[at..], width);
-                        at += 4;
-                    }
-                    for at in at..width {
-                        affine_tile::<BITS, P, 1, 1>(w, row, x, &tokens[at..], &mut out[at..], width);
-                    }
-                    row += 1;
-                }
-            }
-        }
-
-        /// R rows × T tokens: Σ_groups scale·(Σ q·x) + Σ_groups bias·(Σ x).
-        #[inline]
-        #[target_feature(enable = $features)]
-        unsafe fn affine_tile<const BITS: usize, P: Param, const R: usize, const T: usize>(
-            w: &Matrix<'_>,
-            row: usize,
-            x: &Acts<'_>,
-            tokens: &[u32],
-            out: &mut [f32],
-            width: usize,
-        ) {
-            let (group, groups, bytes) = (x.group, w.cols / x.group, w.row_bytes());
-            // SAFETY: `rows` checked every length that these pointers are moved within.
-            unsafe {
-                let codes_at: [*const u8; R] = std::array::from_fn(|r| w.weight.as_ptr().add((row + r) * bytes));
-                let scales: [*const u8; R] = [w.scales.as_ptr(); R];
-                let biases: [*const u8; R] = [w.biases.as_ptr(); R];
-                let xs: [*const f32; T] = std::array::from_fn(|t| x.x.as_ptr().add(tokens[t] as usize * x.cols));
-                let sums: [*const f32; T] = std::array::from_fn(|t| x.sums.as_ptr().add(tokens[t] as usize * groups));
-                let mut total_of = [[splat(0.0); T]; R];
-                let mut offset = [[0.0f32; T]; R];
-                for g in 0..groups {
-                    let mut part = [[splat(0.0); T]; R];
-                    let mut col = g * group;
-                    while col < (g + 1) * group {
-                        for r in 0..R {
-                            let q = codes::<BITS>(codes_at[r].add(col * BITS / 8));
-                            for t in 0..T {
-                                part[r][t] = fma(q, load(xs[t].add(col)), part[r][t]);
-                            }
-                        }
-                        col += LANES;
-                    }
-                    for r in 0..R {
-                        let index = (row + r) * groups + g;
-                        let (scale, bias) = (splat(P::get(scales[r], index)), P::get(biases[r], index));
-                        for t in 0..T {
-                            total_of[r][t] = fma(scale, part[r][t], total_of[r][t]);
-                            offset[r][t] = bias.mul_add(*sums[t].add(g), offset[r][t]);
-                        }
-                    }
-                }
-                for r in 0..R {
-                    for t in 0..T {
-                        out[r * width + t] = total(total_of[r][t]) + offset[r][t];
-                    }
                 }
             }
         }
@@ -267,46 +218,98 @@ macro_rules! kernels {
             }
         }
 
+        /// LANES numbers, widened.
+        #[inline]
         #[target_feature(enable = $features)]
-        unsafe fn plain(kind: Plain, w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
-            let bytes = w.row_bytes();
-            for (i, row) in range.enumerate() {
-                let out = &mut out[i * tokens.len()..][..tokens.len()];
-                for (out, tokens) in out.chunks_mut(4).zip(tokens.chunks(4)) {
-                    // SAFETY: `rows` checked the lengths.
-                    unsafe {
-                        let from = w.weight.as_ptr().add(row * bytes);
-                        if let Ok(tokens) = <&[u32; 4]>::try_from(tokens) {
-                            plain_tile(kind, from, x, tokens, out);
-                        } else {
-                            for (out, token) in out.iter_mut().zip(tokens) {
-                                plain_tile(kind, from, x, &[*token], std::slice::from_mut(out));
-                            }
-                        }
+        pub(super) unsafe fn wide<P: Param>(from: *const u8) -> V {
+            // SAFETY: the caller promises as many.
+            unsafe {
+                match P::FLOAT {
+                    Float::F32 => load(from.cast()),
+                    Float::F16 => load_f16(from),
+                    Float::Bf16 => load_bf16(from),
+                }
+            }
+        }
+
+        /// Token tiles outside, rows inside: a tile's activations stay in a near cache for all rows.
+        #[target_feature(enable = $features)]
+        unsafe fn plain<P: Param>(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
+            for (index, tile) in tokens.chunks(4).enumerate() {
+                let to = (4 * index, tokens.len());
+                // SAFETY: `rows` checked the lengths.
+                unsafe {
+                    match *tile {
+                        [a] => plain_column::<P, ROWS_OF_FEW, 1>(w, range.clone(), x, [a], out, to),
+                        [a, b] => plain_column::<P, ROWS_OF_FEW, 2>(w, range.clone(), x, [a, b], out, to),
+                        [a, b, c] => plain_column::<P, ROWS_OF_FEW, 3>(w, range.clone(), x, [a, b, c], out, to),
+                        [a, b, c, d, ..] => plain_column::<P, ROWS, 4>(w, range.clone(), x, [a, b, c, d], out, to),
+                        [] => {}
                     }
                 }
             }
         }
 
-        #[inline]
+        /// All rows for one tile of tokens, R at a time. `to` = (the tile's first column of `out`, columns of `out`).
         #[target_feature(enable = $features)]
-        unsafe fn plain_tile<const T: usize>(kind: Plain, from: *const u8, x: &Acts<'_>, tokens: &[u32; T], out: &mut [f32]) {
-            // SAFETY: `rows` checked the lengths; `from` starts a row of x.cols numbers.
-            unsafe {
-                let xs: [*const f32; T] = std::array::from_fn(|t| x.x.as_ptr().add(tokens[t] as usize * x.cols));
-                let mut sums = [splat(0.0); T];
-                for col in (0..x.cols).step_by(LANES) {
-                    let w = match kind {
-                        Plain::F32 => load(from.cast::<f32>().add(col)),
-                        Plain::F16 => load_f16(from.add(2 * col)),
-                        Plain::Bf16 => load_bf16(from.add(2 * col)),
-                    };
-                    for t in 0..T {
-                        sums[t] = fma(w, load(xs[t].add(col)), sums[t]);
+        unsafe fn plain_column<P: Param, const R: usize, const T: usize>(
+            w: &Matrix<'_>,
+            range: Range<usize>,
+            x: &Acts<'_>,
+            tokens: [u32; T],
+            out: &mut [f32],
+            to: (usize, usize),
+        ) {
+            let mut row = range.start;
+            while row < range.end {
+                let out = &mut out[(row - range.start) * to.1 + to.0..];
+                // SAFETY: `rows` checked the lengths.
+                unsafe {
+                    if row + R <= range.end {
+                        plain_tile::<P, R, T>(w, row, x, tokens, out, to.1);
+                        row += R;
+                    } else {
+                        plain_tile::<P, 1, T>(w, row, x, tokens, out, to.1);
+                        row += 1;
                     }
                 }
-                for t in 0..T {
-                    out[t] = total(sums[t]);
+            }
+        }
+
+        /// R rows × T tokens; out[r × width + t].
+        #[inline]
+        #[target_feature(enable = $features)]
+        unsafe fn plain_tile<P: Param, const R: usize, const T: usize>(
+            w: &Matrix<'_>,
+            row: usize,
+            x: &Acts<'_>,
+            tokens: [u32; T],
+            out: &mut [f32],
+            width: usize,
+        ) {
+            // SAFETY: `rows` checked every length that these pointers are moved within.
+            unsafe {
+                let from: [*const u8; R] = std::array::from_fn(|r| w.weight.as_ptr().add((row + r) * w.row_bytes()));
+                let xs: [*const f32; T] = std::array::from_fn(|t| x.x.as_ptr().add(tokens[t] as usize * x.cols));
+                let mut ahead = ahead::<R>(from[0], w.row_bytes());
+                let mut sums = [[splat(0.0); T]; R];
+                for col in (0..x.cols).step_by(LANES) {
+                    // One row comes in order by itself.
+                    for _ in 0..if R > 1 && col * P::BYTES % 64 == 0 { R } else { 0 } {
+                        prefetch(ahead);
+                        ahead = ahead.wrapping_add(64);
+                    }
+                    for r in 0..R {
+                        let w = wide::<P>(from[r].add(col * P::BYTES));
+                        for t in 0..T {
+                            sums[r][t] = fma(w, load(xs[t].add(col)), sums[r][t]);
+                        }
+                    }
+                }
+                for r in 0..R {
+                    for t in 0..T {
+                        out[r * width + t] = total(sums[r][t]);
+                    }
                 }
             }
         }

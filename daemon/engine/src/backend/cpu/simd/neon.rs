@@ -2,11 +2,15 @@
 
 use std::arch::aarch64::*;
 
-/// Eight lanes in two registers, so that one u32 of 4-bit codes fills a vector.
+/// Eight lanes in two registers: eight halves are one load.
 type V = float32x4x2_t;
 const LANES: usize = 8;
 /// Heads that attention takes together: eight sums of two registers each, in 32.
 const TILE: usize = 4;
+/// Rows of plain weights that four tokens take together.
+const ROWS: usize = 2;
+/// Not measured: one sum a row, of two registers, would wait for itself at an eighth of the rate of loads.
+const ROWS_OF_FEW: usize = 4;
 
 super::kernels!("neon", "neon");
 super::attend::attention!("neon");
@@ -66,24 +70,6 @@ unsafe fn load_bf16(from: *const u8) -> V {
     float32x4x2_t(widen(vget_low_u16(half)), widen(vget_high_u16(half)))
 }
 
-/// Eight codes of 4 bits (one u32) or 8 bits (one u64) as floats, in column order.
-#[inline]
-#[target_feature(enable = "neon")]
-unsafe fn codes<const BITS: usize>(from: *const u8) -> V {
-    // SAFETY: the caller promises BITS readable bytes.
-    unsafe {
-        if BITS == 4 {
-            let word = vdupq_n_u32(from.cast::<u32>().read_unaligned());
-            let down = |shifts: [i32; 4]| vcvtq_f32_u32(vandq_u32(vshlq_u32(word, vld1q_s32(shifts.as_ptr())), vdupq_n_u32(15)));
-            float32x4x2_t(down([0, -4, -8, -12]), down([-16, -20, -24, -28]))
-        } else {
-            let wide = vmovl_u8(vld1_u8(from));
-            let float = |half: uint16x4_t| vcvtq_f32_u32(vmovl_u16(half));
-            float32x4x2_t(float(vget_low_u16(wide)), float(vget_high_u16(wide)))
-        }
-    }
-}
-
 #[inline]
 #[target_feature(enable = "neon")]
 fn total(v: V) -> f32 {
@@ -137,7 +123,10 @@ fn exponent(shifted: V) -> V {
     float32x4x2_t(up(shifted.0), up(shifted.1))
 }
 
-/// Left to the hardware: the intrinsic is not stable, and runs of 8 KiB are long enough for it.
+/// In assembly: the intrinsic is not stable.
 #[inline]
 #[target_feature(enable = "neon")]
-fn prefetch(_: *const u8) {}
+pub(super) fn prefetch(from: *const u8) {
+    // SAFETY: a hint; no address is wrong.
+    unsafe { std::arch::asm!("prfm pldl1keep, [{0}]", in(reg) from, options(readonly, nostack, preserves_flags)) }
+}
