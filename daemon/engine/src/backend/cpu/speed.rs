@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use super::{
-    Kv, PIECE_MAX, Row, Shape,
+    Kv, PIECE_MAX, Shape,
     attention::{Queries, UNITS, Work},
     blocks::Blocks,
     pool::{Cells, Pool},
@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     Bytes,
+    backend::Row,
     kv::{BlockId, Table},
     machine::memory_bandwidth,
 };
