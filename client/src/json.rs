@@ -83,9 +83,15 @@ pub(crate) fn snapshot(snapshot: &Snapshot) -> Value {
         })
     });
     let memory = snapshot.memory.map(|m| {
+        let mlx = m.mlx.map(|mlx| {
+            json!({
+                "active_bytes": mlx.active_bytes, "peak_bytes": mlx.peak_bytes, "cached_bytes": mlx.cached_bytes, "host_syncs": mlx.host_syncs,
+            })
+        });
         json!({
             "process_bytes": m.process_bytes, "trunk_bytes": m.trunk_bytes, "slab_bytes": m.slab_bytes, "kv_bytes": m.kv_bytes,
             "kv_reserved_bytes": m.kv_reserved_bytes, "scratch_bytes": m.scratch_bytes, "cap_bytes": m.cap_bytes,
+            "mlx": mlx,
         })
     });
     let pressure = snapshot.pressure.as_ref().map(|p| {

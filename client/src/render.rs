@@ -246,7 +246,10 @@ fn memory_text(memory: &Memory) -> String {
     let parts = parts.map(|(name, size)| format!("{} {name}", bytes(size))).join(" + ");
     let rest = bytes(memory.process_bytes.saturating_sub(known));
     let cap = memory.cap_bytes.map_or("no cap".into(), |cap| format!("cap {}", bytes(cap)));
-    format!("{} = {parts} + {rest} other · {} KV reserved · {cap}", bytes(memory.process_bytes), bytes(memory.kv_reserved_bytes))
+    let mlx = memory.mlx.map_or(String::new(), |mlx| {
+        format!(" · MLX {}, at most {}; {} results waited for", bytes(mlx.active_bytes), bytes(mlx.peak_bytes), mlx.host_syncs)
+    });
+    format!("{} = {parts} + {rest} other · {} KV reserved · {cap}{mlx}", bytes(memory.process_bytes), bytes(memory.kv_reserved_bytes))
 }
 
 fn pressure_rows(pressure: &Pressure, paint: Paint, rows: &mut Vec<(&'static str, String)>) {

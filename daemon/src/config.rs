@@ -47,7 +47,7 @@ pub struct RawConfig {
     /// Compute threads; auto = physical cores
     #[arg(long, value_name = "N")]
     pub threads: Option<Text>,
-    /// auto (fastest) or reference (portable, f32)
+    /// auto, cpu (fastest), reference (portable, f32), or mlx where it is built in
     #[arg(long, value_name = "KIND")]
     pub kernels: Option<Text>,
     /// How experts are read: auto (measured), direct, buffered, uring or mmap
@@ -247,11 +247,6 @@ impl Sources<'_> {
         let or_auto = |text: &str| if text == "auto" { Some(None) } else { at_least_1(text).map(Some) };
         let cache_wants = "a share such as 25%, a size such as 512MiB, or auto";
         let memory = |text: &str| if text == "auto" { Some(None) } else { parse_bytes(text).ok().map(Some) };
-        let kernels = |text: &str| match text {
-            "auto" => Some(Kernels::Auto),
-            "reference" => Some(Kernels::Reference),
-            _ => None,
-        };
         Ok(Options {
             expert_cache: self.pick(
                 "expert_cache",
@@ -271,7 +266,7 @@ impl Sources<'_> {
                 |text| at_least_1(text).filter(|number| *number <= QUEUE_MAX),
             )?,
             threads: self.pick("threads", |raw| raw.threads.as_ref(), "auto", "a number of at least 1, or auto", or_auto)?,
-            kernels: self.pick("kernels", |raw| raw.kernels.as_ref(), "auto", "auto or reference", kernels)?,
+            kernels: self.pick("kernels", |raw| raw.kernels.as_ref(), "auto", Kernels::CHOICES, |text| text.parse().ok())?,
             loaders: self.pick("loaders", |raw| raw.loaders.as_ref(), "4", "a number of at least 1", at_least_1)?,
             io: self.pick("io", |raw| raw.io.as_ref(), "auto", "auto, direct, buffered, uring or mmap", |text| text.parse().ok())?,
             policy: self.pick("policy", |raw| raw.policy.as_ref(), "lfru", "lfru, lru, lcp or none", |text| text.parse().ok())?,
@@ -414,7 +409,7 @@ mod tests {
         check(&[("FLASH_EXPERT_CACHE", "120%")], "", "expert_cache = `120%` (from FLASH_EXPERT_CACHE)");
         check(&[("FLASH_CTX", "0")], "", "ctx = `0`");
         check(&[("FLASH_QUEUE", "0")], "", "queue = `0`");
-        check(&[], "kernels = 'fast'", "flash.toml) is not auto or reference");
+        check(&[], "kernels = 'fast'", "flash.toml) is not auto, cpu");
         check(&[], "paralel = 2", "unknown field `paralel`");
         check(&[], "parallel = [2]", "a string or a number");
         check(&[], "parallel = ", "flash.toml: ");

@@ -2,7 +2,15 @@
 //! is answered. Used by the tests that need no process.
 
 use anyhow::{Result, bail};
-use flash_engine::{Delivery, Engine, Event, Finish, Request, RequestId, Sampling, Step};
+use flash_engine::{Delivery, Engine, Event, Finish, Kernels, Options, Request, RequestId, Sampling, Step};
+
+/// The kernels that are held against the reference: MLX with the feature `mlx`, else the CPU's own.
+pub const SERVING: Kernels = if cfg!(feature = "mlx") { Kernels::Mlx } else { Kernels::Auto };
+
+/// The default, with those.
+pub fn options() -> Options {
+    Options { kernels: SERVING, ..Options::default() }
+}
 
 /// What became of one request.
 #[derive(Debug, Default)]

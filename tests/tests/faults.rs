@@ -6,7 +6,7 @@ use std::{path::Path, sync::Arc, thread};
 use anyhow::{Context, Result};
 use flash_engine::{CacheBudget, Engine, Options, Request, convert};
 use flash_tests::{
-    drive::{Late, Outcome, drawn, greedy, ids, run, run_with},
+    drive::{Late, Outcome, drawn, greedy, ids, options, run, run_with},
     fault_storage::{Fault, Faults, When},
     tiny_model::{Spec, TinyModel, expert_bytes},
 };
@@ -35,7 +35,7 @@ fn prepared(prepare: impl FnOnce(&Path) -> Result<()>) -> Result<Subject> {
     TinyModel::generate(Spec { experts: EXPERTS, seed: 5, ..Spec::default() }).write(dir.path())?;
     prepare(dir.path())?;
     let faults = Faults::new();
-    let options = Options { expert_cache: CacheBudget::Share(2.5 / EXPERTS as f64), parallel: 4, ..Options::default() };
+    let options = Options { expert_cache: CacheBudget::Share(2.5 / EXPERTS as f64), parallel: 4, ..options() };
     let engine = Engine::load_from(dir.path(), &options, &faults.opener(), &mut |_| {})?;
     Ok(Subject { dir, faults, engine })
 }
@@ -95,7 +95,7 @@ fn a_damaged_record_fails_those_that_need_it() -> Result<()> {
         let mut bytes = good.clone();
         bytes[usize::try_from(entry.offset)? + entry.payload as usize / 2] ^= 1;
         std::fs::write(&path, bytes)?;
-        let options = Options { expert_cache: CacheBudget::Share(0.5), parallel: 4, ..Options::default() };
+        let options = Options { expert_cache: CacheBudget::Share(0.5), parallel: 4, ..options() };
         let mut engine = Engine::load(dir.path(), &options, &mut |_| {})?;
         let mut failures = 0;
         for _ in 0..2 {

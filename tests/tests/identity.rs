@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use flash_engine::{CacheBudget, Engine, Io, Kernels, Lookahead, Options, PolicyKind, Request};
 use flash_tests::{
     daemon::bundled_model,
-    drive::{Late, Outcome, answered, drawn, greedy, run, run_with},
+    drive::{Late, Outcome, SERVING, answered, drawn, greedy, options, run, run_with},
     fault_storage::{Fault, Faults, When},
     golden,
     rng::Rng,
@@ -55,7 +55,7 @@ impl Subject<'_> {
             // Half a slot more, so that rounding down meets the number.
             expert_cache: share(setting.slots, self.experts),
             parallel: 4,
-            ..Options::default()
+            ..options()
         }
     }
 
@@ -175,7 +175,7 @@ fn with_tiny(check: impl Fn(&Subject<'_>, Kernels) -> Result<()>) -> Result<()> 
     let requests = requests.map(with_logprobs).to_vec();
     let subject = Subject { dir: dir.path(), experts: 32, requests };
     check(&subject, Kernels::Reference)?;
-    check(&subject, Kernels::Auto)
+    check(&subject, SERVING)
 }
 
 #[test]
@@ -210,11 +210,11 @@ fn the_bundled_model() -> Result<()> {
     let dir = bundled_model();
     let requests = [greedy(&goldens[0].prompt, 16), drawn(&goldens[1].prompt, 16, 5)].map(with_logprobs).to_vec();
     let subject = Subject { dir: &dir, experts: 64, requests };
-    subject.slots(Kernels::Auto, &[1, 3, 8, 16, 32, 64])?;
-    subject.shuffled_loads(Kernels::Auto, 16)?;
-    subject.moving_budgets(Kernels::Auto)?;
-    subject.settings(Kernels::Auto)?;
-    subject.neighbours(Kernels::Auto)
+    subject.slots(SERVING, &[1, 3, 8, 16, 32, 64])?;
+    subject.shuffled_loads(SERVING, 16)?;
+    subject.moving_budgets(SERVING)?;
+    subject.settings(SERVING)?;
+    subject.neighbours(SERVING)
 }
 
 /// These tests could fail: one wrong bit in each expert shows in the log-probabilities.
@@ -223,9 +223,9 @@ fn a_flipped_bit_is_seen() -> Result<()> {
     let dir = TempDir::new()?;
     TinyModel::generate(Spec::default()).write(dir.path())?;
     let subject = Subject { dir: dir.path(), experts: 8, requests: vec![with_logprobs(drawn(&[72, 101, 108], 4, 1))] };
-    let expected = subject.expected(Kernels::Auto)?;
+    let expected = subject.expected(SERVING)?;
     let faults = Faults::new();
-    let options = subject.options(Setting { slots: 4, threads: 1, kernels: Kernels::Auto });
+    let options = subject.options(Setting { slots: 4, threads: 1, kernels: SERVING });
     let mut engine = Engine::load_from(subject.dir, &options, &faults.opener(), &mut |_| {})?;
     faults.arm(When::Always, Fault::Flip);
     assert_ne!(answers(run(&mut engine, &subject.requests)?)?, expected);

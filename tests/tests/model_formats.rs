@@ -4,7 +4,7 @@
 use anyhow::Result;
 use flash_engine::{CacheBudget, Engine, Kernels, Message, Options};
 use flash_tests::{
-    drive::{greedy, ids, run},
+    drive::{SERVING, greedy, ids, options, run},
     reference,
     tiny_model::{Float, Format, IM_END, IM_START, Naming, Router, Spec, TinyModel},
 };
@@ -19,8 +19,8 @@ fn check(what: &str, spec: Spec) -> Result<()> {
     let prompt: Vec<u32> = PROMPT.iter().map(|&byte| u32::from(byte)).collect();
     let expected = reference::logits(&model, &prompt);
     let largest = expected.iter().flatten().fold(0.0, |largest: f64, logit| largest.max(logit.abs()));
-    for (kernels, tolerance) in [(Kernels::Reference, 1e-3), (Kernels::Auto, 1e-2)] {
-        let options = Options { kernels, expert_cache: CacheBudget::Share(0.5), ..Options::default() };
+    for (kernels, tolerance) in [(Kernels::Reference, 1e-3), (SERVING, 1e-2)] {
+        let options = Options { kernels, expert_cache: CacheBudget::Share(0.5), ..options() };
         let mut engine = Engine::load(dir.path(), &options, &mut |_| {})?;
         let mut positions = 0;
         engine.score(&prompt, 0, &mut |position, logits| {
@@ -80,7 +80,7 @@ fn layouts() -> Result<()> {
 fn text_goes_in_and_out_unchanged() -> Result<()> {
     let dir = TempDir::new()?;
     TinyModel::generate(Spec::default()).write(dir.path())?;
-    let engine = Engine::load(dir.path(), &Options::default(), &mut |_| {})?;
+    let engine = Engine::load(dir.path(), &options(), &mut |_| {})?;
     let text = engine.text();
     for sample in ["Hello, world", "naïve 🙂 日本", " two  spaces\n\ttab", ""] {
         let ids = text.encode(sample)?;

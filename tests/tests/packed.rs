@@ -7,14 +7,14 @@ use anyhow::{Context, Result};
 use flash_engine::{CacheBudget, Engine, Io, Kernels, Options, Request, convert, verify};
 use flash_tests::{
     daemon::bundled_model,
-    drive::{answered, drawn, greedy, ids, run},
+    drive::{SERVING, answered, drawn, greedy, ids, options, run},
     golden,
     tiny_model::{Float, Format, Naming, Spec, TinyModel},
 };
 use tempfile::TempDir;
 
 fn engine(dir: &Path, io: Io, kernels: Kernels) -> Result<Engine> {
-    let options = Options { kernels, io, expert_cache: CacheBudget::Share(0.5), parallel: 5, ..Options::default() };
+    let options = Options { kernels, io, expert_cache: CacheBudget::Share(0.5), parallel: 5, ..options() };
     Ok(Engine::load(dir, &options, &mut |_| {})?)
 }
 
@@ -76,7 +76,7 @@ fn every_format_and_way_of_reading_gives_the_same_bits() -> Result<()> {
     for (number, spec) in specs.into_iter().enumerate() {
         let model = TinyModel::generate(spec);
         let answer = |dir: &Path, io: Io| -> Result<_> {
-            let mut engine = engine(dir, io, Kernels::Auto)?;
+            let mut engine = engine(dir, io, SERVING)?;
             let outcome = answered(run(&mut engine, std::slice::from_ref(&request))?)?.pop().context("an answer")?;
             assert!(engine.report().io == io || io == Io::Auto);
             Ok((outcome.ids, outcome.bits))
@@ -102,15 +102,15 @@ fn half_a_conversion_is_refused_and_finished() -> Result<()> {
     let dir = TempDir::new()?;
     TinyModel::generate(Spec { shards: 3, ..Spec::default() }).write(dir.path())?;
     let request = greedy(&[72, 105], 8);
-    let expected = ids(run(&mut engine(dir.path(), Io::Auto, Kernels::Auto)?, std::slice::from_ref(&request))?)?;
+    let expected = ids(run(&mut engine(dir.path(), Io::Auto, SERVING)?, std::slice::from_ref(&request))?)?;
     // Stopped when the last stage begins: the files have given their experts.
     let stopped = convert(dir.path(), true, &mut |progress| progress.stage == "writing experts");
     let error = stopped.err().context("it was stopped")?.to_string();
     assert!(error.contains("run `flashctl convert --in-place` again"), "{error}");
-    let error = engine(dir.path(), Io::Auto, Kernels::Auto).err().context("half a model")?.to_string();
+    let error = engine(dir.path(), Io::Auto, SERVING).err().context("half a model")?.to_string();
     assert!(error.contains("conversion was interrupted; run `flashctl convert --in-place"), "{error}");
     convert(dir.path(), true, &mut |_| true)?;
-    assert_eq!(ids(run(&mut engine(dir.path(), Io::Auto, Kernels::Auto)?, std::slice::from_ref(&request))?)?, expected);
+    assert_eq!(ids(run(&mut engine(dir.path(), Io::Auto, SERVING)?, std::slice::from_ref(&request))?)?, expected);
     let error = convert(dir.path(), true, &mut |_| true).err().context("twice")?.to_string();
     assert!(error.contains("packed already"), "{error}");
     Ok(())

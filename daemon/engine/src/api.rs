@@ -26,7 +26,39 @@ pub enum Kernels {
     /// Portable code, f32 activations, f32 KV cache: what the others are measured against.
     Reference,
     /// The fastest this CPU has, KV cache in f16.
+    Cpu,
+    /// MLX: in f32 on its CPU device, in the model's own type on Metal. Needs the feature `mlx`.
+    Mlx,
+    /// MLX on a Mac where it was built in, else the CPU.
     Auto,
+}
+
+impl Kernels {
+    /// What [`Kernels::from_str`] takes.
+    pub const CHOICES: &str =
+        if cfg!(feature = "mlx") { "auto, cpu, mlx or reference" } else { "auto, cpu or reference (MLX is not built in)" };
+
+    pub(crate) fn or_default(self) -> Self {
+        match self {
+            Self::Auto if cfg!(all(feature = "mlx", target_os = "macos")) => Self::Mlx,
+            Self::Auto => Self::Cpu,
+            chosen => chosen,
+        }
+    }
+}
+
+impl FromStr for Kernels {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "mlx" if cfg!(feature = "mlx") => Ok(Self::Mlx),
+            "reference" => Ok(Self::Reference),
+            _ => Err(Error::Setting { value: text.into(), wants: Self::CHOICES }),
+        }
+    }
 }
 
 /// What [`crate::Engine::load`] needs to know besides the model's path.
@@ -308,12 +340,26 @@ pub struct Report {
     /// "avx2", "portable" …
     pub kernels: String,
     pub threads: usize,
+    /// Where MLX computes.
+    pub mlx: Option<MlxReport>,
     pub io: Io,
     /// Experts that layers wanted where lookahead had a say, and those of them that it had foreseen.
     pub lookahead_wanted: u64,
     pub lookahead_foreseen: u64,
     pub profile: Profile,
     pub experts: flash_experts::Stats,
+}
+
+/// What MLX has taken and what it was waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MlxReport {
+    /// Times that the host waited for a result: each leaves a GPU idle.
+    pub host_syncs: u64,
+    /// Of the whole process.
+    pub active_bytes: Bytes,
+    pub peak_bytes: Bytes,
+    /// Freed, and kept to be used again.
+    pub cached_bytes: Bytes,
 }
 
 /// How far a long job (converting, verifying, writing a synthetic model) has come.

@@ -13,11 +13,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use flash_experts::{ExpertId, Experts, Hot, Io, PolicyKind, Record, Slab, Source, Storage, replay::Trace};
+use flash_experts::{ExpertId, Experts, Hot, Io, PolicyKind, Record, Source, Storage, replay::Trace};
 
 use crate::{
     Bytes, CacheBudget, Delivery, Error, Event, Lookahead, ModelInfo, Options, Report, Request, RequestId, Step, Text,
-    backend::cpu::{Cpu, PIECE_MAX, Row},
+    backend::{
+        Backend, Row,
+        cpu::{PIECE_MAX, physical_cores},
+    },
     bench::Variant,
     forward::{Cut, Forward, Pass},
     kv::{BLOCK, BlockId, Blocks},
@@ -46,8 +49,9 @@ const CONTEXT_DEFAULT: usize = 32 * 1024;
 pub struct Engine {
     info: ModelInfo,
     text: Arc<Text>,
-    cpu: Cpu,
+    /// Before the backend, which may own its slots: fields go in this order.
     experts: Experts,
+    backend: Backend,
     /// How they are read.
     io: Io,
     forward: Forward,
@@ -97,8 +101,8 @@ impl Engine {
         progress: &mut dyn FnMut(f64),
     ) -> Result<Self, Error> {
         let text = Arc::new(Text::open(&model.info.path)?);
-        let threads = options.threads.unwrap_or_else(crate::backend::cpu::physical_cores).max(1);
-        let cpu = Cpu::load(&model, options.kernels, progress)?;
+        let threads = options.threads.unwrap_or_else(physical_cores).max(1);
+        let backend = Backend::load(&model, options.kernels, progress)?;
         let moe_layers = model.layers.iter().filter(|layer| matches!(layer.ffn, FfnSpec::Moe { .. })).count();
         if moe_layers == 0 {
             return Err(Error::Unsupported {
@@ -106,20 +110,24 @@ impl Engine {
                 reason: "the model has no routed experts; flashd serves Mixture-of-Experts models".into(),
             });
         }
-        let anonymous = Slab::anonymous(cpu.slot_bytes(), moe_layers * model.arch.experts).map_err(Arc::new)?;
-        let slab = SlabShape { layers: moe_layers, experts: model.arch.experts, stride: anonymous.stride_bytes() as Bytes };
+        let slots = backend.slab(moe_layers, model.arch.experts).map_err(Arc::new)?;
+        let slab = SlabShape {
+            layers: moe_layers,
+            experts: model.arch.experts,
+            stride: (slots.stride_bytes() + backend.beside_slot_bytes()) as Bytes,
+        };
         let config =
             flash_experts::Config { top_k: model.arch.top_k, slots_per_layer: 1, loaders: options.loaders.max(1), policy: options.policy };
-        let source = source(&model, &cpu, open)?;
+        let source = source(&model, &backend, open)?;
         let io = source.files.first().map_or(Io::Auto, |file| file.kind());
-        let experts = Experts::open(source, anonymous, config).map_err(Arc::new)?;
+        let experts = Experts::open(source, slots, config).map_err(Arc::new)?;
         let router = Router { experts: model.arch.experts, top_k: model.arch.top_k, normalize: model.arch.norm_topk_prob };
         let context = options.context.unwrap_or(CONTEXT_DEFAULT).clamp(1, model.arch.context_max);
         let mut engine = Self {
             text,
             forward: Forward::new(router, model.layers.iter().map(|layer| matches!(layer.ffn, FfnSpec::Moe { .. }))),
             info: model.info,
-            cpu,
+            backend,
             experts,
             io,
             slab,
@@ -140,9 +148,10 @@ impl Engine {
         if let Some(cap) = options.memory.filter(|cap| *cap < least) {
             return Err(Error::Memory { what: "weights, scratch and one expert a layer", needed: least, left: cap });
         }
+        engine.backend.set_slots(&mut engine.experts, 1);
         engine.set_cache(options.expert_cache);
         // Last, because it pins this thread and the loaders' threads inherit that.
-        engine.cpu.start(threads)?;
+        engine.backend.start(threads)?;
         Ok(engine)
     }
 
@@ -164,7 +173,7 @@ impl Engine {
     pub fn fingerprint(&self) -> String {
         let mut hasher = DefaultHasher::new();
         let info = &self.info;
-        (&info.id, info.size_bytes, &info.quantization, env!("CARGO_PKG_VERSION"), self.cpu.kernels()).hash(&mut hasher);
+        (&info.id, info.size_bytes, &info.quantization, env!("CARGO_PKG_VERSION"), self.backend.kernels()).hash(&mut hasher);
         format!("fp_{:012x}", hasher.finish() >> 16)
     }
 
@@ -200,7 +209,7 @@ impl Engine {
         let client = request.client.clone();
         let sequence = Sequence::new(RequestId(self.next_id), request, max_tokens);
         if let Some(cap) = self.options.memory {
-            let needed = kv_bytes(self.cpu.kv_block_bytes(), sequence.positions());
+            let needed = kv_bytes(self.backend.kv_block_bytes(), sequence.positions());
             let left = cap.saturating_sub(self.fixed_bytes() + self.slab.bytes(self.least_slots()));
             if needed > left {
                 return Err(Error::Memory { what: "KV cache of this request", needed, left });
@@ -243,6 +252,7 @@ impl Engine {
     pub fn set_ceiling(&mut self, bytes: Option<Bytes>) {
         self.ceiling = bytes;
         self.settle();
+        self.backend.relieve();
     }
 
     /// Evicts every expert and forgets what was learned about them: a cold cache.
@@ -315,9 +325,9 @@ impl Engine {
     fn decode(&mut self, gone: &mut HashSet<RequestId>, deliver: &mut dyn FnMut(RequestId, Event) -> Delivery) -> bool {
         let decodes = |sequence: &Sequence| !sequence.paused && !sequence.prefilling();
         self.look_ahead();
-        let Self { running, decoding, cpu, experts, forward, .. } = self;
+        let Self { running, decoding, backend, experts, forward, .. } = self;
         let record = running.iter().any(|sequence| sequence.record && decodes(sequence));
-        decoding.start(cpu, record, |batch| {
+        decoding.start(backend, record, |batch| {
             for sequence in running.iter().filter(|sequence| decodes(sequence)) {
                 let (position, index) = (sequence.cached, batch.tables.len());
                 batch.rows.push(Row { token: sequence.tokens[position], position, sequence: index });
@@ -328,9 +338,10 @@ impl Engine {
         if rows == 0 {
             return false;
         }
-        forward.run(cpu, experts, decoding);
+        forward.run(backend, experts, decoding);
         let now = counters(experts);
-        let logits = cpu.logits(&decoding.act, 0..rows);
+        let logits = backend.logits(&mut decoding.act, 0..rows);
+        experts.release();
         let began = Instant::now();
         let sequences = running.iter_mut().filter(|sequence| decodes(sequence));
         for ((row, sequence), logits) in sequences.enumerate().zip(logits.chunks_exact(self.info.vocab_size)) {
@@ -345,7 +356,7 @@ impl Engine {
             }
             say(sequence, &self.text, logits, now, &mut self.scratch, gone, deliver);
         }
-        cpu.profile.add(Stage::Sampling, began);
+        backend.spent(Stage::Sampling, began);
         true
     }
 
@@ -374,10 +385,12 @@ impl Engine {
         let mut pass = self.running[index].pass.take().unwrap_or_else(|| self.begin_chunk(index));
         let end = Instant::now() + slice(decoded);
         let mut cut = Cut { piece: if decoded.is_some() { PIECE_SHARED } else { PIECE_MAX }, enough: &mut || Instant::now() >= end };
-        let done = self.forward.advance(&mut self.cpu, &mut self.experts, &mut pass, &mut cut);
+        let done = self.forward.advance(&mut self.backend, &mut self.experts, &mut pass, &mut cut);
         let sequence = &mut self.running[index];
         let id = sequence.id;
         if let Some(lost) = pass.lost.pop() {
+            self.backend.settle(&mut pass.act);
+            self.experts.release();
             deliver(id, Event::Failed(Error::Experts(lost.error)));
             gone.insert(id);
             return true;
@@ -390,14 +403,17 @@ impl Engine {
             }
             if !sequence.prefilling() {
                 let now = counters(&self.experts);
-                let logits = self.cpu.logits(&pass.act, rows - 1..rows);
+                let logits = self.backend.logits(&mut pass.act, rows - 1..rows);
+                self.experts.release();
                 let began = Instant::now();
                 say(sequence, &self.text, logits, now, &mut self.scratch, gone, deliver);
-                self.cpu.profile.add(Stage::Sampling, began);
+                self.backend.spent(Stage::Sampling, began);
                 drop(pass);
                 self.settle();
                 return true;
             }
+            self.backend.settle(&mut pass.act);
+            self.experts.release();
         }
         let read = sequence.cached + if done { 0 } else { (rows as f64 * pass.progress(self.forward.layers())) as usize };
         if !done {
@@ -410,13 +426,16 @@ impl Engine {
 
     /// The next chunk of a prompt, as long as the memory allows.
     fn begin_chunk(&mut self, index: usize) -> Box<Pass> {
-        let row_bytes = self.cpu.row_bytes();
-        let kv = self.blocks.reserved() as Bytes * self.cpu.kv_block_bytes();
+        let row_bytes = self.backend.row_bytes();
+        let kv = self.blocks.reserved() as Bytes * self.backend.kv_block_bytes();
         let spare = self.options.memory.map(|cap| cap.saturating_sub(self.fixed_bytes() + kv + self.slab.bytes(self.least_slots())));
         let share = (self.slab.bytes(self.experts.slots()) / CHUNK_SHARE).saturating_sub(self.passes_bytes());
         let sequence = &self.running[index];
         let (from, table, record) = (sequence.cached, sequence.blocks.clone(), sequence.record);
-        let rows = chunk(sequence.prompt - from, row_bytes, spare.map_or(share, |spare| spare.min(share)));
+        let left = sequence.prompt - from;
+        // MLX chooses kernels by shape: what the cache may take must not decide on the bits.
+        let rows =
+            if self.backend.lazy() { left.min(CHUNK_MIN) } else { chunk(left, row_bytes, spare.map_or(share, |spare| spare.min(share))) };
         let mut pass = Box::<Pass>::default();
         // The slab makes room before the memory is taken: `settle` counts what a sequence's pass says.
         pass.batch.rows = (from..from + rows).map(|position| Row { token: sequence.tokens[position], position, sequence: 0 }).collect();
@@ -424,7 +443,7 @@ impl Engine {
         self.settle();
         let mut pass = self.running[index].pass.take().expect("put there above");
         let rows = std::mem::take(&mut pass.batch.rows);
-        pass.start(&mut self.cpu, record, |batch| {
+        pass.start(&mut self.backend, record, |batch| {
             batch.rows = rows;
             batch.tables.push(table);
         });
@@ -433,21 +452,22 @@ impl Engine {
 
     /// Counters and gauges; cheap enough to take after every step.
     pub fn report(&self) -> Report {
-        let block_bytes = self.cpu.kv_block_bytes();
+        let block_bytes = self.backend.kv_block_bytes();
         Report {
             running: self.running.len(),
             waiting: self.waiting.len(),
             context_used: self.running.iter().map(|sequence| sequence.tokens.len()).max().unwrap_or(0),
-            trunk_bytes: self.cpu.trunk_bytes(),
-            kv_bytes: self.cpu.kv_blocks_used() as Bytes * block_bytes,
+            trunk_bytes: self.backend.trunk_bytes(),
+            kv_bytes: self.backend.kv_blocks_used() as Bytes * block_bytes,
             kv_reserved_bytes: self.blocks.reserved() as Bytes * block_bytes,
-            scratch_bytes: self.fixed_bytes() - self.cpu.trunk_bytes() + self.passes_bytes(),
-            kernels: self.cpu.kernels().into(),
-            threads: self.cpu.threads(),
+            scratch_bytes: self.fixed_bytes() - self.backend.trunk_bytes() + self.passes_bytes(),
+            kernels: self.backend.kernels().into(),
+            threads: self.backend.threads(),
+            mlx: self.backend.mlx(),
             io: self.io,
             lookahead_wanted: self.forward.foresight.wanted,
             lookahead_foreseen: self.forward.foresight.foreseen,
-            profile: self.cpu.profile,
+            profile: self.backend.profile(),
             experts: self.experts.stats(),
         }
     }
@@ -470,17 +490,19 @@ impl Engine {
         let (mut result, mut first) = (Ok(()), 0);
         let mut pass = Pass::default();
         for part in parts {
-            pass.start(&mut self.cpu, false, |batch| {
+            pass.start(&mut self.backend, false, |batch| {
                 batch.rows.extend(part.iter().zip(first..).map(|(token, position)| Row { token: *token, position, sequence: 0 }));
                 batch.tables.push(blocks.clone());
             });
-            self.forward.run(&mut self.cpu, &mut self.experts, &mut pass);
+            self.forward.run(&mut self.backend, &mut self.experts, &mut pass);
+            self.backend.settle(&mut pass.act);
+            self.experts.release();
             if let Some(lost) = pass.lost.pop() {
                 result = Err(Error::Experts(lost.error));
                 break;
             }
             for row in (0..part.len()).filter(|row| first + row >= from) {
-                each(first + row, self.cpu.logits(&pass.act, row..row + 1));
+                each(first + row, self.backend.logits(&mut pass.act, row..row + 1));
             }
             first += part.len();
         }
@@ -491,7 +513,7 @@ impl Engine {
     /// Starts waiting requests while there is room for them.
     fn start_waiting(&mut self) {
         while self.running.len() < self.options.parallel.clamp(1, PIECE_MAX) {
-            let (cap, slab, block) = (self.options.memory, self.slab.bytes(self.least_slots()), self.cpu.kv_block_bytes());
+            let (cap, slab, block) = (self.options.memory, self.slab.bytes(self.least_slots()), self.backend.kv_block_bytes());
             let taken = self.fixed_bytes() + slab + self.blocks.reserved() as Bytes * block;
             let fits = |sequence: &Sequence| cap.is_none_or(|cap| taken + kv_bytes(block, sequence.positions()) <= cap);
             let Some(mut sequence) = self.waiting.pop_if(fits) else { return };
@@ -517,7 +539,7 @@ impl Engine {
 
     fn free(&mut self, blocks: &[BlockId]) {
         for block in blocks {
-            self.cpu.free_kv(*block);
+            self.backend.free_kv(*block);
         }
         self.blocks.give_back(blocks);
     }
@@ -525,16 +547,16 @@ impl Engine {
     /// Makes the slab as large as setting, cap and pressure allow together.
     fn settle(&mut self) {
         let wanted = self.wanted;
-        let kv = self.blocks.reserved() as Bytes * self.cpu.kv_block_bytes();
+        let kv = self.blocks.reserved() as Bytes * self.backend.kv_block_bytes();
         // Beyond what is always set aside.
-        let passes = self.passes_bytes().saturating_sub(CHUNK_MIN as Bytes * self.cpu.row_bytes());
+        let passes = self.passes_bytes().saturating_sub(CHUNK_MIN as Bytes * self.backend.row_bytes());
         let left = self.options.memory.map(|cap| cap.saturating_sub(self.fixed_bytes() + kv + passes));
         let ceiling = self.ceiling.map(|ceiling| ceiling.saturating_sub(passes));
         let limit = left.into_iter().chain(ceiling).min();
         let slots = limit.map_or(wanted, |bytes| wanted.min(self.slab.slots_in(bytes))).max(1);
         self.experts.set_wanted(wanted);
         if slots != self.experts.slots() {
-            self.experts.set_slots(slots);
+            self.backend.set_slots(&mut self.experts, slots);
         }
     }
 
@@ -545,13 +567,13 @@ impl Engine {
 
     /// Resident whatever happens: weights, scratch, the activations of decoding and of one small chunk.
     fn fixed_bytes(&self) -> Bytes {
-        self.cpu.trunk_bytes() + self.cpu.scratch_bytes() + (self.options.parallel + CHUNK_MIN) as Bytes * self.cpu.row_bytes()
+        self.backend.trunk_bytes() + self.backend.scratch_bytes() + (self.options.parallel + CHUNK_MIN) as Bytes * self.backend.row_bytes()
     }
 
     /// Activations of the chunks that are being read.
     fn passes_bytes(&self) -> Bytes {
         let rows = self.running.iter().filter_map(|sequence| sequence.pass.as_ref()).map(|pass| pass.batch.rows.len()).sum::<usize>();
-        rows as Bytes * self.cpu.row_bytes()
+        rows as Bytes * self.backend.row_bytes()
     }
 
     fn check_ids(&self, ids: &[u32]) -> Result<(), Error> {
@@ -608,14 +630,14 @@ fn counters(experts: &Experts) -> Counters {
 }
 
 /// Where every routed expert's bytes lie, for the slots of this backend.
-fn source(model: &Model, cpu: &Cpu, open: &dyn Fn(&Path) -> io::Result<Box<dyn Storage>>) -> Result<Source, Error> {
+fn source(model: &Model, backend: &Backend, open: &dyn Fn(&Path) -> io::Result<Box<dyn Storage>>) -> Result<Source, Error> {
     let read = |path: &Path| open(path).map_err(|source| Error::Read { path: path.into(), source });
     let layers = model.layers.iter().enumerate().filter_map(|(index, layer)| match &layer.ffn {
         FfnSpec::Moe { experts, .. } => Some((index, experts)),
         FfnSpec::Dense(_) => None,
     });
     let slices = |layer: usize, ffn: &Ffn| {
-        cpu.slices(layer, ffn).ok_or_else(|| Error::Tensor {
+        backend.slices(layer, ffn).ok_or_else(|| Error::Tensor {
             path: model.info.path.clone(),
             tensor: ffn.gate.name.clone(),
             reason: "its shape or quantisation differs from the layer's first expert".into(),

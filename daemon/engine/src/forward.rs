@@ -6,7 +6,10 @@ use flash_experts::{Arrival, ExpertId, Experts, LayerId};
 
 use crate::{
     Event,
-    backend::cpu::{Activations, Batch, Cpu, PIECE_MAX, PLACES_MAX},
+    backend::{
+        Activations, Backend, Batch,
+        cpu::{PIECE_MAX, PLACES_MAX},
+    },
     moe::{Forced, Plan, Router, most_likely},
     profile::Stage as Spent,
 };
@@ -76,7 +79,7 @@ pub(crate) struct Cut<'a> {
 
 impl Pass {
     /// Starts over with other rows, in the memory that is there.
-    pub(crate) fn start(&mut self, cpu: &mut Cpu, record: bool, fill: impl FnOnce(&mut Batch)) {
+    pub(crate) fn start(&mut self, backend: &mut Backend, record: bool, fill: impl FnOnce(&mut Batch)) {
         self.batch.rows.clear();
         self.batch.tables.clear();
         fill(&mut self.batch);
@@ -85,7 +88,7 @@ impl Pass {
         (self.layer, self.stage) = (0, Stage::Rows(0));
         self.lost.clear();
         self.recorded = record.then(Vec::new);
-        cpu.begin(&mut self.act, &self.batch);
+        backend.begin(&mut self.act, &self.batch);
     }
 
     /// What the routers chose for some rows, if it was recorded.
@@ -119,28 +122,31 @@ impl Forward {
         self.moe_layers.len()
     }
 
-    /// From embedding to the last layer; [`Cpu::logits`] reads the result.
-    pub(crate) fn run(&mut self, cpu: &mut Cpu, experts: &mut Experts, pass: &mut Pass) {
-        let done = self.advance(cpu, experts, pass, &mut Cut { piece: PIECE_MAX, enough: &mut || false });
+    /// From embedding to the last layer; [`Backend::logits`] reads the result.
+    pub(crate) fn run(&mut self, backend: &mut Backend, experts: &mut Experts, pass: &mut Pass) {
+        let done = self.advance(backend, experts, pass, &mut Cut { piece: PIECE_MAX, enough: &mut || false });
         debug_assert!(done, "nothing stops it");
     }
 
     /// Takes a pass further, for each layer attention, route, experts; true at the end.
-    pub(crate) fn advance(&mut self, cpu: &mut Cpu, experts: &mut Experts, pass: &mut Pass, cut: &mut Cut<'_>) -> bool {
+    pub(crate) fn advance(&mut self, backend: &mut Backend, experts: &mut Experts, pass: &mut Pass, cut: &mut Cut<'_>) -> bool {
         while pass.layer < self.moe_layers.len() && pass.alive.contains(&true) {
             match pass.stage {
-                Stage::Rows(from) => self.rows(cpu, pass, from, cut.piece),
+                Stage::Rows(from) => self.rows(backend, pass, from, cut.piece),
                 Stage::Experts { .. } => {
                     let moe_layer = self.moe_layers[pass.layer].expect("only routed layers come to this stage");
-                    if self.experts(cpu, experts, pass, moe_layer, cut) {
+                    if self.experts(backend, experts, pass, moe_layer, cut) {
                         let began = Instant::now();
-                        cpu.combine(&mut pass.act, &pass.plan);
-                        cpu.profile.add(Spent::Experts, began);
+                        backend.combine(&mut pass.act, &pass.plan);
+                        backend.spent(Spent::Experts, began);
                         (pass.layer, pass.stage) = (pass.layer + 1, Stage::Rows(0));
                     }
                 }
             }
             if pass.layer < self.moe_layers.len() && (cut.enough)() {
+                // Others fetch meanwhile.
+                backend.settle(&mut pass.act);
+                experts.release();
                 return false;
             }
         }
@@ -148,17 +154,17 @@ impl Forward {
     }
 
     /// Attention and routing, or the dense feed-forward, of the next piece of the rows.
-    fn rows(&mut self, cpu: &mut Cpu, pass: &mut Pass, from: usize, piece: usize) {
+    fn rows(&mut self, backend: &mut Backend, pass: &mut Pass, from: usize, piece: usize) {
         let Pass { batch, act, plan, alive, layer, stage, left, recorded, .. } = pass;
         let (layer, rows) = (*layer, batch.rows.len());
         let piece = from..(from + piece).min(rows);
         if from == 0 {
             plan.begin(self.router);
         }
-        cpu.attention(layer, act, batch, alive, piece.clone());
+        backend.attention(layer, act, batch, alive, piece.clone());
         let began = Instant::now();
-        match cpu.route(layer, act, piece.clone()) {
-            None => cpu.dense(layer, act, piece.clone()),
+        match backend.route(layer, act, piece.clone()) {
+            None => backend.dense(layer, act, piece.clone()),
             Some(logits) => {
                 let forced = |row: usize| {
                     let forced = self.forced.as_ref()?;
@@ -182,25 +188,27 @@ impl Forward {
                 (pass.layer, pass.stage) = (layer + 1, Stage::Rows(0));
             }
         }
-        cpu.profile.add(if self.moe_layers[layer].is_some() { Spent::Router } else { Spent::Experts }, began);
+        backend.spent(if self.moe_layers[layer].is_some() { Spent::Router } else { Spent::Experts }, began);
     }
 
     /// Runs experts as their bytes arrive, those in the cache first; their sum is taken in rank order. False: enough for
     /// now, `left` says what is to do.
-    fn experts(&mut self, cpu: &mut Cpu, experts: &mut Experts, pass: &mut Pass, moe_layer: LayerId, cut: &mut Cut<'_>) -> bool {
+    fn experts(&mut self, backend: &mut Backend, experts: &mut Experts, pass: &mut Pass, moe_layer: LayerId, cut: &mut Cut<'_>) -> bool {
         let Pass { batch, act, plan, alive, layer, left, arrivals, ready, lost, stage, .. } = pass;
         let first = std::mem::replace(stage, Stage::Experts { first: false }) == Stage::Experts { first: true };
         // A prompt needs most experts of the next layer anyway, and a full cache has them.
         let foresees = batch.rows.len() <= FORESEE_ROWS && self.foresight.on && self.forced.is_none();
         let next = self.moe_layers.get(*layer + 1).copied().flatten().filter(|_| foresees && experts.slots() < self.router.experts);
+        // Slots that this very fetch needs again cannot wait to be read.
+        let later = backend.lazy() && plan.experts().len() <= experts.slots();
         let mut began = Instant::now();
         let mut fetch = experts.fetch(moe_layer, &if first { plan.routing() } else { plan.rest(left) });
         if let Some(next_layer) = next {
-            began = cpu.profile.add(Spent::Wait, began);
-            if let Some(logits) = cpu.foresee(*layer + 1, act) {
+            began = backend.spent(Spent::Wait, began);
+            if let Some(logits) = backend.foresee(*layer + 1, act) {
                 fetch.prefetch(next_layer, self.foresight.rank(*layer + 1, logits, self.router));
             }
-            began = cpu.profile.add(Spent::Router, began);
+            began = backend.spent(Spent::Router, began);
         }
         while fetch.next(arrivals) {
             ready.clear();
@@ -221,10 +229,15 @@ impl Forward {
                     rows <= PLACES_MAX
                 };
                 let (group, rest) = ready.split_at(ready.iter().take_while(fits).count().max(1));
-                began = cpu.profile.add(Spent::Wait, began);
-                cpu.experts(*layer, act, plan, group, &|expert| fetch.bytes(expert));
-                began = cpu.profile.add(Spent::Experts, began);
-                fetch.done(group);
+                began = backend.spent(Spent::Wait, began);
+                backend.experts(*layer, act, plan, group, &fetch);
+                if !later {
+                    backend.settle(act);
+                }
+                began = backend.spent(Spent::Experts, began);
+                if !later {
+                    fetch.done(group);
+                }
                 left.retain(|left| !group.contains(left));
                 ready = rest;
                 if !left.is_empty() && (cut.enough)() {
@@ -232,8 +245,12 @@ impl Forward {
                 }
             }
         }
-        drop(fetch);
-        cpu.profile.add(Spent::Wait, began);
+        if later {
+            fetch.hold(); // until the next layer's routing is known, which builds on what was computed here
+        } else {
+            drop(fetch);
+        }
+        backend.spent(Spent::Wait, began);
         true
     }
 }

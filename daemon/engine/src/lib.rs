@@ -25,6 +25,7 @@ pub mod synth;
 mod trace;
 
 pub use api::*;
+pub use backend::backend;
 pub use convert::{Converted, Verified, convert, verify};
 pub use engine::Engine;
 pub use error::Error;

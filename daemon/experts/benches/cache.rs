@@ -47,7 +47,7 @@ fn token(experts: &mut Experts, ids: &[[ExpertId; TOP_K]], arrivals: &mut Vec<Ar
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let slice = Slice { file: 0, offset: 0, len: 4096, region: 0, at: 0 };
+    let slice = Slice { file: 0, offset: 0, len: 4096, at: 0 };
     let record = Record { slices: vec![slice], checksum: None, payload: 4096 };
     for policy in [PolicyKind::Lfru, PolicyKind::Lru, PolicyKind::Lcp] {
         let source = Source { files: vec![Box::new(Zeros)], layers: vec![vec![record.clone(); EXPERTS]; LAYERS] };

@@ -4,7 +4,7 @@
 use std::{sync::Arc, thread::JoinHandle};
 
 use crate::{
-    Error, ExpertId, Hot, LayerId, PolicyKind, Routing, Slab, Slot, SlotPtr, Source, Stats,
+    BankPtr, Error, ExpertId, Hot, LayerId, PolicyKind, Routing, Slab, Slot, SlotPtr, Source, Stats,
     cache::{Cache, Found, Pin, Shape},
     load::{self, Shared},
     recent::Recent,
@@ -74,6 +74,7 @@ impl Experts {
 
     /// Starts loading what is missing of `routing.experts`, which arrive in that order where they are in memory.
     pub fn fetch(&mut self, layer: LayerId, routing: &Routing<'_>) -> Fetch<'_> {
+        self.pins.clear();
         self.shared.cache.begin(layer, routing);
         self.recent.record(layer, routing);
         Fetch { experts: self }
@@ -131,9 +132,32 @@ impl Experts {
         }
     }
 
+    /// As [`Experts::set_slots`], for a slab of banks: `make` gets memory for that many slots of each layer and calls what it is
+    /// given with the address of the first, which brings over what stays; then the layer's old memory may go. Waits for
+    /// loads that run. After an error the layers that had their turn have the new size, and nothing may be fetched.
+    pub fn set_banks<E>(
+        &mut self,
+        per_layer: usize,
+        mut make: impl FnMut(LayerId, usize, &mut dyn FnMut(BankPtr)) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let Shared { cache, slab, .. } = &*self.shared;
+        let per_layer = per_layer.clamp(1, self.shape.places);
+        for (layer, stay) in (0u16..).map(LayerId).zip(cache.pack(per_layer)) {
+            make(layer, per_layer, &mut |bank| slab.set_bank(layer, bank, &stay))?;
+        }
+        cache.resume();
+        Ok(())
+    }
+
     /// What the configured budget asks for, for [`Stats::slots_wanted`] only.
     pub fn set_wanted(&mut self, per_layer: usize) {
         self.shared.cache.want(per_layer);
+    }
+
+    /// Unpins what the last fetch holds since [`Fetch::hold`].
+    pub fn release(&mut self) {
+        self.pins.clear();
+        self.shared.cache.end();
     }
 
     /// Slots of each layer.
@@ -224,13 +248,28 @@ impl Fetch<'_> {
         self.experts.prefetch(layer, ranked);
     }
 
-    /// The bytes of an expert that was handed out (region 0), until [`Fetch::done`].
+    /// Ends the fetch, but keeps pinned what it holds until the next one begins or [`Experts::release`]: for a backend that
+    /// computes later, when it is asked for something that builds on these experts.
+    pub fn hold(self) {
+        std::mem::forget(self);
+    }
+
+    /// The slot of an expert that was handed out, until [`Fetch::done`].
     ///
     /// # Panics
     /// If this fetch does not hold the expert.
+    pub fn slot(&self, expert: ExpertId) -> Slot {
+        self.pin(expert).slot()
+    }
+
+    /// As [`Fetch::slot`], its bytes.
     pub fn bytes(&self, expert: ExpertId) -> &[u8] {
+        self.experts.shared.slab.bytes(self.pin(expert))
+    }
+
+    fn pin(&self, expert: ExpertId) -> &Pin {
         let pin = self.experts.pins.iter().find(|pin| pin.expert() == expert);
-        self.experts.shared.slab.bytes(pin.unwrap_or_else(|| panic!("expert {} is not held by this fetch", expert.0)))
+        pin.unwrap_or_else(|| panic!("expert {} is not held by this fetch", expert.0))
     }
 }
 

@@ -31,6 +31,6 @@ pub use format::Entry;
 pub use hot::Hot;
 pub use key::{ExpertId, ExpertKey, LayerId, Slot};
 pub use routing::Routing;
-pub use slab::{Pages, Region, Slab, SlotPtr};
+pub use slab::{BankPtr, Pages, Slab, SlotPtr};
 pub use stats::{LayerStats, Stats};
 pub use store::{Io, Measured, Pread, Read, Record, Slice, Source, Storage, measure, open};

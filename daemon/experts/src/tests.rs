@@ -33,7 +33,6 @@ fn layout(layers: usize, experts: usize) -> Vec<Vec<Vec<Slice>>> {
         file: 0,
         offset: 13 + (u64::from(part) * (layers * experts) as u64 + record as u64) * u64::from(PART),
         len: PART,
-        region: 0,
         at: (PARTS - 1 - part) * PART, // the slot's order is not the file's
     };
     let expert = |record: usize| (0..PARTS).map(|part| slice(record, part)).collect();
@@ -157,7 +156,7 @@ fn arrivals(fetch: &mut Fetch<'_>) -> Option<Vec<Result<u16, String>>> {
     let mut arrivals = Vec::new();
     fetch.next(&mut arrivals).then_some(())?;
     let check = |arrival| match arrival {
-        Arrival::Ready { expert, slot } => {
+        Arrival::Ready { expert, .. } => {
             assert_bytes(fetch.bytes(expert), 1, COUNT, 0, expert);
             Ok(expert.0)
         }
@@ -434,9 +433,9 @@ fn random_fetch(experts: &mut Experts, random: &mut Random, layers: usize, count
     while fetch.next(&mut arrivals) {
         for arrival in arrivals.drain(..) {
             match arrival {
-                Arrival::Ready { expert, slot } => {
+                Arrival::Ready { expert, .. } => {
                     assert_bytes(fetch.bytes(expert), layers, count, layer, expert);
-                    holding.push((expert, slot));
+                    holding.push(expert);
                     arrived.push(expert.0);
                 }
                 Arrival::Failed { expert, error } => {
@@ -449,7 +448,7 @@ fn random_fetch(experts: &mut Experts, random: &mut Random, layers: usize, count
             return; // the request was cancelled
         }
         random.shuffle(&mut holding);
-        for (expert, slot) in holding.drain(random.below(holding.len() + 1).min(spare)..) {
+        for expert in holding.drain(random.below(holding.len() + 1).min(spare)..) {
             assert_bytes(fetch.bytes(expert), layers, count, layer, expert); // nobody wrote to it meanwhile
             fetch.done(&[expert]);
         }
@@ -483,4 +482,30 @@ fn slots_hold_the_files_bytes_whatever_happens() {
             "{stats:?}"
         );
     }
+}
+
+/// A backend that computes later reads the slots after the fetch.
+#[test]
+fn what_is_held_stays_until_the_next_fetch_or_release() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("experts");
+    write_file(&path, 2, COUNT);
+    let source = Source { files: vec![Box::new(Pread::open(&path).unwrap())], layers: records(2, COUNT) };
+    let slab = Slab::anonymous((PART * PARTS) as usize, 2 * COUNT).unwrap();
+    // Without a cache nothing stays that is not pinned.
+    let config = Config { top_k: 1, slots_per_layer: 2, loaders: 1, policy: PolicyKind::None };
+    let mut experts = Experts::open(source, slab, config).unwrap();
+    let hold = |experts: &mut Experts, layer: u16, ids: &[ExpertId]| {
+        let (mut fetch, mut arrivals) = (experts.fetch(LayerId(layer), &Routing::token(ids)), Vec::new());
+        while fetch.next(&mut arrivals) {}
+        fetch.hold();
+    };
+    let resident = |experts: &Experts| [0, 1].map(|layer| experts.resident(LayerId(layer)).len());
+    hold(&mut experts, 0, &[ExpertId(3), ExpertId(4)]);
+    assert_eq!(resident(&experts), [2, 0]);
+    hold(&mut experts, 1, &[ExpertId(5)]);
+    assert_eq!(resident(&experts), [0, 1]);
+    experts.release();
+    assert_eq!(resident(&experts), [0, 0]);
+    experts.set_slots(1); // which wants nothing pinned
 }

@@ -204,8 +204,11 @@ impl Daemon {
 
     fn checks(&self, state: &State, entries: &[Entry]) -> Vec<Finding> {
         let config = &self.config;
-        let mut checks =
-            vec![Finding::good("kernels", kernels(state)), Finding::good("page size", format!("{} bytes", rustix::param::page_size()))];
+        let mut checks = vec![
+            Finding::good("backend", flash_engine::backend(state.options.kernels)),
+            Finding::good("kernels", kernels(state)),
+            Finding::good("page size", format!("{} bytes", rustix::param::page_size())),
+        ];
         checks.push(match rustix::fs::statvfs(&config.home) {
             Ok(disk) => {
                 let free = disk.f_bavail * disk.f_frsize;

@@ -645,6 +645,12 @@ pub(super) fn snapshot(seen: Seen<'_>) -> v1::Snapshot {
             kv_reserved_bytes: report.map_or(0, |report| report.kv_reserved_bytes),
             scratch_bytes: report.map_or(0, |report| report.scratch_bytes),
             cap_bytes: state.options.memory,
+            mlx: report.and_then(|report| report.mlx).map(|mlx| v1::Mlx {
+                active_bytes: mlx.active_bytes,
+                peak_bytes: mlx.peak_bytes,
+                cached_bytes: mlx.cached_bytes,
+                host_syncs: mlx.host_syncs,
+            }),
         }),
         pressure: Some(v1::Pressure {
             level: match view.level {

@@ -328,10 +328,16 @@ impl Weights {
         Error::Tensor { path: self.files[span.file as usize].clone(), tensor: name.into(), reason: reason.to_string() }
     }
 
+    /// As [`Weights::read`], for who keeps them elsewhere.
+    pub(crate) fn bytes(&self, name: &str, span: Span) -> Result<Vec<u8>, Error> {
+        let mut bytes = vec![0; span.len as usize];
+        self.fill(name, span, &mut bytes)?;
+        Ok(bytes)
+    }
+
     /// Reads and widens to f32.
     pub(crate) fn read_vector(&self, spec: &VectorSpec) -> Result<Vec<f32>, Error> {
-        let mut bytes = vec![0; spec.span.len as usize];
-        self.fill(&spec.name, spec.span, &mut bytes)?;
+        let bytes = self.bytes(&spec.name, spec.span)?;
         Ok(match spec.float {
             Float::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
             Float::F16 => bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),

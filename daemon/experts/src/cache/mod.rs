@@ -42,6 +42,8 @@ struct Inner {
     core: Core,
     /// Loaders go home.
     stop: bool,
+    /// Loaders begin nothing.
+    paused: bool,
 }
 
 /// What a loader is to do next.
@@ -53,7 +55,11 @@ pub(crate) enum Job {
 
 impl Cache {
     pub(crate) fn new(shape: Shape, policy: PolicyKind) -> Self {
-        Self { inner: Mutex::new(Inner { core: Core::new(shape, policy), stop: false }), work: Condvar::new(), arrived: Condvar::new() }
+        Self {
+            inner: Mutex::new(Inner { core: Core::new(shape, policy), stop: false, paused: false }),
+            work: Condvar::new(),
+            arrived: Condvar::new(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -114,6 +120,21 @@ impl Cache {
         drop(inner);
         self.work.notify_one(); // to populate what is new
         vacant
+    }
+
+    /// For memory that is as large as the budget: see [`Core::pack`]. No loader is at work from here to [`Cache::resume`].
+    pub(crate) fn pack(&self, per_layer: usize) -> Vec<Vec<(usize, usize)>> {
+        let mut inner = self.lock();
+        inner.paused = true;
+        while inner.core.busy() {
+            inner = self.arrived.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        inner.core.pack(per_layer)
+    }
+
+    pub(crate) fn resume(&self) {
+        self.lock().paused = false;
+        self.work.notify_all();
     }
 
     pub(crate) fn prefetch(&self, layer: LayerId, ranked: &[ExpertId]) {
@@ -193,14 +214,16 @@ impl Cache {
             if inner.stop {
                 return None;
             }
-            if let Some(load) = inner.core.start() {
-                return Some(Job::Load(load));
-            }
-            if let Some(slot) = inner.core.populate() {
-                return Some(Job::Populate(slot));
-            }
-            if let Some(load) = inner.core.start_warm() {
-                return Some(Job::Load(load));
+            if !inner.paused {
+                if let Some(load) = inner.core.start() {
+                    return Some(Job::Load(load));
+                }
+                if let Some(slot) = inner.core.populate() {
+                    return Some(Job::Populate(slot));
+                }
+                if let Some(load) = inner.core.start_warm() {
+                    return Some(Job::Load(load));
+                }
             }
             inner = self.work.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
@@ -216,10 +239,13 @@ impl Cache {
     /// As for [`Cache::loaded`].
     pub(crate) fn populated(&self, slot: Slot) -> Option<Vacant> {
         // A fetch that waited for this slot has its load queued by now; the caller is the loader that takes it.
-        self.lock().core.populated(slot)
+        let vacant = self.lock().core.populated(slot);
+        self.arrived.notify_one();
+        vacant
     }
 
     pub(crate) fn drained(&self, vacant: Vacant) {
         self.lock().core.drained(vacant);
+        self.arrived.notify_one();
     }
 }

@@ -349,7 +349,7 @@ impl Pair {
             15 => self.populate(),
             16 => self.populated(),
             17 => self.drained(a),
-            18 => self.resize(usize::from(a) % SHAPE.places + 1),
+            18 => self.resize(usize::from(a) % SHAPE.places + 1, b.is_multiple_of(2)),
             19..=20 => self.prefetch(usize::from(a) % SHAPE.layers, b),
             21 => self.start_warm(),
             22 => self.warm(a, b),
@@ -546,9 +546,16 @@ impl Pair {
         }
     }
 
-    fn resize(&mut self, budget: usize) {
+    fn resize(&mut self, budget: usize, pack: bool) {
         self.end();
-        self.core.resize(budget); // discarding is the shell's
+        if pack && !self.core.busy() {
+            for (l, stay) in self.core.pack(budget).into_iter().enumerate() {
+                assert_eq!(stay.len(), self.core.resident(LayerId(l as u16)).len());
+                assert!(stay.iter().enumerate().all(|(to, (from, at))| to == *at && from >= at && *at < budget), "{stay:?}");
+            }
+        } else {
+            self.core.resize(budget); // discarding is the shell's
+        }
         self.model.resize(budget);
     }
 

@@ -11,38 +11,57 @@ mod pages;
 
 pub use pages::Pages;
 
-use std::{io, ops::Range, ptr::NonNull};
+use std::{
+    io,
+    ops::Range,
+    ptr::{self, NonNull},
+    sync::atomic::{AtomicPtr, Ordering},
+};
 
 use crate::{
     Error,
     cache::{Pin, Vacant},
-    key::Slot,
+    key::{LayerId, Slot},
 };
 
 /// Base alignment, and the size of a huge page.
 const HUGE: usize = 2 << 20;
 
-/// Slots of one destination, `stride` bytes apart.
-#[derive(Clone, Copy, Debug)]
-pub struct Region {
-    pub base: NonNull<u8>,
-    pub stride: usize,
-}
-
-/// Fixed equal slots; a slot has one part in each region.
+/// Fixed equal slots.
 #[derive(Debug)]
 pub struct Slab {
-    regions: Vec<Region>,
     slots: usize,
-    /// Of a slab that owns its memory: what to unmap.
-    mapping: Option<(NonNull<u8>, usize)>,
+    stride: usize,
+    memory: Memory,
 }
 
-/// Where region 0 of a slot lies.
+#[derive(Debug)]
+enum Memory {
+    /// Our own, slots in the order of their numbers: what to unmap, and where the first slot is.
+    Mapped { start: NonNull<u8>, len: usize, base: NonNull<u8> },
+    /// A backend's, a bank for each layer, which has no more slots than the budget: slot j × layers + l is the j-th of bank
+    /// l. Replaced only while no loader is at work.
+    Banks(Vec<AtomicPtr<u8>>),
+}
+
+/// Where a slot lies.
 #[derive(Clone, Copy, Debug)]
 pub struct SlotPtr {
     pub ptr: NonNull<u8>,
     pub len: usize,
+}
+
+/// Where a bank begins.
+#[derive(Debug)]
+pub struct BankPtr(NonNull<u8>);
+
+impl BankPtr {
+    /// # Safety
+    /// As many initialised slots follow as were asked for. Nobody else writes them, and nobody reads one but while it is
+    /// pinned, until the layer gets another bank or the experts are gone.
+    pub unsafe fn new(first: NonNull<u8>) -> Self {
+        Self(first)
+    }
 }
 
 // SAFETY: the memory belongs to no thread; all access goes through claims (one writer or many readers per slot) or
@@ -68,7 +87,7 @@ impl SlotPtr {
 }
 
 impl Slab {
-    /// One region of anonymous memory that takes no pages until slots are filled.
+    /// Anonymous memory that takes no pages until slots are filled.
     pub fn anonymous(slot_bytes: usize, slots: usize) -> Result<Self, Error> {
         let fail = |bytes: usize, source| Error::Slab { bytes: bytes as u64, source };
         let invalid = || io::Error::new(io::ErrorKind::InvalidInput, "no slots, or more bytes than can be addressed");
@@ -77,61 +96,55 @@ impl Slab {
             return Err(fail(slot_bytes.saturating_mul(slots), invalid()));
         };
         let (mapping, mapped, base) = reserve(len, stride >= HUGE).map_err(|source| fail(len, source))?;
-        Ok(Self { regions: vec![Region { base, stride }], slots, mapping: Some((mapping, mapped)) })
+        Ok(Self { slots, stride, memory: Memory::Mapped { start: mapping, len: mapped, base } })
     }
 
-    /// Slots in memory that a backend owns.
-    ///
-    /// # Safety
-    /// Every region holds `slots × stride` initialised bytes that outlive the slab, do not overlap another region, and that
-    /// nobody else writes; nobody reads a slot but while it is pinned.
-    pub unsafe fn from_regions(regions: Vec<Region>, slots: usize) -> Self {
-        Self { regions, slots, mapping: None }
+    /// Slots in memory that a backend owns, up to `places` in each layer. There is none until [`crate::Experts::set_banks`].
+    pub fn banked(layers: usize, places: usize, stride: usize) -> Self {
+        let banks = (0..layers).map(|_| AtomicPtr::new(ptr::null_mut())).collect();
+        Self { slots: layers * places, stride, memory: Memory::Banks(banks) }
     }
 
     pub fn slots(&self) -> usize {
         self.slots
     }
 
-    /// Bytes that a slot takes in all regions together.
+    /// Bytes that a slot takes.
     pub fn stride_bytes(&self) -> usize {
-        self.regions.iter().map(|region| region.stride).sum()
+        self.stride
     }
 
-    /// Bytes that a slot has in each region.
-    pub(crate) fn strides(&self) -> impl Iterator<Item = usize> {
-        self.regions.iter().map(|region| region.stride)
-    }
-
-    /// Where a slot's part in `region` begins.
-    ///
-    /// # Safety
-    /// The slot and the region exist.
-    pub unsafe fn slot_ptr(&self, slot: Slot, region: usize) -> *const u8 {
-        // SAFETY: the caller's promise.
-        unsafe { self.slot_mut(slot, region) }
-    }
-
-    /// The same, to write through.
-    ///
-    /// # Safety
-    /// The slot and the region exist.
-    pub(crate) unsafe fn slot_mut(&self, slot: Slot, region: usize) -> *mut u8 {
-        debug_assert!(slot.index() < self.slots && region < self.regions.len());
-        let Region { base, stride } = self.regions[region];
-        // SAFETY: slot < slots, and the region is slots × stride bytes long.
-        unsafe { base.as_ptr().add(slot.index() * stride) }
-    }
-
-    /// Region 0 of a slot.
-    pub(crate) fn slot(&self, slot: Slot) -> SlotPtr {
+    /// Where a slot begins.
+    pub(crate) fn slot_ptr(&self, slot: Slot) -> NonNull<u8> {
         assert!(slot.index() < self.slots, "slot {} of {}", slot.0, self.slots);
-        let Region { base, stride } = self.regions[0];
-        // SAFETY: slot < slots, and the region is slots × stride bytes long.
-        SlotPtr { ptr: unsafe { base.add(slot.index() * stride) }, len: stride }
+        let (base, number) = match &self.memory {
+            Memory::Mapped { base, .. } => (*base, slot.index()),
+            Memory::Banks(banks) => {
+                // The order comes from the cache's lock, under which a loader gets its work.
+                let bank = banks[slot.index() % banks.len()].load(Ordering::Relaxed);
+                (NonNull::new(bank).expect("set_banks comes before the first fetch"), slot.index() / banks.len())
+            }
+        };
+        // SAFETY: a slot of the mapping, or one that the cache has within the budget, which is what a bank has.
+        unsafe { base.add(number * self.stride) }
     }
 
-    /// Region 0 of a pinned slot.
+    pub(crate) fn slot(&self, slot: Slot) -> SlotPtr {
+        SlotPtr { ptr: self.slot_ptr(slot), len: self.stride }
+    }
+
+    /// Gives a layer other memory, and copies to it the slots that stay: `(from, to)`, numbers within the layer. Loaders are
+    /// held back and no slot of the layer is pinned.
+    pub(crate) fn set_bank(&self, layer: LayerId, BankPtr(bank): BankPtr, stay: &[(usize, usize)]) {
+        let Memory::Banks(banks) = &self.memory else { panic!("the slab has its own memory") };
+        let old = banks[layer.index()].swap(bank.as_ptr(), Ordering::Relaxed);
+        for &(from, to) in stay {
+            // SAFETY: what stays was in the old bank and has a place in the new one, which is other memory.
+            unsafe { ptr::copy_nonoverlapping(old.add(from * self.stride), bank.as_ptr().add(to * self.stride), self.stride) }
+        }
+    }
+
+    /// A pinned slot.
     pub(crate) fn bytes<'a>(&'a self, pin: &'a Pin) -> &'a [u8] {
         // SAFETY: the core makes a Pin for a filled slot only and reuses the slot after the Pin is back only; the slab
         // is borrowed for as long as the result.
@@ -140,7 +153,7 @@ impl Slab {
 
     /// Gives a slot's pages back to the system; memory that a backend owns is left alone.
     pub(crate) fn discard(&self, vacant: &Vacant) {
-        if self.mapping.is_some() {
+        if let Memory::Mapped { .. } = self.memory {
             let SlotPtr { ptr, len } = self.slot(vacant.slot());
             // SAFETY: a page-aligned slot of our own mapping, and the claim says that nobody reads or writes it.
             unsafe { os::discard(ptr.as_ptr().cast(), len) }
@@ -149,18 +162,17 @@ impl Slab {
 
     /// Faults in the pages of some slots, whatever they hold and whoever fills them meanwhile: contents stay.
     pub fn populate(&self, slots: Range<usize>) {
-        if self.mapping.is_some() && !slots.is_empty() {
+        if let (Memory::Mapped { base, .. }, false) = (&self.memory, slots.is_empty()) {
             assert!(slots.end <= self.slots, "slots {slots:?} of {}", self.slots);
-            let Region { base, stride } = self.regions[0];
             // SAFETY: whole slots of our own mapping, which begin and end at pages.
-            unsafe { os::populate(base.as_ptr().add(slots.start * stride).cast(), slots.len() * stride) }
+            unsafe { os::populate(base.as_ptr().add(slots.start * self.stride).cast(), slots.len() * self.stride) }
         }
     }
 }
 
 impl Drop for Slab {
     fn drop(&mut self) {
-        if let Some((start, len)) = self.mapping {
+        if let Memory::Mapped { start, len, .. } = self.memory {
             // SAFETY: the whole mapping that `anonymous` made; readers borrow the slab, loaders hold it by Arc.
             unsafe { os::unmap(start.as_ptr().cast(), len) }
         }
@@ -228,30 +240,74 @@ mod tests {
         }
     }
 
+    /// Byte i of every file is i / 16.
+    #[derive(Debug)]
+    struct Numbered;
+
+    impl Storage for Numbered {
+        fn name(&self) -> &str {
+            "numbered"
+        }
+        fn len(&self) -> u64 {
+            1 << 10
+        }
+        fn read(&self, reads: &mut [Read<'_>]) -> io::Result<()> {
+            reads.iter_mut().for_each(|read| (read.offset..).zip(read.into.iter_mut()).for_each(|(i, byte)| *byte = (i / 16) as u8));
+            Ok(())
+        }
+    }
+
     fn open(slab: Slab, layers: usize, slots_per_layer: usize, slices: &[Slice]) -> Experts {
         let source = Source { files: vec![Box::new(Sevens)], layers: vec![vec![Record::unchecked(slices.to_vec()); 8]; layers] };
         Experts::open(source, slab, Config { top_k: 1, slots_per_layer, loaders: 2, policy: PolicyKind::Lfru }).unwrap()
     }
 
     #[test]
-    fn a_backends_regions_are_filled_each_at_its_place() {
-        let mut memory = [vec![0u8; 8 * 100], vec![0u8; 8 * 10]];
-        let [a, b] = memory.each_mut().map(|bytes| NonNull::new(bytes.as_mut_ptr()).unwrap());
-        // SAFETY: two vectors of 8 slots that outlive the slab and are looked at after it only.
-        let slab = unsafe { Slab::from_regions(vec![Region { base: a, stride: 100 }, Region { base: b, stride: 10 }], 8) };
-        let slice = |region: u8, at: u32, len: u32| Slice { file: 0, offset: u64::from(at), len, region, at };
-        let mut experts = open(slab, 1, 3, &[slice(0, 2, 5), slice(1, 8, 2)]);
-        assert_eq!(experts.slot_bytes(), 110);
-        let mut fetch = experts.fetch(LayerId(0), &Routing::token(&[ExpertId(4)]));
-        let mut arrivals = Vec::new();
-        assert!(fetch.next(&mut arrivals));
-        let [Arrival::Ready { slot, .. }] = arrivals[..] else { panic!("{arrivals:?}") };
-        drop(fetch);
-        experts.set_slots(1); // leaves foreign memory alone
-        drop(experts);
-        let sevens = memory.map(|bytes| bytes.iter().enumerate().filter(|(_, byte)| **byte == 7).map(|(i, _)| i).collect::<Vec<_>>());
-        let at = |stride: usize, bytes: std::ops::Range<usize>| bytes.map(|byte| slot.index() * stride + byte).collect::<Vec<_>>();
-        assert_eq!(sevens, [at(100, 2..7), at(10, 8..10)]);
+    fn banks_are_filled_replaced_and_keep_what_stays() {
+        const STRIDE: usize = 8;
+        // Expert e of a layer is at 16 × (layer × 4 + e), filled with its own offset / 16.
+        let record = |record: u64| Record::unchecked(vec![Slice { file: 0, offset: 16 * record, len: STRIDE as u32, at: 0 }]);
+        let layers = (0..2).map(|layer| (0..4).map(|expert| record(layer * 4 + expert)).collect()).collect();
+        let source = Source { files: vec![Box::new(Numbered)], layers };
+        let config = Config { top_k: 1, slots_per_layer: 1, loaders: 2, policy: PolicyKind::Lru };
+        let mut banks: [Vec<u8>; 2] = Default::default();
+        let mut experts = Experts::open(source, Slab::banked(2, 4, STRIDE), config).unwrap();
+        let mut set = |experts: &mut Experts, slots: usize| {
+            let make = |layer: LayerId, slots: usize, copy: &mut dyn FnMut(BankPtr)| {
+                let mut new = vec![0; slots * STRIDE];
+                // SAFETY: a vector of the right size, alive until it is replaced or the experts are gone.
+                copy(unsafe { BankPtr::new(NonNull::new(new.as_mut_ptr()).unwrap()) });
+                banks[layer.index()] = new; // the old one goes
+                Ok::<_, ()>(())
+            };
+            experts.set_banks(slots, make).unwrap();
+            assert_eq!((experts.slots(), experts.stats().slab_bytes), (slots, (2 * slots * STRIDE) as u64));
+        };
+        let check = |experts: &mut Experts, layer: u16, expert: u16, hit: bool| {
+            let hits = experts.stats().hits;
+            let mut fetch = experts.fetch(LayerId(layer), &Routing::token(&[ExpertId(expert)]));
+            let mut arrivals = Vec::new();
+            assert!(fetch.next(&mut arrivals));
+            assert!(matches!(arrivals[..], [Arrival::Ready { .. }]), "{arrivals:?}");
+            assert_eq!(fetch.bytes(ExpertId(expert)), [(layer * 4 + expert) as u8; STRIDE]);
+            drop(fetch);
+            assert_eq!(experts.stats().hits - hits, u64::from(hit), "layer {layer} expert {expert}");
+        };
+        set(&mut experts, 3);
+        for expert in 0..3 {
+            check(&mut experts, 0, expert, false);
+            check(&mut experts, 1, expert, false);
+        }
+        set(&mut experts, 2); // the least recent goes
+        check(&mut experts, 0, 2, true);
+        check(&mut experts, 1, 1, true);
+        check(&mut experts, 1, 0, false);
+        set(&mut experts, 4);
+        check(&mut experts, 0, 1, true);
+        check(&mut experts, 0, 2, true);
+        check(&mut experts, 0, 3, false);
+        check(&mut experts, 0, 0, false);
+        check(&mut experts, 1, 0, true);
     }
 
     /// How many pages of a slab's slots are in memory, from the kernel's page table.
@@ -284,7 +340,7 @@ mod tests {
         // A slot above the size of a huge page, and one below.
         for slot_pages in [HUGE / page + 3, 3] {
             let (layers, per_layer) = (2, slot_pages * 2);
-            let slice = Slice { file: 0, offset: 0, len: (slot_pages * page) as u32, region: 0, at: 0 };
+            let slice = Slice { file: 0, offset: 0, len: (slot_pages * page) as u32, at: 0 };
             let slab = Slab::anonymous(slot_pages * page, layers * 8).unwrap();
             let mut experts = open(slab, layers, 4, &[slice]);
             if probed.is_ok() {

@@ -52,13 +52,12 @@ pub fn open(path: &Path, io: Io) -> io::Result<Box<dyn Storage>> {
     })
 }
 
-/// File bytes `[offset, offset + len)` go to slot bytes `[at, at + len)` of region `region`.
+/// File bytes `[offset, offset + len)` go to slot bytes `[at, at + len)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slice {
     pub file: u32,
     pub offset: u64,
     pub len: u32,
-    pub region: u8,
     pub at: u32,
 }
 
@@ -87,11 +86,11 @@ impl Record {
         Self { slices, checksum: None, payload }
     }
 
-    /// A record of file number `file`, an expert store, read into region 0: its padding as far as a direct read needs it
+    /// A record of file number `file`, an expert store: its padding as far as a direct read needs it
     /// to be one request.
     pub fn stored(file: u32, entry: &Entry) -> Self {
         let len = entry.payload.next_multiple_of(BLOCK as u32);
-        let slice = Slice { file, offset: entry.offset, len, region: 0, at: 0 };
+        let slice = Slice { file, offset: entry.offset, len, at: 0 };
         Self { slices: vec![slice], checksum: Some(entry.checksum), payload: entry.payload }
     }
 }
@@ -113,14 +112,14 @@ impl Store {
                 source.layers.len()
             )));
         }
-        let (files, strides): (Vec<u64>, Vec<usize>) = (source.files.iter().map(|file| file.len()).collect(), slab.strides().collect());
+        let files: Vec<u64> = source.files.iter().map(|file| file.len()).collect();
         for (layer, list) in source.layers.iter_mut().enumerate() {
             if list.len() != experts {
                 return Err(Error::Source(format!("layer {layer} has {} experts and layer 0 has {experts}", list.len())));
             }
             for (expert, record) in list.iter_mut().enumerate() {
                 let bad = |reason: String| Error::Source(format!("layer {layer} expert {expert}: {reason}"));
-                check(&mut record.slices, &files, &strides).map_err(bad)?;
+                check(&mut record.slices, &files, slab.stride_bytes()).map_err(bad)?;
                 join(&mut record.slices);
                 check_payload(record).map_err(bad)?;
             }
@@ -154,12 +153,12 @@ impl Store {
         let key = load.key();
         let record = self.record(key);
         let into = |slice: &Slice| {
-            // SAFETY: `check` has seen that the slice lies in its region's stride and overlaps no other slice, the core
+            // SAFETY: `check` has seen that the slice lies in the slot and overlaps no other slice, the core
             // makes slots of this slab only, and `load` says that nobody else reads or writes this one. No slice is made
             // again while an earlier one of the same bytes is in use.
             unsafe {
-                let part = slab.slot_mut(load.slot(), usize::from(slice.region)).add(slice.at as usize);
-                std::slice::from_raw_parts_mut(part, slice.len as usize)
+                let part = slab.slot_ptr(load.slot()).add(slice.at as usize);
+                std::slice::from_raw_parts_mut(part.as_ptr(), slice.len as usize)
             }
         };
         for batch in record.slices.chunk_by(|a, b| a.file == b.file) {
@@ -200,12 +199,11 @@ fn bytes(slices: &[Slice]) -> u64 {
     slices.iter().map(|slice| u64::from(slice.len)).sum()
 }
 
-/// Every slice lies in its file and in its region, and no two of them in each other's slot bytes.
-fn check(slices: &mut [Slice], files: &[u64], strides: &[usize]) -> Result<(), String> {
+/// Every slice lies in its file and in its slot, and no two of them in each other's slot bytes.
+fn check(slices: &mut [Slice], files: &[u64], stride: usize) -> Result<(), String> {
     for slice in &*slices {
-        let Slice { file, offset, len, region, at } = *slice;
+        let Slice { file, offset, len, at } = *slice;
         let size = *files.get(file as usize).ok_or_else(|| format!("file {file} of {}", files.len()))?;
-        let stride = *strides.get(usize::from(region)).ok_or_else(|| format!("region {region} of {}", strides.len()))?;
         if len == 0 {
             return Err(format!("an empty slice at offset {offset} of file {file}"));
         }
@@ -216,10 +214,10 @@ fn check(slices: &mut [Slice], files: &[u64], strides: &[usize]) -> Result<(), S
             return Err(format!("{len} bytes at {at} of a slot of {stride}"));
         }
     }
-    slices.sort_unstable_by_key(|slice| (slice.region, slice.at));
-    let overlap = slices.windows(2).find(|pair| pair[0].region == pair[1].region && pair[0].at + pair[0].len > pair[1].at);
+    slices.sort_unstable_by_key(|slice| slice.at);
+    let overlap = slices.windows(2).find(|pair| pair[0].at + pair[0].len > pair[1].at);
     match overlap {
-        Some(pair) => Err(format!("two slices fill byte {} of region {}", pair[1].at, pair[1].region)),
+        Some(pair) => Err(format!("two slices fill byte {}", pair[1].at)),
         None if slices.is_empty() => Err("no slices".into()),
         None => Ok(()),
     }
@@ -244,9 +242,7 @@ fn check_payload(record: &Record) -> Result<(), String> {
 fn join(slices: &mut Vec<Slice>) {
     slices.sort_unstable_by_key(|slice| (slice.file, slice.offset));
     slices.dedup_by(|next, last| {
-        let adjacent = (next.file, next.region) == (last.file, last.region)
-            && next.offset == last.offset + u64::from(last.len)
-            && next.at == last.at + last.len;
+        let adjacent = next.file == last.file && next.offset == last.offset + u64::from(last.len) && next.at == last.at + last.len;
         let len = last.len.checked_add(next.len).filter(|_| adjacent);
         last.len = len.unwrap_or(last.len);
         len.is_some()
@@ -283,7 +279,7 @@ mod tests {
     }
 
     fn slice(file: u32, offset: u64, len: u32, at: u32) -> Slice {
-        Slice { file, offset, len, region: 0, at }
+        Slice { file, offset, len, at }
     }
 
     #[test]
@@ -300,7 +296,6 @@ mod tests {
         check(vec![vec![vec![slice(0, 0, 8, 0)]], vec![]], "layer 1 has 0 experts and layer 0 has 1");
         check(vec![vec![vec![]]], "layer 0 expert 0: no slices");
         check(vec![vec![vec![slice(1, 0, 8, 0)]]], "file 1 of 1");
-        check(vec![vec![vec![Slice { region: 1, ..slice(0, 0, 8, 0) }]]], "region 1 of 1");
         check(vec![vec![vec![slice(0, 0, 0, 0)]]], "an empty slice");
         check(vec![vec![vec![slice(0, 993, 8, 0)]]], "8 bytes at offset 993 of file 0, which has 1000");
         check(vec![vec![vec![slice(0, u64::MAX, 8, 0)]]], "which has 1000");

@@ -17,13 +17,16 @@ use std::{
 use half::{f16, slice::HalfFloatSliceExt};
 
 use super::{
-    Row, Shape,
+    Shape,
     blocks::Blocks,
     pool::{Cells, Pool},
     portable::Number,
     simd::Isa,
 };
-use crate::kv::{BLOCK, BlockId, Table};
+use crate::{
+    backend::Row,
+    kv::{BLOCK, BlockId, Table},
+};
 
 /// Positions that are computed by themselves. Of Qwen3-30B's heads, 256 KiB of keys and values and about 20 µs: enough to
 /// forget the joining, few enough that two threads end together.

@@ -1,4 +1,4 @@
-//! The routed experts: how a record lies in a slab slot, and the SwiGLU feed-forward over slots.
+//! The routed experts on the CPU: a slot's matrices, and the SwiGLU feed-forward over slots.
 
 use std::ops::Range;
 
@@ -10,70 +10,9 @@ use super::{
     pool::{Cells, Pool},
     simd::{Isa, TOKENS_MAX},
 };
-use crate::model::{
-    families::Ffn,
-    packed::lay_out,
-    weights::{Format, MatrixSpec, Span},
-};
-
-/// Where the nine (or three) tensors of a layer's experts lie in a slot: `[gate.w gate.s gate.b up.w … down.b]`.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Record {
-    pub(super) gate: Place,
-    pub(super) up: Place,
-    pub(super) down: Place,
-    pub(super) bytes: usize,
-}
-
-/// One matrix of the record.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Place {
-    rows: usize,
-    cols: usize,
-    format: Format,
-    weight: (usize, usize),
-    scales: (usize, usize),
-    biases: (usize, usize),
-}
-
-impl Record {
-    pub(super) fn new(ffn: &Ffn) -> Self {
-        let side = |span: Option<Span>| span.map_or(0, |span| span.len as usize);
-        let lens = ffn.matrices().map(|spec| [spec.weight.len as usize, side(spec.scales), side(spec.biases)]);
-        let ([g, u, d], [gate, up, down]) = (lens, ffn.matrices());
-        let (at, bytes) = lay_out([g[0], g[1], g[2], u[0], u[1], u[2], d[0], d[1], d[2]]);
-        let place = |spec: &MatrixSpec, lens: [usize; 3], at: &[usize]| Place {
-            rows: spec.rows,
-            cols: spec.cols,
-            format: spec.format,
-            weight: (at[0], lens[0]),
-            scales: (at[1], lens[1]),
-            biases: (at[2], lens[2]),
-        };
-        Self { gate: place(gate, g, &at[..3]), up: place(up, u, &at[3..6]), down: place(down, d, &at[6..]), bytes }
-    }
-
-    /// Which file bytes go where in a slot; `None` if this expert's tensors are of another shape or format.
-    pub(super) fn slices(&self, ffn: &Ffn) -> Option<Vec<flash_experts::Slice>> {
-        if Self::new(ffn) != *self {
-            return None;
-        }
-        let mut slices = Vec::with_capacity(9);
-        for (place, spec) in [(&self.gate, &ffn.gate), (&self.up, &ffn.up), (&self.down, &ffn.down)] {
-            let spans = [(place.weight, Some(spec.weight)), (place.scales, spec.scales), (place.biases, spec.biases)];
-            for ((at, len), span) in spans.into_iter().filter_map(|(place, span)| Some((place, span?))) {
-                slices.push(flash_experts::Slice { file: span.file, offset: span.offset, len: len as u32, region: 0, at: at as u32 });
-            }
-        }
-        Some(slices)
-    }
-}
+use crate::backend::record::Place;
 
 impl Place {
-    pub(super) fn format(&self) -> Format {
-        self.format
-    }
-
     pub(super) fn matrix<'a>(&self, slot: &'a [u8]) -> Matrix<'a> {
         let part = |(at, len): (usize, usize)| &slot[at..at + len];
         Matrix {

@@ -18,7 +18,7 @@ use std::{ops::Range, time::Instant};
 
 use attention::{Kv, Queries};
 use blocks::Blocks;
-use experts::{Buffers, Record, Work, Works};
+use experts::{Buffers, Work, Works};
 use flash_experts::{ExpertId, Slice};
 use linear::{Linear, linear};
 use matrix::{Matrix, Prepared};
@@ -29,7 +29,8 @@ pub use speed::{Attention, Decoded, Multiplied, Products};
 
 use crate::{
     Bytes, Error, Kernels,
-    kv::{BlockId, Table},
+    backend::{Batch, record::Record},
+    kv::BlockId,
     model::{
         arch::Arch,
         families::{Ffn, FfnSpec, LayerSpec, Model},
@@ -43,23 +44,6 @@ use crate::{
 pub(crate) const PIECE_MAX: usize = 256;
 /// Expert rows computed together at most, for the same reason.
 pub(crate) const PLACES_MAX: usize = 1024;
-
-/// One position of one sequence in a pass.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Row {
-    pub(crate) token: u32,
-    pub(crate) position: usize,
-    /// Index into [`Batch::tables`].
-    pub(crate) sequence: usize,
-}
-
-/// What a pass computes. Rows of a sequence are in position order and follow what its KV blocks hold.
-#[derive(Debug, Default)]
-pub(crate) struct Batch {
-    pub(crate) rows: Vec<Row>,
-    /// The KV blocks of each sequence.
-    pub(crate) tables: Vec<Table>,
-}
 
 /// The figures that kernels need.
 #[derive(Clone, Debug)]
@@ -371,7 +355,7 @@ impl Cpu {
         normalize(pool, &act.hidden[piece.start * hidden..piece.end * hidden], &l.ffn_norm, shape.eps, normed);
         let format = match &l.ffn {
             LayerFfn::Dense([gate, ..]) => gate.spec.format,
-            LayerFfn::Moe { record, .. } => record.gate.format(),
+            LayerFfn::Moe { record, .. } => record.gate.format,
         };
         act.prepared.resize(isa, act.hidden.len() / hidden, hidden, format);
         act.prepared.fill(pool, isa, piece.start, normed);

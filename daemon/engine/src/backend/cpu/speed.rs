@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use super::{
-    Kv, PIECE_MAX, Row, Shape,
+    Kv, PIECE_MAX, Shape,
     attention::{Queries, UNITS, Work},
     blocks::Blocks,
     linear::{Linear, linear},
@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     Bytes,
+    backend::Row,
     kv::{BlockId, Table},
     machine::memory_bandwidth,
     model::weights::{Float, Format},

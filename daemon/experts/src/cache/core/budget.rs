@@ -1,7 +1,7 @@
 //! What changes a cache as a whole: slots faulted in ahead of use, a budget that moves both ways while loads run, another policy,
 //! a cold start. Part of the state machine of `core.rs`; no fetch is going on in any of it but populating.
 
-use super::{Core, ForWhom, State, Use, Vacant};
+use super::{Core, Entry, ForWhom, State, Use, Vacant};
 use crate::{
     PolicyKind,
     key::{LayerId, Slot},
@@ -66,6 +66,40 @@ impl Core {
             }
         }
         vacant
+    }
+
+    /// A loader holds a slot.
+    pub(crate) fn busy(&self) -> bool {
+        self.layers.iter().any(|layer| layer.busy > 0)
+    }
+
+    /// As [`Core::resize`], for memory that is as large as the budget and has all its pages: what stays moves to each layer's
+    /// first slots. Per layer: where it was and where it goes, as numbers within the layer.
+    pub(crate) fn pack(&mut self, per_layer: usize) -> Vec<Vec<(usize, usize)>> {
+        assert!(!self.busy(), "loaders are held back");
+        self.resize(per_layer);
+        self.touched = per_layer * self.layers.len();
+        (0..self.layers.len()).map(|l| self.pack_layer(l)).collect()
+    }
+
+    fn pack_layer(&mut self, l: usize) -> Vec<(usize, usize)> {
+        let (layers, places, per_layer) = (self.layers.len(), self.shape.places, self.per_layer);
+        let slot = |number: usize| Slot((number * layers + l) as u32);
+        let state = |number: &usize| self.slots[slot(*number).index()].state;
+        let (from, held): (Vec<usize>, Vec<State>) =
+            (0..places).map(|number| (number, state(&number))).filter(|(_, state)| matches!(state, State::Resident { .. })).unzip();
+        let layer = &mut self.layers[l];
+        layer.fresh.clear();
+        layer.free = (held.len()..per_layer).rev().map(slot).collect();
+        layer.off = (per_layer..places).map(slot).collect();
+        for number in 0..places {
+            let state = held.get(number).copied().unwrap_or(if number < per_layer { State::Free } else { State::Off });
+            if let State::Resident { expert, .. } = state {
+                layer.slot_of[expert.index()] = Some(slot(number));
+            }
+            self.slots[slot(number).index()] = Entry { state, touched: number < per_layer };
+        }
+        from.into_iter().zip(0..).collect()
     }
 
     /// Evicts what is not pinned, forgets what was learned, and starts no more loads ahead of demand. Those that run end.
