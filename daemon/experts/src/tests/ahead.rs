@@ -104,7 +104,9 @@ fn open(dir: &Path, slots_per_layer: usize, loaders: usize, policy: PolicyKind) 
     write_file(&path, 1, COUNT);
     let source = Source { files: vec![Box::new(Pread::open(&path).unwrap())], layers: records(1, COUNT) };
     let slab = Slab::anonymous((PART * PARTS) as usize, COUNT).unwrap();
-    Experts::open(source, slab, Config { top_k: 3, slots_per_layer, loaders, policy }).unwrap()
+    let experts = Experts::open(source, slab, Config { top_k: 3, slots_per_layer, loaders, policy }).unwrap();
+    wait_until(&experts, Experts::settled); // see `Gated::new`
+    experts
 }
 
 /// As the engine does it: computes what arrives at once.
