@@ -26,6 +26,8 @@ fn fma(a: V, b: V, c: V) -> V {
     _mm256_fmadd_ps(a, b, c)
 }
 
+/// # Safety
+/// Eight floats must be readable.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn load(from: *const f32) -> V {

@@ -219,6 +219,9 @@ macro_rules! kernels {
         }
 
         /// LANES numbers, widened.
+        ///
+        /// # Safety
+        /// As many must be readable.
         #[inline]
         #[target_feature(enable = $features)]
         pub(super) unsafe fn wide<P: Param>(from: *const u8) -> V {
