@@ -9,7 +9,7 @@ const LANES: usize = 8;
 const TILE: usize = 4;
 /// Rows of plain weights that four tokens take together.
 const ROWS: usize = 2;
-/// Not measured: one sum a row, of two registers, would wait for itself at an eighth of the rate of loads.
+/// A guess, not measured: one row's sums would wait for each other.
 const ROWS_OF_FEW: usize = 4;
 
 super::kernels!("neon", "neon");

@@ -46,7 +46,8 @@ trait Dot {
     unsafe fn dot(sums: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t;
 }
 
-/// What every CPU has: twice as fast as widening codes to f32, by number of instructions.
+/// What every CPU has: for a token, a row and 32 columns of 4 bits 19 instructions by hand count, where codes widened to f32 took 36.
+/// Neither was timed.
 struct Multiply;
 /// The dotprod extension. The intrinsics of both extensions are not stable, hence assembly.
 struct Sdot;
