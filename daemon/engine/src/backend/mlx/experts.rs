@@ -8,7 +8,10 @@ use flash_experts::ExpertId;
 use mlx_rs::{
     Array, Dtype,
     error::Exception,
-    ops::{self, indexing::scatter_single},
+    ops::{
+        self,
+        indexing::{TryIndexMutOp, TryIndexOp},
+    },
 };
 
 use super::Result;
@@ -64,18 +67,16 @@ impl Bank {
         Ok((Self { gate, up, down, widened: vec![None; slots] }, first))
     }
 
-    /// The slots hold these experts now.
-    pub(super) fn widen(&mut self, held: impl Iterator<Item = (ExpertId, u32)>) -> Result<()> {
-        let new = held.filter(|(expert, slot)| self.widened[*slot as usize].replace(*expert) != Some(*expert));
-        let new: Vec<u32> = new.map(|(_, slot)| slot).collect();
-        if new.is_empty() {
+    /// A slot holds this expert now.
+    pub(super) fn widen(&mut self, expert: ExpertId, slot: u32) -> Result<()> {
+        if self.widened[slot as usize].replace(expert) == Some(expert) {
             return Ok(());
         }
-        let new = super::indices(new);
+        let row = slot as i32..slot as i32 + 1;
         for stack in [&mut self.gate, &mut self.up, &mut self.down] {
             for (wide, narrow) in stack.wide.iter_mut().flatten().zip(stack.affine.iter().flatten()) {
-                let rows = narrow.take_axis(&new, 0)?.as_dtype(wide.dtype())?.expand_dims(1)?;
-                *wide = scatter_single(&*wide, &new, rows, 0)?;
+                // In place; a scatter over several slots would copy the whole array.
+                wide.try_index_mut(row.clone(), narrow.try_index(row.clone())?.as_dtype(wide.dtype())?)?;
             }
         }
         Ok(())
@@ -234,9 +235,9 @@ mod tests {
             for (few_slot, many_slot, expert) in [(0, 7, 11), (1, 2, 12)] {
                 few.load(few_slot, expert);
                 many.load(many_slot, expert);
-                few.bank.widen([(ExpertId(expert as u16), few_slot)].into_iter()).unwrap();
+                few.bank.widen(ExpertId(expert as u16), few_slot).unwrap();
+                many.bank.widen(ExpertId(expert as u16), many_slot).unwrap();
             }
-            many.bank.widen([(ExpertId(11), 7), (ExpertId(12), 2)].into_iter()).unwrap();
             let x = rows();
             let together = few.bits(&x, &[0, 2, 1, 0], &[0, 0, 1, 1]);
             assert!(together.iter().any(|bits| *bits != 0));

@@ -355,7 +355,7 @@ impl Mlx {
         let (rows, hidden) = (x.dim(0), x.dim(1));
         let first = act.outs.len();
         let slot_of = |expert: ExpertId| slot(expert).0 / self.moe_layers as u32;
-        bank.widen(ready.iter().map(|expert| (*expert, slot_of(*expert))))?;
+        ready.iter().try_for_each(|expert| bank.widen(*expert, slot_of(*expert)))?;
         if rows as usize <= GATHER_ROWS {
             let (mut lhs, mut rhs) = (Vec::new(), Vec::new());
             for expert in ready {
