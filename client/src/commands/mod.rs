@@ -80,10 +80,11 @@ fn left_behind(command: &Command) -> Option<String> {
 
 /// Dropping the work cancels its requests and puts the terminal back; what was printed has been flushed already.
 async fn interruptible(left_behind: Option<String>, work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
-    let mut terminate = terminations()?;
+    // Both before the work begins: whoever sees its first word may interrupt it.
+    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, terminations()?);
     let exit = tokio::select! {
         result = work => return result,
-        _ = tokio::signal::ctrl_c() => {
+        _ = interrupt.recv() => {
             term::note("");
             exit::SIGINT
         }
@@ -96,7 +97,11 @@ async fn interruptible(left_behind: Option<String>, work: impl Future<Output = R
 }
 
 fn terminations() -> Result<tokio::signal::unix::Signal, Failure> {
-    signal(SignalKind::terminate()).map_err(|error| Failure::new(exit::INTERNAL, "signals", format!("cannot listen for signals: {error}")))
+    listen(SignalKind::terminate())
+}
+
+fn listen(kind: SignalKind) -> Result<tokio::signal::unix::Signal, Failure> {
+    signal(kind).map_err(|error| Failure::new(exit::INTERNAL, "signals", format!("cannot listen for signals: {error}")))
 }
 
 /// All of standard input, unless that is a terminal.
