@@ -36,7 +36,7 @@ fn golden_tokens_and_logits(kernels: Kernels) -> Result<()> {
         assert_eq!(logits.len(), golden.logits.len());
         let worst = logits.iter().zip(&golden.logits).map(|(ours, theirs)| (ours - theirs).abs()).fold(0.0, f32::max);
         let largest = golden.logits.iter().fold(0.0, |largest: f32, logit| largest.max(logit.abs()));
-        assert!(worst <= 1e-4 * largest, "prompt {index}: a logit is off by {worst}, the largest is {largest}");
+        assert!(worst <= 1e-3f32.min(1e-4 * largest), "prompt {index}: a logit is off by {worst}, the largest is {largest}");
     }
     let requests: Vec<_> = goldens.iter().map(|golden| greedy(&golden.prompt, 64)).collect();
     for (index, (ids, golden)) in ids(run(&mut engine, &requests)?)?.into_iter().zip(&goldens).enumerate() {

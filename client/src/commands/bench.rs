@@ -31,6 +31,10 @@ pub(crate) async fn run(args: BenchArgs, global: &Global) -> Result<(), Failure>
     let mut report = Report { paint: Paint::stdout(), profile, machines: Vec::new(), variant: None };
     while let Some(BenchEvent { event }) = stream.message().await.map_err(failed)? {
         match event {
+            // Runs, where the meter shows bytes.
+            Some(Event::Progress(BenchProgress { stage, done, total })) if total > 0 && !global.json => {
+                meter.show(&JobProgress { stage: format!("{stage}, run {} of {total}", done + 1), done: 0, total: 0 })?;
+            }
             Some(Event::Progress(BenchProgress { stage, done, total })) => meter.show(&JobProgress { stage, done, total })?,
             Some(Event::Machine(machine)) if global.json => term::print_json(&machine_json(&machine))?,
             Some(Event::Row(row)) if global.json => term::print_json(&row_json(&row))?,

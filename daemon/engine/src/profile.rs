@@ -1,4 +1,4 @@
-//! Where the time of steps goes. Always counted: two clock readings a stage are a thousandth of the smallest model's layer.
+//! Where the time of steps goes. Always counted: a clock reading between two stages is little beside the smallest of them.
 
 use std::time::{Duration, Instant};
 

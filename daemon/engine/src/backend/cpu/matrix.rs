@@ -127,6 +127,15 @@ pub(crate) struct FixedRow<'a> {
     pub(crate) bytes: &'a mut [i8],
 }
 
+impl FixedRow<'_> {
+    /// Asserts that there is room for `x`.
+    pub(crate) fn check(&self, x: &[f32]) {
+        let Self { bits, group, scales, bytes } = self;
+        assert!(x.len().is_multiple_of(*group) && group.is_multiple_of(32));
+        assert!(scales.len() >= x.len() / group && bytes.len() >= Fixed::row_bytes(x.len(), *bits));
+    }
+}
+
 impl<'a> Acts<'a> {
     pub(crate) fn token(&self, token: usize) -> &'a [f32] {
         &self.x[token * self.cols..][..self.cols]

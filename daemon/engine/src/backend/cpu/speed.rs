@@ -3,6 +3,8 @@
 
 use std::time::Instant;
 
+use flash_experts::Pages;
+
 use super::{
     Kv, PIECE_MAX, Shape,
     attention::{Queries, UNITS, Work},
@@ -119,18 +121,20 @@ impl Bench {
     }
 }
 
-/// Products of a matrix with some tokens.
+/// Products of matrices with some tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct Products {
     /// Of a weight: 4 or 8 with a bf16 scale and bias for each group of columns, or 16 for bf16.
     pub bits: u8,
     pub group: usize,
+    /// Of one matrix, as many of which take turns as no cache holds; `None`: of one that is as large.
+    pub rows: Option<usize>,
     pub cols: usize,
     pub tokens: usize,
     pub threads: usize,
 }
 
-/// What they took.
+/// What one took.
 #[derive(Clone, Copy, Debug)]
 pub struct Multiplied {
     pub kernels: &'static str,
@@ -147,19 +151,24 @@ pub struct Multiplied {
 impl Products {
     /// Every kind of kernels that this CPU has, the portable ones apart, some `rounds` times in turn.
     pub fn measure(&self, rounds: usize) -> Vec<Multiplied> {
-        let Self { bits, group, cols, tokens, threads } = *self;
+        let Self { bits, group, rows: of_one, cols, tokens, threads } = *self;
         let memory_bytes_s = memory_bandwidth(threads, None);
         let format = if bits == 16 { Format::Bf16 } else { Format::Affine { bits, group, params: Float::Bf16 } };
         // Many tokens do not wait for memory, and would take long.
         let bytes = if tokens < 8 { CACHE } else { CACHE / 64 };
-        let rows = bytes / (cols * usize::from(bits) / 8);
+        let row_bytes = cols * usize::from(bits) / 8;
+        let rows = of_one.unwrap_or(bytes / row_bytes);
+        let count = (bytes / (rows * row_bytes)).max(1);
         let mut next = noise();
-        // Of small numbers, whatever they are read as.
-        let mut noise_of =
-            |len: usize| (0..len).map(|i| if i % 2 == 1 && bits == 16 { 0x3c } else { (256.0 * next()) as i8 as u8 }).collect();
-        let weight: Vec<u8> = noise_of(rows * cols * usize::from(bits) / 8);
-        let side = if bits == 16 { vec![] } else { [0u8, 0x3c].repeat(rows * cols / group) };
-        let w = Matrix { rows, cols, format, weight: &weight, scales: &side, biases: &side };
+        // Of small numbers, whatever they are read as; in huge pages, as a model's.
+        let odd = |i: usize| i % 2 == 1;
+        let weight = filled(count * rows * row_bytes, |i| if odd(i) && bits == 16 { 0x3c } else { (256.0 * next()) as i8 as u8 });
+        let side_bytes = if bits == 16 { 0 } else { rows * cols / group * 2 };
+        let side = [(); 2].map(|()| filled(count * side_bytes, |i| if odd(i) { 0x3c } else { 0 }));
+        let matrix = |index: usize| {
+            let [scales, biases] = side.each_ref().map(|side| &side.as_slice()[index * side_bytes..][..side_bytes]);
+            Matrix { rows, cols, format, weight: &weight.as_slice()[index * rows * row_bytes..][..rows * row_bytes], scales, biases }
+        };
         let x: Vec<f32> = (0..tokens * cols).map(|_| next()).collect();
         let (mut out, mut prepared) = (vec![0.0; tokens * rows], Prepared::default());
         let pool = Pool::new(threads).expect("threads");
@@ -168,20 +177,28 @@ impl Products {
         let mut times = vec![Vec::new(); sets.len()];
         for _ in 0..rounds {
             for (isa, times) in sets.iter().zip(&mut times) {
-                let start = Instant::now();
-                let x = prepared.of((&pool, isa), &x, cols, format);
-                let out = &Cells::new(&mut out);
-                linear(&pool, isa, tokens, &[Linear { w, x, out, width: rows, at: 0 }]);
-                times.push(start.elapsed().as_secs_f64());
+                times.extend((0..count).map(|index| {
+                    let start = Instant::now();
+                    let x = prepared.of((&pool, isa), &x, cols, format);
+                    let out = &Cells::new(&mut out);
+                    linear(&pool, isa, tokens, &[Linear { w: matrix(index), x, out, width: rows, at: 0 }]);
+                    start.elapsed().as_secs_f64()
+                }));
             }
         }
-        let (bytes, operations) = ((weight.len() + 2 * side.len()) as Bytes, (2 * rows * cols * tokens) as f64);
+        let (bytes, operations) = ((rows * row_bytes + 2 * side_bytes) as Bytes, (2 * rows * cols * tokens) as f64);
         let measured = sets.iter().zip(times).map(|(isa, mut times)| {
             times.sort_unstable_by(f64::total_cmp);
-            Multiplied { kernels: isa.name, bytes, operations, median_s: times[rounds / 2], best_s: times[0], memory_bytes_s }
+            Multiplied { kernels: isa.name, bytes, operations, median_s: times[times.len() / 2], best_s: times[0], memory_bytes_s }
         });
         measured.collect()
     }
+}
+
+fn filled(len: usize, mut byte: impl FnMut(usize) -> u8) -> Pages {
+    let mut pages = Pages::new(len).expect("memory");
+    pages.as_mut_slice().iter_mut().enumerate().for_each(|(i, to)| *to = byte(i));
+    pages
 }
 
 /// In [-0.5, 0.5).

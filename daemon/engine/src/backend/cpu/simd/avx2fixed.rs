@@ -8,7 +8,7 @@
 
 use std::{arch::x86_64::*, array::from_fn, mem::MaybeUninit, ops::Range};
 
-use super::{Bf16, F16, F32, Isa, Param, TOKENS_MAX, ahead, avx2, avx512, fixed_point};
+use super::{Bf16, F16, F32, FIXED_MAX, Isa, PREFETCH_ROWS, Param, TOKENS_MAX, ahead, avx2, avx512, by_kind, fixed_point};
 use crate::{
     backend::cpu::matrix::{Acts, Fixed, FixedRow, Matrix},
     model::weights::{Float, Format},
@@ -34,8 +34,6 @@ pub(super) const WITH_AVX512: Isa = Isa {
     ..avx512::ISA
 };
 
-/// Of a group, in steps of its scale. Two products of it and an 8-bit code fit 32 bits 128 times.
-const FIXED_MAX: f32 = 32_000.0;
 /// Of a tile: with as many sums in registers, each vector of activations serves four products. 3 × 3 was 6% slower, 2 × 4 14%.
 const ROWS: usize = 4;
 const TOKENS: usize = 2;
@@ -43,22 +41,11 @@ const TOKENS: usize = 2;
 const CHUNK: usize = 8;
 /// Of a row's codes in one chunk, as vectors of 16-bit numbers; groups have at most 128 columns.
 const WIDE: usize = CHUNK * 128 / 16;
-/// As [`ahead`], of scales and biases.
-const PREFETCH_ROWS: usize = 16;
 
 fn rows(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
     let Some(kind) = fixed_point(w, &range, x, tokens, out) else { return (avx2::ISA.rows)(w, range, x, tokens, out) };
     // SAFETY: the features were detected (see ISA) and every access of the tiles lies inside what `fixed_point` asserted.
-    unsafe {
-        match kind {
-            (4, Float::F32) => product::<4, F32>(w, range, x, tokens, out),
-            (4, Float::F16) => product::<4, F16>(w, range, x, tokens, out),
-            (4, Float::Bf16) => product::<4, Bf16>(w, range, x, tokens, out),
-            (_, Float::F32) => product::<8, F32>(w, range, x, tokens, out),
-            (_, Float::F16) => product::<8, F16>(w, range, x, tokens, out),
-            (_, Float::Bf16) => product::<8, Bf16>(w, range, x, tokens, out),
-        }
-    }
+    unsafe { by_kind!(kind, product, (w, range, x, tokens, out)) }
 }
 
 /// `count` numbers, which must be readable with all before them, and zeros.
@@ -212,7 +199,6 @@ unsafe fn one<const BITS: usize, P: Param, const R: usize>(
     }
 }
 
-/// Scales and biases are an eighth of the bytes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn prefetch_sides<const R: usize>(w: &Matrix<'_>, row: usize) {
@@ -354,13 +340,8 @@ impl<const R: usize> Part<R> {
 /// One row, half a block at a time: the columns of a block's first or last eight 16-bit numbers, which lie in one group.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn to_fixed(x: &[f32], fixed: FixedRow<'_>) {
+    fixed.check(x);
     let FixedRow { bits, group, scales, bytes } = fixed;
-    assert!(
-        x.len().is_multiple_of(group)
-            && group.is_multiple_of(32)
-            && scales.len() >= x.len() / group
-            && bytes.len() >= Fixed::row_bytes(x.len(), bits)
-    );
     let half = 128 / usize::from(bits);
     for (g, (x, scale)) in x.chunks_exact(group).zip(scales).enumerate() {
         let mut most = _mm256_setzero_ps();

@@ -8,10 +8,10 @@
 
 use std::{arch::x86_64::*, ops::Range};
 
-use super::{Bf16, F16, F32, Isa, avx512};
+use super::{Bf16, F16, F32, FIXED_MAX, Isa, PREFETCH_ROWS, ahead, avx512, by_kind, fixed_point};
 use crate::{
     backend::cpu::matrix::{Acts, Fixed, FixedRow, Matrix},
-    model::weights::{Float, Format},
+    model::weights::Float,
 };
 
 pub(super) const ISA: Isa = Isa {
@@ -24,39 +24,13 @@ pub(super) const ISA: Isa = Isa {
     ..avx512::ISA
 };
 
-/// Of a group, in steps of its scale: two signed bytes hold it.
-const FIXED_MAX: f32 = 32_000.0;
 /// Tokens of a tile: with two rows, their sums fill the registers.
 const TOKENS: usize = 6;
-/// A decode step streams rows from memory. Four at a time defeat the CPU's own prefetcher, and a third of the bandwidth is left
-/// (11 of 32 GB/s); asked for in the order in which they lie, their lines come as fast as one row's. At least as many rows ahead as
-/// are under way.
-const PREFETCH_BYTES: usize = 4096;
-/// The same for scales and biases, which are an eighth of the bytes.
-const PREFETCH_ROWS: usize = 16;
 
 fn rows(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
-    let Format::Affine { bits: bits @ (4 | 8), group, params } = w.format else { return (avx512::ISA.rows)(w, range, x, tokens, out) };
-    if x.fixed.bytes.is_empty() || x.fixed.bits != bits {
-        return (avx512::ISA.rows)(w, range, x, tokens, out);
-    }
-    assert!(range.end <= w.rows && w.weight.len() >= w.rows * w.row_bytes() && x.cols == w.cols && x.group == group);
-    let (groups, side) = (w.cols / group, if params == Float::F32 { 4 } else { 2 });
-    assert!(w.cols.is_multiple_of(group) && w.scales.len() >= w.rows * groups * side && w.biases.len() >= w.rows * groups * side);
-    let read = tokens.iter().map(|token| *token as usize + 1).max().unwrap_or(0);
-    assert!(read * groups <= x.sums.len().min(x.fixed.scales.len()) && read * Fixed::row_bytes(w.cols, bits) <= x.fixed.bytes.len());
-    assert!(out.len() >= range.len() * tokens.len());
-    // SAFETY: the features were detected (see ISA) and every access of the tiles lies inside what was asserted.
-    unsafe {
-        match (bits, params) {
-            (4, Float::F32) => product::<4, F32>(w, range, x, tokens, out),
-            (4, Float::F16) => product::<4, F16>(w, range, x, tokens, out),
-            (4, Float::Bf16) => product::<4, Bf16>(w, range, x, tokens, out),
-            (_, Float::F32) => product::<8, F32>(w, range, x, tokens, out),
-            (_, Float::F16) => product::<8, F16>(w, range, x, tokens, out),
-            (_, Float::Bf16) => product::<8, Bf16>(w, range, x, tokens, out),
-        }
-    }
+    let Some(kind) = fixed_point(w, &range, x, tokens, out) else { return (avx512::ISA.rows)(w, range, x, tokens, out) };
+    // SAFETY: the features were detected (see ISA) and every access of the tiles lies inside what `fixed_point` asserted.
+    unsafe { by_kind!(kind, product, (w, range, x, tokens, out)) }
 }
 
 /// Sixteen scales or biases as floats.
@@ -165,7 +139,7 @@ unsafe fn tile<const BITS: usize, P: Wide, const R: usize, const T: usize>(
         let xs: [*const i8; T] = std::array::from_fn(|t| x.fixed.bytes.as_ptr().add(tokens[t] as usize * stride));
         let x_scales: [*const f32; T] = std::array::from_fn(|t| x.fixed.scales.as_ptr().add(tokens[t] as usize * groups));
         let sums: [*const f32; T] = std::array::from_fn(|t| x.sums.as_ptr().add(tokens[t] as usize * groups));
-        let mut ahead = codes[0].wrapping_add(PREFETCH_BYTES.max(R * bytes));
+        let mut ahead = ahead::<R>(codes[0], bytes);
         if T == 1 {
             for side in [w.scales, w.biases] {
                 let row_bytes = side.len() / w.rows;
@@ -241,13 +215,8 @@ unsafe fn tile<const BITS: usize, P: Wide, const R: usize, const T: usize>(
 /// of 64 columns is [high, low][64].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn to_fixed(x: &[f32], fixed: FixedRow<'_>) {
+    fixed.check(x);
     let FixedRow { bits, group, scales, bytes } = fixed;
-    assert!(
-        x.len().is_multiple_of(group)
-            && group.is_multiple_of(32)
-            && scales.len() >= x.len() / group
-            && bytes.len() >= Fixed::row_bytes(x.len(), bits)
-    );
     let columns = 512 / usize::from(bits);
     for (g, (x, scale)) in x.chunks_exact(group).zip(scales).enumerate() {
         let mut most = _mm512_setzero_ps();

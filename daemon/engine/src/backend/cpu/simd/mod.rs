@@ -151,11 +151,35 @@ fn fixed_point(w: &Matrix<'_>, range: &Range<usize>, x: &Acts<'_>, tokens: &[u32
     Some((bits, params))
 }
 
-/// A decode step streams rows from memory, several at a time. Lines are asked for in the order in which they lie (`avx512vnni.rs` says
-/// why), so far ahead: less than all rows of a tile would be what these ask for themselves.
+/// Calls `$product` with what [`fixed_point`] found, as constants and types; `$first` are type arguments before those.
+macro_rules! by_kind {
+    ($kind:expr, $product:ident, $args:tt $(, $first:ty)?) => {
+        match $kind {
+            (4, Float::F32) => $product::<$($first,)? 4, F32> $args,
+            (4, Float::F16) => $product::<$($first,)? 4, F16> $args,
+            (4, Float::Bf16) => $product::<$($first,)? 4, Bf16> $args,
+            (_, Float::F32) => $product::<$($first,)? 8, F32> $args,
+            (_, Float::F16) => $product::<$($first,)? 8, F16> $args,
+            (_, Float::Bf16) => $product::<$($first,)? 8, Bf16> $args,
+        }
+    };
+}
+use by_kind;
+
+/// Of a group of activations, in steps of its scale: two signed bytes hold it, and two products of it and an 8-bit code fit 32 bits 128
+/// times.
+const FIXED_MAX: f32 = 32_000.0;
+
+/// A decode step streams rows from memory, several at a time. Four at a time defeat the CPU's own prefetcher, and a third of the
+/// bandwidth is left; asked for in the order in which they lie, their lines come as fast as one row's. So far ahead, because fewer than
+/// all rows of a tile would be what these ask for themselves.
 fn ahead<const R: usize>(first: *const u8, row_bytes: usize) -> *const u8 {
     first.wrapping_add((R * row_bytes).max(4096))
 }
+
+/// The same for scales and biases, which are an eighth of the bytes.
+#[cfg(target_arch = "x86_64")]
+const PREFETCH_ROWS: usize = 16;
 
 /// The loops over primitives that the invoking module defines:
 /// `V` (vector of `LANES` f32), `splat`, `load`, `fma`, `total` (sum of lanes), `load_f16`, `load_bf16` and `prefetch`. `ROWS` says how

@@ -13,7 +13,7 @@ use std::{
     ops::Range,
 };
 
-use super::{Bf16, F16, F32, Isa, Param, ahead, fixed_point, neon};
+use super::{Bf16, F16, F32, FIXED_MAX, Isa, Param, ahead, by_kind, fixed_point, neon};
 use crate::{
     backend::cpu::matrix::{Acts, Fixed, FixedRow, Matrix},
     model::weights::Float,
@@ -30,9 +30,6 @@ const fn isa<D: Dot>(name: &'static str) -> Isa {
     };
     Isa { name, rows: rows::<D>, fixed: Some(fixed), ..neon::ISA }
 }
-
-/// Of a group, in steps of its scale: two signed bytes hold it.
-const FIXED_MAX: f32 = 32_000.0;
 
 /// One instruction's way to multiply bytes.
 trait Dot {
@@ -98,16 +95,7 @@ fn rows<D: Dot>(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32
     let Some(kind) = fixed_point(w, &range, x, tokens, out) else { return (neon::ISA.rows)(w, range, x, tokens, out) };
     // SAFETY: `Isa::available` hands a table out only where its instruction was detected, and every access of the tiles lies inside
     // what `fixed_point` asserted.
-    unsafe {
-        match kind {
-            (4, Float::F32) => product::<D, 4, F32>(w, range, x, tokens, out),
-            (4, Float::F16) => product::<D, 4, F16>(w, range, x, tokens, out),
-            (4, Float::Bf16) => product::<D, 4, Bf16>(w, range, x, tokens, out),
-            (_, Float::F32) => product::<D, 8, F32>(w, range, x, tokens, out),
-            (_, Float::F16) => product::<D, 8, F16>(w, range, x, tokens, out),
-            (_, Float::Bf16) => product::<D, 8, Bf16>(w, range, x, tokens, out),
-        }
-    }
+    unsafe { by_kind!(kind, product, (w, range, x, tokens, out), D) }
 }
 
 /// Token tiles outside, rows inside: a tile's activations stay in a near cache for all rows.
@@ -277,13 +265,8 @@ unsafe fn sides<D: Dot, const BITS: usize, P: Param>(w: &Matrix<'_>, at: [usize;
 /// One row, block by block.
 #[target_feature(enable = "neon")]
 unsafe fn to_fixed<D: Dot>(x: &[f32], fixed: FixedRow<'_>) {
+    fixed.check(x);
     let FixedRow { bits, group, scales, bytes } = fixed;
-    assert!(
-        x.len().is_multiple_of(group)
-            && group.is_multiple_of(32)
-            && scales.len() >= x.len() / group
-            && bytes.len() >= Fixed::row_bytes(x.len(), bits)
-    );
     for ((x, scale), bytes) in x.chunks_exact(group).zip(scales).zip(bytes.chunks_exact_mut(2 * group)) {
         let most = x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
         *scale = most / FIXED_MAX;
