@@ -5,11 +5,13 @@ use std::{
     fs,
     os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use flash_engine::Bytes;
 use rustix::{
-    event::{EventfdFlags, eventfd},
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
     mm::{MlockFlags, mlock_with},
 };
 
@@ -17,6 +19,9 @@ use super::{
     Finding,
     budget::{Limit, Readings},
 };
+
+/// The least time between two looks.
+const SPACING: Duration = Duration::from_millis(5);
 
 /// Where the kernel's files are.
 #[derive(Clone, Debug)]
@@ -163,6 +168,15 @@ impl Alarm {
         }
         self.bell.as_ref().is_some_and(|bell| rustix::io::read(bell, &mut [0; 8]).is_ok())
     }
+
+    /// Returns when it rings, after `period` at the latest. Not at once: a group that churns page cache at its limit rings
+    /// hundreds of times a second.
+    pub(crate) fn wait(&self, period: Duration) {
+        thread::sleep(SPACING);
+        let mut bells: Vec<_> = self.bell.iter().map(|bell| PollFd::new(bell, PollFlags::IN)).collect();
+        // Interrupted early, the caller looks once more than it had to.
+        let _ = poll(&mut bells, Timespec::try_from(period.saturating_sub(SPACING)).ok().as_ref());
+    }
 }
 
 /// An eventfd that the group's vmpressure notifier writes to.
@@ -173,9 +187,10 @@ fn bell(group: &Path) -> Option<OwnedFd> {
     Some(bell)
 }
 
-/// Keeps the pages of our own code that have been used in memory. Under a limit the kernel takes them first, again and again;
-/// then everything waits for the disk, the answer to the pressure included, and reading them back at the limit is what gets a
-/// process killed. Without the privilege only what RLIMIT_MEMLOCK allows is kept, which is no worse than before.
+/// Keeps the pages of our own code that have been used in memory, and those that will be. Under a limit the kernel takes them
+/// first, again and again; then everything waits for the disk, the answer to the pressure included, and reading them back at the
+/// limit is what gets a process killed: so this comes before any limit falls. Without the privilege only what RLIMIT_MEMLOCK
+/// allows is kept, which is no worse than before.
 pub(crate) fn hold_code() {
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     for line in maps.lines().filter(|line| line.contains('/')) {

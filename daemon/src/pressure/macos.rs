@@ -1,7 +1,7 @@
 //! macOS sensors: Mach host and task statistics and the kernel's own pressure level; no subprocess. Same function names
 //! as `linux.rs`.
 
-use std::{ffi::CStr, mem, ptr};
+use std::{ffi::CStr, mem, ptr, thread, time::Duration};
 
 use flash_engine::Bytes;
 use mach2::{
@@ -63,6 +63,10 @@ pub(crate) struct Alarm {}
 impl Alarm {
     pub(crate) fn rang(&mut self, _: &Sensors) -> bool {
         false
+    }
+
+    pub(crate) fn wait(&self, period: Duration) {
+        thread::sleep(period);
     }
 }
 

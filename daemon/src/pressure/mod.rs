@@ -96,14 +96,10 @@ impl Monitor {
 
 fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc::Receiver<()>) {
     let (mut governor, mut alarm) = (Governor::default(), Alarm::default());
-    let mut code_held = false;
+    hold_code();
     loop {
         let mut readings = sensors.read();
         readings.squeezed = alarm.rang(sensors);
-        if !code_held && (readings.squeezed || !readings.limits.is_empty()) {
-            hold_code();
-            code_held = true;
-        }
         let state = worker.state();
         // The cap holds for what is measured from outside, allocators and code included, not only for what the engine counts.
         let cap = state.options.memory.zip(readings.process);
@@ -133,7 +129,8 @@ fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc:
             (true, false) => PERIOD,
             (_, true) => PERIOD_CLOSE,
         };
-        if stopped.recv_timeout(period) != Err(mpsc::RecvTimeoutError::Timeout) {
+        alarm.wait(period);
+        if stopped.try_recv() == Err(mpsc::TryRecvError::Disconnected) {
             return;
         }
     }
