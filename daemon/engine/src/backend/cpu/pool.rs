@@ -3,20 +3,28 @@
 //! A job is a counted list of tasks that workers take from an atomic counter, so which thread runs a task never
 //! changes a result. Waiting spins briefly and then blocks: pure spinning collapses when another process wants the
 //! core. A worker that the scheduler holds back is not waited for: when the tasks are gone the job closes, and
-//! only workers that entered it are awaited.
+//! only workers that entered it are awaited. If one of these was taken off its core by another process, it rests for a
+//! while: waiting out a time slice again and again costs more than the half of a core that it would get.
 
 use std::{
     any::Any,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
-        Arc, Condvar, Mutex, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::*},
     },
     thread::JoinHandle,
+    time::{Duration, Instant},
 };
 
 /// Rounds of `spin_loop` before a thread blocks; about 20 µs, more than the gap between two jobs of a decode step.
 const SPINS: u32 = 4000;
+
+/// Whoever is awaited for as long has lost its core: the last task of a job takes a fraction of it.
+const HELD_BACK: Duration = Duration::from_millis(1);
+
+/// How long a worker then rests: at first, and at most, if its core is found taken again and again.
+const REST: [Duration; 2] = [Duration::from_millis(8), Duration::from_millis(256)];
 
 /// Rows of element-wise work that a task takes: enough to outweigh the hand-over.
 pub(crate) const TASK_ROWS: usize = 8;
@@ -28,6 +36,16 @@ pub(crate) struct Pool {
     threads: Vec<JoinHandle<()>>,
     /// What the caller might run on before it was pinned.
     unpinned: Vec<usize>,
+    /// Workers that rest; all until one moment.
+    resting: AtomicUsize,
+    rest: Mutex<Rest>,
+}
+
+#[derive(Debug)]
+struct Rest {
+    until: Instant,
+    /// How long it is this time.
+    time: Duration,
 }
 
 #[derive(Debug, Default)]
@@ -40,6 +58,10 @@ struct Shared {
     next: AtomicUsize,
     /// Threads blocked on `wake`; checked so that a busy pool makes no system call.
     sleeping: AtomicUsize,
+    /// Of each worker but the caller.
+    workers: Vec<Worker>,
+    /// The caller was inside a job for [`HELD_BACK`] after its tasks were gone.
+    caller_late: AtomicBool,
     stop: AtomicBool,
     /// `panic` holds one: looked at after every job, without its lock.
     panicked: AtomicBool,
@@ -49,6 +71,14 @@ struct Shared {
     wake: Condvar,
     /// The last worker left a closed job.
     left: Condvar,
+    /// Workers need not rest any more.
+    rested: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Worker {
+    inside: AtomicBool,
+    rests: AtomicBool,
 }
 
 const OPEN: u64 = 1 << 15;
@@ -58,16 +88,23 @@ type Job<'a> = &'a (dyn Fn(usize) + Sync);
 impl Pool {
     /// `threads` ≥ 1 workers, the caller included; the caller is pinned too.
     pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared::default());
+        let workers = (1..threads.max(1)).map(|_| Worker::default()).collect();
+        let shared = Arc::new(Shared { workers, ..Shared::default() });
         let cpus = allowed_cpus();
-        let mut pool = Self { shared: shared.clone(), threads: Vec::new(), unpinned: cpus.clone() };
+        let mut pool = Self {
+            shared: shared.clone(),
+            threads: Vec::new(),
+            unpinned: cpus.clone(),
+            resting: AtomicUsize::new(0),
+            rest: Mutex::new(Rest { until: Instant::now(), time: REST[0] }),
+        };
         for index in 1..threads.max(1) {
             let shared = shared.clone();
             let cpu = cpus.get(index).copied();
             let thread = std::thread::Builder::new().name(format!("flash-worker-{index}"));
             pool.threads.push(thread.spawn(move || {
                 pin(cpu.as_slice());
-                shared.work();
+                shared.work(index - 1);
             })?);
         }
         if threads > 1 {
@@ -82,7 +119,10 @@ impl Pool {
 
     /// Runs `f(0)`, …, `f(tasks - 1)`, each once, and returns when all are done. A panic in a task resumes here.
     pub(crate) fn run(&self, tasks: usize, f: Job<'_>) {
-        if self.threads.is_empty() || tasks <= 1 {
+        if self.resting.load(Relaxed) > 0 {
+            self.wake_rested();
+        }
+        if self.threads.len() == self.resting.load(Relaxed) || tasks <= 1 {
             return (0..tasks).for_each(f);
         }
         let shared = &*self.shared;
@@ -101,11 +141,61 @@ impl Pool {
         }
         let own = catch_unwind(AssertUnwindSafe(|| shared.take(f)));
         shared.state.fetch_and(!OPEN, SeqCst);
-        shared.until(|| shared.state.load(SeqCst) & INSIDE == 0, &shared.left);
+        let left = || shared.state.load(SeqCst) & INSIDE == 0;
+        if !spin(left) {
+            self.wait(left);
+        }
+        if shared.caller_late.load(Relaxed) {
+            self.give_way();
+        }
         if own.is_err() || shared.panicked.load(Relaxed) {
             shared.panicked.store(false, Relaxed);
             let theirs = shared.lock().take();
             resume_unwind(own.err().or(theirs).expect("somebody panicked"));
+        }
+    }
+
+    /// For the workers inside a closed job.
+    #[cold]
+    fn wait(&self, left: impl Fn() -> bool) {
+        let inside = |awaited: u64, worker: usize| awaited | u64::from(self.shared.workers[worker].inside.load(Relaxed)) << worker;
+        let awaited = (0..self.threads.len().min(64)).fold(0, inside);
+        if self.shared.block(left, &self.shared.left, Duration::MAX) > HELD_BACK {
+            self.rest(|worker| worker < 64 && awaited >> worker & 1 == 1);
+        }
+    }
+
+    /// The caller's own core is taken: it moves to the last worker's, which rests.
+    #[cold]
+    fn give_way(&self) {
+        self.shared.caller_late.store(false, Relaxed);
+        let last = self.threads.len();
+        pin(self.unpinned.get(last..=last).unwrap_or_default());
+        self.rest(|worker| worker + 1 == last);
+    }
+
+    fn rest(&self, chosen: impl Fn(usize) -> bool) {
+        let mut rest = lock(&self.rest);
+        let now = Instant::now();
+        rest.time = if now < rest.until + rest.time { (2 * rest.time).min(REST[1]) } else { REST[0] };
+        rest.until = now + rest.time;
+        for (index, worker) in self.shared.workers.iter().enumerate() {
+            if chosen(index) && !worker.rests.swap(true, SeqCst) {
+                self.resting.fetch_add(1, Relaxed);
+            }
+        }
+    }
+
+    /// Lets workers go on when their rest is over.
+    #[cold]
+    fn wake_rested(&self) {
+        if Instant::now() >= lock(&self.rest).until {
+            let held = self.shared.lock();
+            self.shared.workers.iter().for_each(|worker| worker.rests.store(false, SeqCst));
+            drop(held);
+            self.shared.rested.notify_all();
+            self.resting.store(0, Relaxed);
+            pin(&self.unpinned[..self.unpinned.len().min(1)]);
         }
     }
 
@@ -115,21 +205,36 @@ impl Pool {
         let Some(second) = items.next() else { return f(first) };
         let items: Vec<Mutex<Option<T>>> = [first, second].into_iter().chain(items).map(|item| Mutex::new(Some(item))).collect();
         self.run(items.len(), &|task| {
-            let item = items[task].lock().unwrap_or_else(PoisonError::into_inner).take();
+            let item = lock(&items[task]).take();
             item.into_iter().for_each(&f);
         });
     }
 }
 
 impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Box<dyn Any + Send>>> {
-        self.panic.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Option<Box<dyn Any + Send>>> {
+        lock(&self.panic)
     }
 
-    fn work(&self) {
+    fn work(&self, index: usize) {
+        let me = &self.workers[index];
         let mut seen = 0;
         loop {
-            self.until(|| self.state.load(SeqCst) >> 16 != seen, &self.wake);
+            let rested = || !me.rests.load(SeqCst);
+            if !rested() {
+                self.sleep(rested, &self.rested, Duration::MAX);
+            }
+            let opened = || self.state.load(SeqCst) >> 16 != seen;
+            if !spin(opened) {
+                let open = || {
+                    let state = self.state.load(SeqCst);
+                    state >> 16 == seen && state & OPEN != 0
+                };
+                if open() && self.block(opened, &self.wake, HELD_BACK) > HELD_BACK && open() {
+                    self.caller_late.store(true, Relaxed);
+                }
+                self.block(opened, &self.wake, Duration::MAX);
+            }
             if self.stop.load(SeqCst) {
                 return;
             }
@@ -142,6 +247,7 @@ impl Shared {
                 }
                 continue;
             }
+            me.inside.store(true, Relaxed);
             let job = [self.job[0].load(Relaxed), self.job[1].load(Relaxed)];
             // SAFETY: these are the two words stored by `run`, and being counted inside keeps `run` from returning.
             let job: Job<'_> = unsafe { std::mem::transmute(job) };
@@ -149,6 +255,7 @@ impl Shared {
                 *self.lock() = Some(panic);
                 self.panicked.store(true, Relaxed);
             }
+            me.inside.store(false, Relaxed);
             if self.state.fetch_sub(1, SeqCst) & (INSIDE | OPEN) == 1 && self.sleeping.load(SeqCst) > 0 {
                 drop(self.lock());
                 self.left.notify_all();
@@ -167,21 +274,35 @@ impl Shared {
         }
     }
 
-    /// Spins, then blocks on `bell`, until `ready` or the pool stops.
-    fn until(&self, ready: impl Fn() -> bool, bell: &Condvar) {
-        for _ in 0..SPINS {
-            if ready() {
-                return;
-            }
-            std::hint::spin_loop();
-        }
-        let mut guard = self.lock();
+    /// As `sleep`, counted so that `bell` is rung; how long it took.
+    fn block(&self, ready: impl Fn() -> bool, bell: &Condvar, most: Duration) -> Duration {
+        let began = Instant::now();
         self.sleeping.fetch_add(1, SeqCst);
-        while !ready() && !self.stop.load(SeqCst) {
-            guard = bell.wait(guard).unwrap_or_else(PoisonError::into_inner);
-        }
+        self.sleep(ready, bell, most);
         self.sleeping.fetch_sub(1, SeqCst);
+        began.elapsed()
     }
+
+    /// Until `ready`, the pool stops or the time is over.
+    fn sleep(&self, ready: impl Fn() -> bool, bell: &Condvar, most: Duration) {
+        let waits = |_: &mut Option<_>| !ready() && !self.stop.load(SeqCst);
+        drop(bell.wait_timeout_while(self.lock(), most, waits));
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// False if `ready` did not come while it was worth spinning.
+fn spin(ready: impl Fn() -> bool) -> bool {
+    for _ in 0..SPINS {
+        if ready() {
+            return true;
+        }
+        std::hint::spin_loop();
+    }
+    false
 }
 
 impl Drop for Pool {
@@ -191,6 +312,7 @@ impl Drop for Pool {
         self.shared.state.fetch_add(1 << 16, SeqCst);
         drop(self.shared.lock());
         self.shared.wake.notify_all();
+        self.shared.rested.notify_all();
         for thread in self.threads.drain(..) {
             // A worker's panic was handed to `run` already.
             let _ = thread.join();
@@ -267,6 +389,8 @@ fn pin(_: &[usize]) {}
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]
@@ -288,6 +412,22 @@ mod tests {
                 let (mut numbers, ones) = (vec![0; items], vec![1; items]);
                 pool.each(numbers.iter_mut().zip(&ones), |(number, one)| *number += one);
                 assert_eq!(numbers, ones);
+            }
+            pool.rest(|_| true);
+            let ran_by = || {
+                let ids = Mutex::new(HashSet::new());
+                pool.run(64, &|_| {
+                    lock(&ids).insert(std::thread::current().id());
+                    std::thread::yield_now();
+                });
+                lock(&ids).len()
+            };
+            let until = lock(&pool.rest).until;
+            let alone = ran_by();
+            assert!(alone == 1 || Instant::now() >= until, "workers rest");
+            let end = Instant::now() + Duration::from_secs(60);
+            while threads > 1 && ran_by() == 1 {
+                assert!(Instant::now() < end, "workers come back");
             }
             let mut floats = vec![0.0; 8];
             let cells = Cells::new(&mut floats);
