@@ -76,7 +76,7 @@ pub(super) fn each_tile(rows: Range<usize>, mut f: impl FnMut(Range<usize>)) {
 }
 
 /// Several jobs' rows, one after the other, cut into pieces: a large one for each thread first, then ever smaller ones, so that threads
-/// end together (guided self-scheduling, Polychronopoulos and Kuck 1987). Each piece costs some 3 µs of memory's time at its start.
+/// end together (guided self-scheduling, Polychronopoulos and Kuck 1987).
 #[derive(Debug)]
 pub(super) struct Pieces {
     /// Rows of the jobs up to and including each.
