@@ -1,7 +1,7 @@
 //! The accuracy gate of the kernels that serve by default: on the bundled model's held-out text, the most likely token
 //! must agree with the reference kernels' at 99.5% of the positions and the perplexity must lie within 0.1% of theirs.
 //! Not a speed measurement. Run by hand and before a kernel becomes the default:
-//! `cargo bench -p flash-engine --bench accuracy`.
+//! `cargo bench -p flash-engine --bench accuracy`. Two names replace the kernels: `--features mlx … -- cpu mlx` compares backends.
 
 use std::{collections::BTreeMap, fs, path::Path, process::ExitCode};
 
@@ -11,8 +11,9 @@ use flash_engine::{CacheBudget, Engine, Kernels, Options};
 const AGREEMENT_MIN: f64 = 0.995;
 const PERPLEXITY_CHANGE_MAX: f64 = 0.001;
 
-/// Of one text: the most likely token at every position, and the loss over the predicted ones.
+/// Of one text: logits and the most likely token at every position, and the loss over the predicted ones.
 struct Score {
+    logits: Vec<f32>,
     best: Vec<usize>,
     loss: f64,
 }
@@ -25,6 +26,8 @@ struct Total {
     predicted: usize,
     reference_loss: f64,
     serving_loss: f64,
+    /// The largest difference of two logits, of the largest logit.
+    apart: f32,
 }
 
 impl Total {
@@ -34,6 +37,9 @@ impl Total {
         self.predicted += reference.best.len() - 1;
         self.reference_loss += reference.loss;
         self.serving_loss += serving.loss;
+        let difference = reference.logits.iter().zip(&serving.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let largest = reference.logits.iter().map(|logit| logit.abs()).fold(0.0, f32::max);
+        self.apart = self.apart.max(difference / largest);
     }
 
     fn agreement(&self) -> f64 {
@@ -48,15 +54,16 @@ impl Total {
     fn print(&self, name: &str) {
         let perplexity = (self.reference_loss / self.predicted as f64).exp();
         let (agreement, change) = (100.0 * self.agreement(), 100.0 * self.change());
-        println!("{name:<14}{:>9}{agreement:>11.3}%{perplexity:>13.4}{change:>+12.4}%", self.positions);
+        println!("{name:<14}{:>9}{agreement:>11.3}%{perplexity:>13.4}{change:>+12.4}%{:>12.1e}", self.positions, self.apart);
     }
 }
 
 fn score(engine: &mut Engine, tokens: &[u32]) -> Result<Score> {
-    let mut score = Score { best: Vec::new(), loss: 0.0 };
+    let mut score = Score { logits: Vec::new(), best: Vec::new(), loss: 0.0 };
     engine.score(tokens, 0, &mut |position, logits| {
         let top = (0..logits.len()).fold(0, |top, id| if logits[id] > logits[top] { id } else { top });
         score.best.push(top);
+        score.logits.extend_from_slice(logits);
         if let Some(&next) = tokens.get(position + 1) {
             let sum: f64 = logits.iter().map(|&logit| f64::from(logit - logits[top]).exp()).sum();
             score.loss += sum.ln() - f64::from(logits[next as usize] - logits[top]);
@@ -73,9 +80,12 @@ fn main() -> Result<ExitCode> {
         let options = Options { kernels, expert_cache: CacheBudget::Share(1.0), ..Options::default() };
         Engine::load(&model, &options, &mut |_| {})
     };
-    let (mut reference, mut serving) = (engine(Kernels::Reference)?, engine(Kernels::Auto)?);
+    let named: Vec<Kernels> =
+        std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).map(|name| name.parse()).collect::<Result<_, _>>()?;
+    let [reference, serving] = *named.first_chunk().unwrap_or(&[Kernels::Reference, Kernels::Auto]);
+    let (mut reference, mut serving) = (engine(reference)?, engine(serving)?);
     println!("{} against {}", serving.report().kernels, reference.report().kernels);
-    println!("{:<14}{:>9}{:>12}{:>13}{:>13}", "text", "tokens", "top-1 equal", "perplexity", "change");
+    println!("{:<14}{:>9}{:>12}{:>13}{:>13}{:>12}", "text", "tokens", "top-1 equal", "perplexity", "change", "logits");
     let mut total = Total::default();
     for (domain, tokens) in &texts {
         let (expected, got) = (score(&mut reference, tokens)?, score(&mut serving, tokens)?);
