@@ -165,7 +165,7 @@ mod tests {
             accepted: Some(Accepted { model: "tiny".into(), ..Accepted::default() }),
             done: Some(Done {
                 finish: Finish::Length.into(),
-                usage: Some(Usage { prompt_tokens: 5, cached_tokens: 2, completion_tokens: 3 }),
+                usage: Some(Usage { prompt_tokens: 5, cached_tokens: 2, completion_tokens: 3, ..Usage::default() }),
                 ..Done::default()
             }),
         };

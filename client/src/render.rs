@@ -314,7 +314,7 @@ mod tests {
             cache: Some(Cache { slots_per_layer: 16, ..Cache::default() }),
             ..LoadResponse::default()
         };
-        let usage = Usage { prompt_tokens: 22, cached_tokens: 0, completion_tokens: 101 };
+        let usage = Usage { prompt_tokens: 22, completion_tokens: 101, ..Usage::default() };
         let timing =
             Timing { ttft_ms: 120.0, decode_ms: 1000.0, expert_hits: 3, expert_misses: 1, ssd_bytes: 1_234_000, ..Timing::default() };
         let reply = Reply {

@@ -98,11 +98,11 @@ fn event(event: Event) -> Result<GenerateEvent, Status> {
 }
 
 fn text(text: &str) -> Result<GenerateEvent, Status> {
-    event(Event::Text(Text { text: text.into(), logprobs: vec![] }))
+    event(Event::Text(Text { text: text.into(), ..Text::default() }))
 }
 
 fn done(prompt_tokens: u32, completion_tokens: u32) -> Result<GenerateEvent, Status> {
-    let usage = Usage { prompt_tokens, cached_tokens: 0, completion_tokens };
+    let usage = Usage { prompt_tokens, completion_tokens, ..Usage::default() };
     let timing = Timing { ttft_ms: 50.0, decode_ms: 20.0, expert_hits: 3, expert_misses: 1, ssd_bytes: 1_000_000, ..Timing::default() };
     event(Event::Done(Done { usage: Some(usage), timing: Some(timing), ..Done::default() }))
 }

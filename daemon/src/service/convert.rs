@@ -293,7 +293,7 @@ pub(super) fn token(text: String, logprobs: Vec<TokenLogprob>, side: &Text) -> v
         logprob: found.logprob,
         top: found.top.into_iter().map(alternative).collect(),
     };
-    event(v1::generate_event::Event::Text(v1::Text { text, logprobs: logprobs.into_iter().map(logprob).collect() }))
+    event(v1::generate_event::Event::Text(v1::Text { text, logprobs: logprobs.into_iter().map(logprob).collect(), ..v1::Text::default() }))
 }
 
 /// In parts of a few hundred kilobytes: messages have a largest size.
@@ -317,7 +317,11 @@ pub(super) fn done(done: Done) -> v1::GenerateEvent {
     event(v1::generate_event::Event::Done(v1::Done {
         finish: finish.into(),
         stop,
-        usage: Some(v1::Usage { prompt_tokens: u32(done.prompt_tokens), cached_tokens: 0, completion_tokens: u32(done.token_ids.len()) }),
+        usage: Some(v1::Usage {
+            prompt_tokens: u32(done.prompt_tokens),
+            completion_tokens: u32(done.token_ids.len()),
+            ..v1::Usage::default()
+        }),
         timing: Some(v1::Timing {
             queue_ms: ms(timing.queue),
             prefill_ms: ms(timing.prefill),
@@ -792,7 +796,7 @@ mod tests {
         });
         check("chat_template_kwargs", |request| {
             let messages = vec![v1::Message::default()];
-            let chat = v1::Chat { messages, template_kwargs_json: "[1]".into(), continue_final_message: false };
+            let chat = v1::Chat { messages, template_kwargs_json: "[1]".into(), ..v1::Chat::default() };
             request.prompt = Some(v1::generate_request::Prompt::Chat(chat));
         });
         let (request, keep_alive) = wanted(|request| {
