@@ -3,17 +3,20 @@
 //! Synchronous and single-threaded at the seam: the caller's thread owns it. A step takes every running request one
 //! token (or one chunk of its prompt) further; whatever else happens, happens between steps.
 
+mod room;
+mod score;
+mod source;
+
 use std::{
     collections::HashSet,
     hash::{DefaultHasher, Hash, Hasher},
     io,
     path::Path,
-    slice::Chunks,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use flash_experts::{ExpertId, Experts, Hot, Io, PolicyKind, Record, Source, Storage, replay::Trace};
+use flash_experts::{ExpertId, Experts, Hot, Io, PolicyKind, Storage, replay::Trace};
 
 use crate::{
     Bytes, CacheBudget, Delivery, Error, Event, Lookahead, ModelInfo, Options, Report, Request, RequestId, Step, Text,
@@ -23,15 +26,17 @@ use crate::{
     },
     bench::Variant,
     forward::{Cut, Forward, Pass},
-    kv::{BLOCK, BlockId, Blocks},
+    kv::{BlockId, Blocks},
     memory::{SlabShape, available},
-    model::families::{Ffn, FfnSpec, Model},
+    model::families::{FfnSpec, Model},
     moe::{Forced, Router},
     profile::Stage,
     schedule::{CHUNK_MIN, Waiting, Worth, chunk, slice},
     sequence::{Counters, Sequence},
     storage,
 };
+use room::kv_bytes;
+use source::source;
 
 /// What `auto` divides where neither the caller nor the system says what is available.
 const AVAILABLE_UNKNOWN: Bytes = 8 << 30;
@@ -472,44 +477,6 @@ impl Engine {
         }
     }
 
-    /// Reads `tokens` from an empty context and hands `each` the logits after every position ≥ `from`. For accuracy
-    /// measurements; running requests wait.
-    pub fn score(&mut self, tokens: &[u32], from: usize, each: &mut dyn FnMut(usize, &[f32])) -> Result<(), Error> {
-        self.score_parts(tokens.chunks(CHUNK_MIN), from, each)
-    }
-
-    /// As [`Engine::score`], a position at a time: what a prompt costs where it is not read at once.
-    pub fn score_singly(&mut self, tokens: &[u32], from: usize, each: &mut dyn FnMut(usize, &[f32])) -> Result<(), Error> {
-        self.score_parts(tokens.chunks(1), from, each)
-    }
-
-    /// Each part is a pass of its own.
-    fn score_parts(&mut self, parts: Chunks<'_, u32>, from: usize, each: &mut dyn FnMut(usize, &[f32])) -> Result<(), Error> {
-        parts.clone().try_for_each(|part| self.check_ids(part))?;
-        let blocks = self.blocks.take(parts.clone().map(<[u32]>::len).sum());
-        let (mut result, mut first) = (Ok(()), 0);
-        let mut pass = Pass::default();
-        for part in parts {
-            pass.start(&mut self.backend, false, |batch| {
-                batch.rows.extend(part.iter().zip(first..).map(|(token, position)| Row { token: *token, position, sequence: 0 }));
-                batch.tables.push(blocks.clone());
-            });
-            self.forward.run(&mut self.backend, &mut self.experts, &mut pass);
-            self.backend.settle(&mut pass.act);
-            self.experts.release();
-            if let Some(lost) = pass.lost.pop() {
-                result = Err(Error::Experts(lost.error));
-                break;
-            }
-            for row in (0..part.len()).filter(|row| first + row >= from) {
-                each(first + row, self.backend.logits(&mut pass.act, row..row + 1));
-            }
-            first += part.len();
-        }
-        self.free(&blocks);
-        result
-    }
-
     /// Starts waiting requests while there is room for them.
     fn start_waiting(&mut self) {
         while self.running.len() < self.options.parallel.clamp(1, PIECE_MAX) {
@@ -544,38 +511,6 @@ impl Engine {
         self.blocks.give_back(blocks);
     }
 
-    /// Makes the slab as large as setting, cap and pressure allow together.
-    fn settle(&mut self) {
-        let wanted = self.wanted;
-        let kv = self.blocks.reserved() as Bytes * self.backend.kv_block_bytes();
-        // Beyond what is always set aside.
-        let passes = self.passes_bytes().saturating_sub(CHUNK_MIN as Bytes * self.backend.row_bytes());
-        let left = self.options.memory.map(|cap| cap.saturating_sub(self.fixed_bytes() + kv + passes));
-        let ceiling = self.ceiling.map(|ceiling| ceiling.saturating_sub(passes));
-        let limit = left.into_iter().chain(ceiling).min();
-        let slots = limit.map_or(wanted, |bytes| wanted.min(self.slab.slots_in(bytes))).max(1);
-        self.experts.set_wanted(wanted);
-        if slots != self.experts.slots() {
-            self.backend.set_slots(&mut self.experts, slots);
-        }
-    }
-
-    /// What a full cache may shrink to so that another request fits: one token's working set.
-    fn least_slots(&self) -> usize {
-        self.info.top_k.min(self.wanted)
-    }
-
-    /// Resident whatever happens: weights, scratch, the activations of decoding and of one small chunk.
-    fn fixed_bytes(&self) -> Bytes {
-        self.backend.trunk_bytes() + self.backend.scratch_bytes() + (self.options.parallel + CHUNK_MIN) as Bytes * self.backend.row_bytes()
-    }
-
-    /// Activations of the chunks that are being read.
-    fn passes_bytes(&self) -> Bytes {
-        let rows = self.running.iter().filter_map(|sequence| sequence.pass.as_ref()).map(|pass| pass.batch.rows.len()).sum::<usize>();
-        rows as Bytes * self.backend.row_bytes()
-    }
-
     fn check_ids(&self, ids: &[u32]) -> Result<(), Error> {
         let vocab = self.info.vocab_size;
         match ids.iter().find(|id| **id as usize >= vocab) {
@@ -583,10 +518,6 @@ impl Engine {
             None => Ok(()),
         }
     }
-}
-
-fn kv_bytes(block_bytes: Bytes, positions: usize) -> Bytes {
-    positions.div_ceil(BLOCK) as Bytes * block_bytes
 }
 
 /// Draws a request's next token and delivers what it adds.
@@ -627,39 +558,6 @@ fn note(sequence: &mut Sequence, delivery: Delivery, gone: &mut HashSet<RequestI
 fn counters(experts: &Experts) -> Counters {
     let (hits, misses, bytes) = experts.counters();
     Counters { hits, misses, bytes }
-}
-
-/// Where every routed expert's bytes lie, for the slots of this backend.
-fn source(model: &Model, backend: &Backend, open: &dyn Fn(&Path) -> io::Result<Box<dyn Storage>>) -> Result<Source, Error> {
-    let read = |path: &Path| open(path).map_err(|source| Error::Read { path: path.into(), source });
-    let layers = model.layers.iter().enumerate().filter_map(|(index, layer)| match &layer.ffn {
-        FfnSpec::Moe { experts, .. } => Some((index, experts)),
-        FfnSpec::Dense(_) => None,
-    });
-    let slices = |layer: usize, ffn: &Ffn| {
-        backend.slices(layer, ffn).ok_or_else(|| Error::Tensor {
-            path: model.info.path.clone(),
-            tensor: ffn.gate.name.clone(),
-            reason: "its shape or quantisation differs from the layer's first expert".into(),
-        })
-    };
-    if let Some(packed) = &model.packed {
-        let mut records = Vec::with_capacity(packed.records.len());
-        for ((layer, experts), entries) in layers.zip(&packed.records) {
-            // A record goes into a slot as it is, so it must be what the slot's layout says.
-            for (ffn, entry) in experts.iter().zip(entries) {
-                if slices(layer, ffn)?.iter().any(|slice| slice.offset != entry.offset + u64::from(slice.at)) {
-                    let reason = format!("records of layer {layer} are not laid out as slots are; run `flashctl convert` again");
-                    return Err(Error::File { path: packed.path.clone(), reason });
-                }
-            }
-            records.push(entries.iter().map(|entry| Record::stored(0, entry)).collect());
-        }
-        return Ok(Source { files: vec![read(&packed.path)?], layers: records });
-    }
-    let files = model.weights.files().iter().map(|path| read(path)).collect::<Result<_, _>>()?;
-    let records = |(layer, experts): (usize, &Vec<Ffn>)| experts.iter().map(|ffn| Ok(Record::unchecked(slices(layer, ffn)?))).collect();
-    Ok(Source { files, layers: layers.map(records).collect::<Result<_, Error>>()? })
 }
 
 fn mib(bytes: Bytes) -> String {

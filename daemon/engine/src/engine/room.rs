@@ -1,0 +1,42 @@
+//! Whose memory is whose: what is always taken, what running requests take, and what is left for the slab.
+
+use super::Engine;
+use crate::{Bytes, kv::BLOCK, schedule::CHUNK_MIN};
+
+impl Engine {
+    /// Makes the slab as large as setting, cap and pressure allow together.
+    pub(super) fn settle(&mut self) {
+        let wanted = self.wanted;
+        let kv = self.blocks.reserved() as Bytes * self.backend.kv_block_bytes();
+        // Beyond what is always set aside.
+        let passes = self.passes_bytes().saturating_sub(CHUNK_MIN as Bytes * self.backend.row_bytes());
+        let left = self.options.memory.map(|cap| cap.saturating_sub(self.fixed_bytes() + kv + passes));
+        let ceiling = self.ceiling.map(|ceiling| ceiling.saturating_sub(passes));
+        let limit = left.into_iter().chain(ceiling).min();
+        let slots = limit.map_or(wanted, |bytes| wanted.min(self.slab.slots_in(bytes))).max(1);
+        self.experts.set_wanted(wanted);
+        if slots != self.experts.slots() {
+            self.backend.set_slots(&mut self.experts, slots);
+        }
+    }
+
+    /// What a full cache may shrink to so that another request fits: one token's working set.
+    pub(super) fn least_slots(&self) -> usize {
+        self.info.top_k.min(self.wanted)
+    }
+
+    /// Resident whatever happens: weights, scratch, the activations of decoding and of one small chunk.
+    pub(super) fn fixed_bytes(&self) -> Bytes {
+        self.backend.trunk_bytes() + self.backend.scratch_bytes() + (self.options.parallel + CHUNK_MIN) as Bytes * self.backend.row_bytes()
+    }
+
+    /// Activations of the chunks that are being read.
+    pub(super) fn passes_bytes(&self) -> Bytes {
+        let rows = self.running.iter().filter_map(|sequence| sequence.pass.as_ref()).map(|pass| pass.batch.rows.len()).sum::<usize>();
+        rows as Bytes * self.backend.row_bytes()
+    }
+}
+
+pub(super) fn kv_bytes(block_bytes: Bytes, positions: usize) -> Bytes {
+    positions.div_ceil(BLOCK) as Bytes * block_bytes
+}
