@@ -3,6 +3,7 @@
 //! Synchronous and single-threaded at the seam: the caller's thread owns it. A step takes every running request one
 //! token (or one chunk of its prompt) further; whatever else happens, happens between steps.
 
+mod reuse;
 mod room;
 mod score;
 mod source;
@@ -26,7 +27,7 @@ use crate::{
     },
     bench::Variant,
     forward::{Cut, Forward, Pass},
-    kv::{BlockId, Blocks},
+    kv::BLOCK,
     memory::{SlabShape, available},
     model::families::{FfnSpec, Model},
     moe::{Forced, Router},
@@ -35,6 +36,7 @@ use crate::{
     sequence::{Counters, Sequence},
     storage,
 };
+use reuse::Reuse;
 use room::kv_bytes;
 use source::source;
 
@@ -68,7 +70,8 @@ pub struct Engine {
     wanted: usize,
     /// Pressure's limit on the slab.
     ceiling: Option<Bytes>,
-    blocks: Blocks,
+    /// Whose KV blocks are, and which prefixes they hold.
+    reuse: Reuse,
     running: Vec<Sequence>,
     /// Every decoding sequence's next position, computed together.
     decoding: Pass,
@@ -127,6 +130,8 @@ impl Engine {
         let io = source.files.first().map_or(Io::Auto, |file| file.kind());
         let experts = Experts::open(source, slots, config).map_err(Arc::new)?;
         let router = Router { experts: model.arch.experts, top_k: model.arch.top_k, normalize: model.arch.norm_topk_prob };
+        let available = options.available.or_else(available).unwrap_or(AVAILABLE_UNKNOWN);
+        let reuse = Reuse::new(&backend, &model, options, available);
         let context = options.context.unwrap_or(CONTEXT_DEFAULT).clamp(1, model.arch.context_max);
         let mut engine = Self {
             text,
@@ -140,7 +145,7 @@ impl Engine {
             options: options.clone(),
             wanted: 1,
             ceiling: None,
-            blocks: Blocks::default(),
+            reuse,
             running: Vec::new(),
             decoding: Pass::default(),
             turn: 0,
@@ -292,6 +297,7 @@ impl Engine {
     /// the model's own routing. For measurements: what the model says is nonsense then.
     pub fn force_routing(&mut self, ids: Option<&[u16]>) -> Result<(), Error> {
         let (layers, top_k, experts) = (self.slab.layers, self.info.top_k, self.info.experts);
+        self.distrust();
         let Some(ids) = ids else {
             self.forward.forced = None;
             return Ok(());
@@ -323,7 +329,8 @@ impl Engine {
         let decoded = self.decode(&mut gone, deliver).then(|| start.elapsed());
         let read = self.prefill(decoded, &mut gone, deliver);
         self.retire(&gone);
-        if decoded.is_some() || read { Step::Worked } else { Step::Idle }
+        let worked = decoded.is_some() || read;
+        if self.write_back(!worked) || worked { Step::Worked } else { Step::Idle }
     }
 
     /// One position of every decoding request; false if there is none.
@@ -385,10 +392,18 @@ impl Engine {
     ) -> bool {
         let reads = |sequence: &Sequence| sequence.prefilling() && !sequence.paused;
         let count = self.running.len();
-        let Some(index) = (self.turn..self.turn + count).map(|i| i % count).find(|&i| reads(&self.running[i])) else { return false };
+        let turns = (self.turn..self.turn + count).map(|i| i % count);
+        let Some(index) = turns.filter(|&i| reads(&self.running[i])).find(|&i| !self.waits(i)) else { return false };
         self.turn = index + 1;
-        let mut pass = self.running[index].pass.take().unwrap_or_else(|| self.begin_chunk(index));
         let end = Instant::now() + slice(decoded);
+        let begun = self.running[index].pass.take();
+        if begun.is_none() && !self.reuse(index, end) {
+            let Sequence { id, cached, prompt, .. } = self.running[index];
+            let delivery = deliver(id, Event::Prefill { done: cached, total: prompt });
+            note(&mut self.running[index], delivery, gone);
+            return true;
+        }
+        let mut pass = begun.unwrap_or_else(|| self.begin_chunk(index));
         let mut cut = Cut { piece: if decoded.is_some() { PIECE_SHARED } else { PIECE_MAX }, enough: &mut || Instant::now() >= end };
         let done = self.forward.advance(&mut self.backend, &mut self.experts, &mut pass, &mut cut);
         let sequence = &mut self.running[index];
@@ -403,6 +418,10 @@ impl Engine {
         let rows = pass.batch.rows.len();
         if done {
             sequence.cached += rows;
+            self.publish(index);
+        }
+        let sequence = &mut self.running[index];
+        if done {
             if sequence.record {
                 deliver(id, pass.routing(0..rows));
             }
@@ -432,15 +451,21 @@ impl Engine {
     /// The next chunk of a prompt, as long as the memory allows.
     fn begin_chunk(&mut self, index: usize) -> Box<Pass> {
         let row_bytes = self.backend.row_bytes();
-        let kv = self.blocks.reserved() as Bytes * self.backend.kv_block_bytes();
-        let spare = self.options.memory.map(|cap| cap.saturating_sub(self.fixed_bytes() + kv + self.slab.bytes(self.least_slots())));
+        // Idle blocks make room.
+        let spare =
+            self.options.memory.map(|cap| cap.saturating_sub(self.fixed_bytes() + self.busy_bytes() + self.slab.bytes(self.least_slots())));
         let share = (self.slab.bytes(self.experts.slots()) / CHUNK_SHARE).saturating_sub(self.passes_bytes());
         let sequence = &self.running[index];
         let (from, table, record) = (sequence.cached, sequence.blocks.clone(), sequence.record);
         let left = sequence.prompt - from;
         // MLX chooses kernels by shape: what the cache may take must not decide on the bits.
-        let rows =
-            if self.backend.lazy() { left.min(CHUNK_MIN) } else { chunk(left, row_bytes, spare.map_or(share, |spare| spare.min(share))) };
+        let rows = if self.backend.lazy() {
+            left.min(CHUNK_MIN)
+        } else {
+            let rows = chunk(left, row_bytes, spare.map_or(share, |spare| spare.min(share)));
+            // At the end of a block: what others compute can be taken up there.
+            if rows < left { rows - (from + rows) % BLOCK } else { rows }
+        };
         let mut pass = Box::<Pass>::default();
         // The slab makes room before the memory is taken: `settle` counts what a sequence's pass says.
         pass.batch.rows = (from..from + rows).map(|position| Row { token: sequence.tokens[position], position, sequence: 0 }).collect();
@@ -464,7 +489,7 @@ impl Engine {
             context_used: self.running.iter().map(|sequence| sequence.tokens.len()).max().unwrap_or(0),
             trunk_bytes: self.backend.trunk_bytes(),
             kv_bytes: self.backend.kv_blocks_used() as Bytes * block_bytes,
-            kv_reserved_bytes: self.blocks.reserved() as Bytes * block_bytes,
+            kv_reserved_bytes: self.busy_bytes(),
             scratch_bytes: self.fixed_bytes() - self.backend.trunk_bytes() + self.passes_bytes(),
             kernels: self.backend.kernels().into(),
             threads: self.backend.threads(),
@@ -474,6 +499,7 @@ impl Engine {
             lookahead_foreseen: self.forward.foresight.foreseen,
             profile: self.backend.profile(),
             experts: self.experts.stats(),
+            prefix: self.prefix_report(),
         }
     }
 
@@ -481,10 +507,11 @@ impl Engine {
     fn start_waiting(&mut self) {
         while self.running.len() < self.options.parallel.clamp(1, PIECE_MAX) {
             let (cap, slab, block) = (self.options.memory, self.slab.bytes(self.least_slots()), self.backend.kv_block_bytes());
-            let taken = self.fixed_bytes() + slab + self.blocks.reserved() as Bytes * block;
-            let fits = |sequence: &Sequence| cap.is_none_or(|cap| taken + kv_bytes(block, sequence.positions()) <= cap);
-            let Some(mut sequence) = self.waiting.pop_if(fits) else { return };
-            sequence.blocks = self.blocks.take(sequence.positions());
+            let taken = self.fixed_bytes() + slab + self.busy_bytes();
+            let Self { waiting, reuse, .. } = self;
+            let fits = |sequence: &Sequence| cap.is_none_or(|cap| taken + reuse.needed(sequence) as Bytes * block <= cap);
+            let Some(mut sequence) = waiting.pop_if(fits) else { return };
+            reuse.start(&mut sequence);
             self.settle();
             sequence.start(counters(&self.experts));
             self.running.push(sequence);
@@ -499,16 +526,9 @@ impl Engine {
         self.running = stay;
         let out: Vec<Sequence> = out;
         for sequence in out {
-            self.free(&sequence.blocks);
+            self.end(sequence);
         }
         self.settle();
-    }
-
-    fn free(&mut self, blocks: &[BlockId]) {
-        for block in blocks {
-            self.backend.free_kv(*block);
-        }
-        self.blocks.give_back(blocks);
     }
 
     fn check_ids(&self, ids: &[u32]) -> Result<(), Error> {
@@ -532,6 +552,7 @@ fn say(
 ) {
     let id = sequence.id;
     let Some(said) = sequence.advance(text, logits, scratch) else {
+        sequence.suspect = true;
         deliver(id, Event::Failed(Error::Internal("the model's logits are not finite".into())));
         gone.insert(id);
         return;

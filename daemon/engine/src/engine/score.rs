@@ -3,7 +3,13 @@
 use std::slice::Chunks;
 
 use super::Engine;
-use crate::{Error, backend::Row, forward::Pass, schedule::CHUNK_MIN};
+use crate::{
+    Error,
+    backend::Row,
+    forward::Pass,
+    kv::{BLOCK, Table},
+    schedule::CHUNK_MIN,
+};
 
 impl Engine {
     /// Reads `tokens` from an empty context and hands `each` the logits after every position ≥ `from`. For accuracy
@@ -20,7 +26,8 @@ impl Engine {
     /// Each part is a pass of its own.
     fn score_parts(&mut self, parts: Chunks<'_, u32>, from: usize, each: &mut dyn FnMut(usize, &[f32])) -> Result<(), Error> {
         parts.clone().try_for_each(|part| self.check_ids(part))?;
-        let blocks = self.blocks.take(parts.clone().map(<[u32]>::len).sum());
+        let positions = parts.clone().map(<[u32]>::len).sum::<usize>();
+        let blocks: Table = self.reuse.blocks.take(positions.div_ceil(BLOCK)).collect();
         let (mut result, mut first) = (Ok(()), 0);
         let mut pass = Pass::default();
         for part in parts {
@@ -40,7 +47,7 @@ impl Engine {
             }
             first += part.len();
         }
-        self.free(&blocks);
+        self.release(&blocks);
         result
     }
 }

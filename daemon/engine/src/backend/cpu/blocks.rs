@@ -41,29 +41,38 @@ impl<N: Number> Blocks<N> {
 
     /// `None` if nobody has written it.
     pub(super) fn get(&self, id: BlockId) -> Option<&[N]> {
-        let (chunk, at) = self.chunk_of(id);
-        let chunk = self.chunks.get(chunk)?.as_ref().filter(|chunk| chunk.used[at])?;
-        // SAFETY: pages begin at a multiple of N's alignment, and any bits are a `Number`.
-        let numbers = unsafe { chunk.pages.as_slice().align_to().1 };
-        Some(&numbers[at * self.size..][..self.size])
+        // SAFETY: blocks begin at a multiple of N's size, as pages begin at a multiple of its alignment, and any bits are a `Number`.
+        Some(unsafe { self.bytes(id)?.align_to().1 })
     }
 
     /// For writing; what is in it besides is of no meaning. All blocks have `size` numbers.
     pub(super) fn get_mut(&mut self, id: BlockId, size: usize) -> &mut [N] {
+        // SAFETY: as above; the borrow is exclusive.
+        unsafe { self.bytes_mut(id, size).align_to_mut().1 }
+    }
+
+    /// As [`Blocks::get`].
+    pub(super) fn bytes(&self, id: BlockId) -> Option<&[u8]> {
+        let (chunk, at) = self.chunk_of(id);
+        let chunk = self.chunks.get(chunk)?.as_ref().filter(|chunk| chunk.used[at])?;
+        let bytes = self.size * size_of::<N>();
+        Some(&chunk.pages.as_slice()[at * bytes..][..bytes])
+    }
+
+    /// As [`Blocks::get_mut`].
+    pub(super) fn bytes_mut(&mut self, id: BlockId, size: usize) -> &mut [u8] {
         self.size = size;
-        let ((chunk, at), blocks) = (self.chunk_of(id), self.per_chunk());
+        let ((chunk, at), blocks, bytes) = (self.chunk_of(id), self.per_chunk(), size * size_of::<N>());
         if self.chunks.len() <= chunk {
             self.chunks.resize_with(chunk + 1, || None);
         }
         let chunk = self.chunks[chunk].get_or_insert_with(|| {
             // As with any allocation, there is no going on without it; a budget has been held against before.
-            let pages = Pages::new(blocks * size * size_of::<N>()).unwrap_or_else(|error| panic!("no memory for the KV cache: {error}"));
+            let pages = Pages::new(blocks * bytes).unwrap_or_else(|error| panic!("no memory for the KV cache: {error}"));
             Chunk { pages, used: vec![false; blocks] }
         });
         chunk.used[at] = true;
-        // SAFETY: as above; the borrow is exclusive.
-        let numbers = unsafe { chunk.pages.as_mut_slice().align_to_mut().1 };
-        &mut numbers[at * size..][..size]
+        &mut chunk.pages.as_mut_slice()[at * bytes..][..bytes]
     }
 
     pub(super) fn free(&mut self, id: BlockId) {
