@@ -6,7 +6,7 @@ use flash_experts::Pages;
 use super::portable::Number;
 use crate::kv::BlockId;
 
-/// Bytes of a mapping, about; it is returned when the last block in it is freed.
+/// Bytes of a mapping, about; returned when the last block in it is freed, a single block's memory before that.
 const CHUNK: usize = 32 << 20;
 
 /// Blocks of equal size by number. Their memory is taken when they are first written.
@@ -22,6 +22,8 @@ pub(super) struct Blocks<N> {
 struct Chunk {
     pages: Pages,
     used: Vec<bool>,
+    /// Some block's memory was given back by itself.
+    holes: bool,
 }
 
 impl<N> Default for Blocks<N> {
@@ -69,18 +71,24 @@ impl<N: Number> Blocks<N> {
         let chunk = self.chunks[chunk].get_or_insert_with(|| {
             // As with any allocation, there is no going on without it; a budget has been held against before.
             let pages = Pages::new(blocks * bytes).unwrap_or_else(|error| panic!("no memory for the KV cache: {error}"));
-            Chunk { pages, used: vec![false; blocks] }
+            Chunk { pages, used: vec![false; blocks], holes: false }
         });
-        chunk.used[at] = true;
+        if !std::mem::replace(&mut chunk.used[at], true) && chunk.holes {
+            chunk.pages.restore(at * bytes..(at + 1) * bytes);
+        }
         &mut chunk.pages.as_mut_slice()[at * bytes..][..bytes]
     }
 
+    /// Its memory goes back, with that of the whole mapping if it was the last in it.
     pub(super) fn free(&mut self, id: BlockId) {
-        let (chunk, at) = self.chunk_of(id);
+        let ((chunk, at), bytes) = (self.chunk_of(id), self.size * size_of::<N>());
         let Some(slot) = self.chunks.get_mut(chunk) else { return };
-        if let Some(chunk) = slot {
+        if let Some(chunk) = slot.as_mut().filter(|chunk| chunk.used[at]) {
             chunk.used[at] = false;
-            if !chunk.used.contains(&true) {
+            if chunk.used.contains(&true) {
+                chunk.pages.discard(at * bytes..(at + 1) * bytes);
+                chunk.holes = true;
+            } else {
                 *slot = None;
             }
         }
@@ -109,6 +117,9 @@ mod tests {
         blocks.free(BlockId(9));
         blocks.free(BlockId(0));
         assert_eq!((blocks.get(BlockId(0)), blocks.used(), blocks.chunks.iter().flatten().count()), (None, 2, 2));
+        assert!(blocks.get_mut(BlockId(0), size).iter().all(|number| *number == 0.0), "given back, though a neighbour stays");
+        blocks.free(BlockId(0));
+        assert!(blocks.get(BlockId(1)).unwrap().iter().all(|number| *number == 2.0));
         blocks.free(BlockId(1));
         assert_eq!((blocks.used(), blocks.chunks.iter().flatten().count()), (1, 1));
     }
