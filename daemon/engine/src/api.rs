@@ -376,6 +376,8 @@ pub struct Report {
 /// The cache of prefixes since the model was loaded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PrefixReport {
+    /// Prefixes are kept at all.
+    pub on: bool,
     /// Requests that found a part of their prompt there, and those that did not.
     pub hits: u64,
     pub misses: u64,

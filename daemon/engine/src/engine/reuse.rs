@@ -13,7 +13,7 @@ use std::{
 
 use super::Engine;
 use crate::{
-    Bytes, CacheBudget, Cleared, Options, PrefixReport,
+    Bytes, CacheBudget, Cleared, Error, Options, PrefixReport,
     backend::Backend,
     kv::{
         BLOCK, BlockId, Blocks, Disk, NodeId, Prefix,
@@ -102,7 +102,7 @@ impl Reuse {
             let used = disk::behind(used, depth);
             if disk.contains(&key) {
                 disk.touch(key, used);
-            } else if self.pending.len() < PENDING_MAX && self.queued.insert(key) {
+            } else if self.pending.len() < PENDING_MAX && !disk.writes(&key) && self.queued.insert(key) {
                 self.pending.push_back((*node, key, used));
             }
         }
@@ -265,12 +265,12 @@ impl Engine {
     }
 
     /// Forgets every prefix, in memory and on disk, there those of all models. Running requests keep what they have.
-    pub fn clear_prefixes(&mut self) -> std::io::Result<Cleared> {
+    pub fn clear_prefixes(&mut self) -> Result<Cleared, Error> {
         let memory_bytes = self.reuse.blocks.idle() as Bytes * self.backend.kv_block_bytes();
         self.forget_prefixes();
         self.settle();
-        let (files, disk_bytes) = self.reuse.disk.as_mut().map_or(Ok((0, 0)), Disk::clear)?;
-        Ok(Cleared { memory_bytes, files, disk_bytes })
+        let cleared = self.reuse.disk.as_mut().map_or(Ok(Cleared::default()), Disk::clear)?;
+        Ok(Cleared { memory_bytes, ..cleared })
     }
 
     /// Hands blocks to the disk's writer as far as it has room; with nothing else to do, waits a moment for it. True: look again
@@ -278,10 +278,16 @@ impl Engine {
     pub(super) fn write_back(&mut self, idle: bool) -> bool {
         let Reuse { disk: Some(disk), pending, queued, prefix, layers, .. } = &mut self.reuse else { return false };
         while !pending.is_empty() && disk.takes() {
+            if !disk.affords(pending.len()) {
+                pending.clear();
+                queued.clear();
+                break;
+            }
             let Some((node, key, used)) = pending.pop_front() else { break };
             queued.remove(&key);
             let Some(block) = prefix.block(node) else { continue };
-            let payload = (0..layers.len()).flat_map(|layer| self.backend.kv_state(block, layer)).copied().collect();
+            let mut payload = Vec::with_capacity(layers.iter().sum());
+            (0..layers.len()).for_each(|layer| payload.extend_from_slice(self.backend.kv_state(block, layer)));
             disk.write(key, used, payload);
         }
         idle && disk.wait()
@@ -290,11 +296,12 @@ impl Engine {
     pub(super) fn prefix_report(&self) -> PrefixReport {
         let (reuse, block_bytes) = (&self.reuse, self.backend.kv_block_bytes());
         PrefixReport {
+            on: !reuse.layers.is_empty(),
             blocks: reuse.prefix.len(),
             bytes: reuse.prefix.len() as Bytes * block_bytes,
             block_tokens: BLOCK,
             idle_bytes: reuse.blocks.idle() as Bytes * block_bytes,
-            budget_bytes: if reuse.layers.is_empty() { 0 } else { reuse.allowed },
+            budget_bytes: reuse.allowed,
             disk: reuse.disk.as_ref().map(Disk::report),
             ..reuse.counted.clone()
         }

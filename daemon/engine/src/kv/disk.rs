@@ -7,7 +7,7 @@
 //! the write budget, whose count survives a restart. What was used longest ago makes room; of one prefix the end goes first.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     fs::{self, DirBuilder},
     io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -20,7 +20,7 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use super::{BLOCK, record};
-use crate::{Bytes, DiskCache, DiskReport};
+use crate::{Bytes, Cleared, DiskCache, DiskReport, Error};
 
 /// Names a block with all that is before it.
 pub(crate) type Key = [u8; 32];
@@ -80,8 +80,8 @@ pub(crate) struct Disk {
     bytes: Bytes,
     writes: Writes,
     writer: Writer,
-    /// Blocks that the writer has.
-    in_flight: usize,
+    /// What the writer has.
+    writing: HashSet<Key>,
     /// No writing until then.
     paused: Option<Instant>,
     counted: Counted,
@@ -132,7 +132,7 @@ impl Disk {
             bytes: 0,
             writes: read_writes(&dir),
             writer: Writer::start(&dir)?,
-            in_flight: 0,
+            writing: HashSet::new(),
             paused: None,
             counted: Counted::default(),
             dir,
@@ -149,6 +149,11 @@ impl Disk {
 
     pub(crate) fn contains(&self, key: &Key) -> bool {
         self.entries.contains_key(key)
+    }
+
+    /// Whether it is on its way there.
+    pub(crate) fn writes(&self, key: &Key) -> bool {
+        self.writing.contains(key)
     }
 
     /// A block was wanted, wherever it came from.
@@ -176,12 +181,12 @@ impl Disk {
     pub(crate) fn takes(&mut self) -> bool {
         self.hear();
         self.paused.take_if(|until| *until <= Instant::now());
-        self.paused.is_none() && self.in_flight < QUEUE
+        self.paused.is_none() && self.writing.len() < QUEUE
     }
 
     /// Waits a moment for the writer; false: there is nothing to wait for.
     pub(crate) fn wait(&mut self) -> bool {
-        let waits = self.in_flight > 0;
+        let waits = !self.writing.is_empty();
         if waits {
             self.writer.wait();
             self.hear();
@@ -189,32 +194,33 @@ impl Disk {
         waits
     }
 
-    /// Has a block written. False: not today, or never. [`Disk::takes`] was true.
-    pub(crate) fn write(&mut self, key: Key, used: u64, payload: Vec<u8>) -> bool {
-        let bytes = record::size(&self.layers);
-        let day = today();
+    /// Whether budgets allow another block. Else `left_out` are counted as such.
+    pub(crate) fn affords(&mut self, left_out: usize) -> bool {
+        let (bytes, day) = (record::size(&self.layers), today());
         if self.writes.day != day {
             self.writes = Writes { day, bytes: 0 };
         }
-        if bytes > self.budget || self.writes.bytes + bytes > self.daily {
-            self.counted.over_budget += 1;
-            return false;
-        }
+        let affords = bytes <= self.budget && self.writes.bytes + bytes <= self.daily;
+        self.counted.over_budget += if affords { 0 } else { left_out as u64 };
+        affords
+    }
+
+    /// Has a block written that [`Disk::affords`] and [`Disk::takes`].
+    pub(crate) fn write(&mut self, key: Key, used: u64, payload: Vec<u8>) {
+        let bytes = record::size(&self.layers);
         self.writes.bytes += bytes;
-        let gone = self.make_room(bytes);
-        let job = Job { key, used, layers: self.layers.clone(), payload, gone, writes: self.writes };
-        self.writer.push(job);
-        self.in_flight += 1;
-        true
+        self.writing.insert(key);
+        let gone = self.make_room(bytes * self.writing.len() as Bytes);
+        self.writer.push(Job { key, used, layers: self.layers.clone(), payload, gone, writes: self.writes });
     }
 
     /// What the writer has done meanwhile.
     pub(crate) fn hear(&mut self) {
-        if self.in_flight == 0 {
+        if self.writing.is_empty() {
             return;
         }
         for (key, used, written) in self.writer.done() {
-            self.in_flight -= 1;
+            self.writing.remove(&key);
             match written {
                 Ok(()) => {
                     self.counted.written += 1;
@@ -230,11 +236,11 @@ impl Disk {
     }
 
     /// Forgets and deletes everything, other models' blocks too.
-    pub(crate) fn clear(&mut self) -> io::Result<(u64, Bytes)> {
+    pub(crate) fn clear(&mut self) -> Result<Cleared, Error> {
         self.writer.finish();
         self.hear();
         (self.entries, self.order, self.bytes) = (HashMap::new(), BTreeSet::new(), 0);
-        clear(&self.dir)
+        clear_disk_cache(&self.dir)
     }
 
     /// Bytes that wait to be written, at most, and one block that is read.
@@ -297,18 +303,21 @@ impl Drop for Disk {
     }
 }
 
-/// Deletes every block in `dir`; how many, and their bytes. What is not ours stays.
-pub(crate) fn clear(dir: &Path) -> io::Result<(u64, Bytes)> {
-    let (mut count, mut bytes) = (0, 0);
-    let found = match files(dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((0, 0)),
-        found => found?,
+/// Deletes every prefix kept in `dir`, whatever model it is of; nothing else there. For when no engine has it open.
+pub fn clear_disk_cache(dir: &Path) -> Result<Cleared, Error> {
+    let delete = || -> io::Result<Cleared> {
+        let mut cleared = Cleared::default();
+        for (key, meta) in files(dir)? {
+            fs::remove_file(dir.join(name(&key)))?;
+            cleared.files += 1;
+            cleared.disk_bytes += meta.len();
+        }
+        Ok(cleared)
     };
-    for (key, meta) in found {
-        fs::remove_file(dir.join(name(&key)))?;
-        (count, bytes) = (count + 1, bytes + meta.len());
+    match delete() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Cleared::default()),
+        cleared => cleared.map_err(|source| Error::Clear { path: dir.into(), source }),
     }
-    Ok((count, bytes))
 }
 
 fn name(key: &Key) -> String {
