@@ -24,6 +24,7 @@ Models:
   stats        Show speed, cache hits, bytes read, memory and pressure
   convert      Pack a model's experts into records that are read in one piece
   verify       Check every record of a packed model
+  cache        Forget what was kept of earlier prompts
 
 Measuring:
   bench        Measure a model beside what memory and disk allow
@@ -97,6 +98,9 @@ pub(crate) enum Command {
     Stats(StatsArgs),
     Convert(ConvertArgs),
     Verify(VerifyArgs),
+    /// Forget what was kept of earlier prompts
+    #[command(subcommand)]
+    Cache(CacheCommand),
     Bench(BenchArgs),
     /// Record which experts a model uses, replay it through cache policies
     #[command(subcommand)]
@@ -297,6 +301,16 @@ pub(crate) struct ConvertArgs {
 pub(crate) struct VerifyArgs {
     /// Name, `local`, or the path of a checkpoint
     pub(crate) model: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CacheCommand {
+    /// Delete them, in memory and on disk, of all models
+    #[command(after_help = "\
+Beginnings of prompts are kept so that a request that begins alike need not read them again: in
+memory, and on disk those that came twice. `flashctl stats` shows how much. flashd --no-disk-cache
+keeps none on disk, --prefix-cache 0 none at all.")]
+    Clear,
 }
 
 /// Measure a model beside what memory and disk allow

@@ -1,7 +1,7 @@
 //! The JSON that flashctl prints: protobuf messages as snake_case objects whose keys stay. Written by hand, so that a field
 //! renamed on the wire does not rename what scripts read.
 
-use flash_proto::v1::{Cache, DoctorResponse, LoadedModel, Model, Snapshot, VersionResponse, loaded_model, model, pressure};
+use flash_proto::v1::{Cache, DoctorResponse, LoadedModel, Model, Prefix, Snapshot, VersionResponse, loaded_model, model, pressure};
 use serde_json::{Value, json};
 
 use crate::{failure::Failure, render, reply::Reply};
@@ -82,6 +82,7 @@ pub(crate) fn snapshot(snapshot: &Snapshot) -> Value {
             "prefetch": prefetch, "belady": belady, "layers": layers.collect::<Vec<_>>(),
         })
     });
+    let prefix = snapshot.prefix.as_ref().map(prefix);
     let memory = snapshot.memory.map(|m| {
         let mlx = m.mlx.map(|mlx| {
             json!({
@@ -109,7 +110,22 @@ pub(crate) fn snapshot(snapshot: &Snapshot) -> Value {
     });
     json!({
         "uptime_s": snapshot.uptime_s, "model": snapshot.model.as_ref().map(loaded), "requests": requests, "speed": speed,
-        "experts": experts, "memory": memory, "pressure": pressure,
+        "experts": experts, "prefix": prefix, "memory": memory, "pressure": pressure,
+    })
+}
+
+pub(crate) fn prefix(p: &Prefix) -> Value {
+    let disk = p.disk.map(|d| {
+        json!({
+            "files": d.files, "bytes": d.bytes, "budget_bytes": d.budget_bytes, "written_today_bytes": d.written_today_bytes,
+            "daily_bytes": d.daily_bytes, "read": d.read, "written": d.written, "bad": d.bad, "failed_writes": d.failed_writes,
+            "over_budget": d.over_budget,
+        })
+    });
+    json!({
+        "hits": p.hits, "misses": p.misses, "memory_tokens": p.memory_tokens, "disk_tokens": p.disk_tokens, "tokens": p.tokens,
+        "bytes": p.bytes, "idle_bytes": p.idle_bytes, "budget_bytes": p.budget_bytes, "evicted": p.evicted, "disk": disk,
+        "disk_error": p.disk_error,
     })
 }
 
@@ -165,7 +181,7 @@ mod tests {
             accepted: Some(Accepted { model: "tiny".into(), ..Accepted::default() }),
             done: Some(Done {
                 finish: Finish::Length.into(),
-                usage: Some(Usage { prompt_tokens: 5, cached_tokens: 2, completion_tokens: 3 }),
+                usage: Some(Usage { prompt_tokens: 5, cached_tokens: 2, completion_tokens: 3, ..Usage::default() }),
                 ..Done::default()
             }),
         };

@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use flash_proto::v1::{Belady, Cache, Experts, LoadResponse, Memory, Pressure, Snapshot, loaded_model, pressure};
+use flash_proto::v1::{Belady, Cache, Experts, LoadResponse, Memory, Prefix, Pressure, Snapshot, loaded_model, pressure};
 
 use crate::{reply::Reply, term::Paint};
 
@@ -153,6 +153,9 @@ pub(crate) fn snapshot(snapshot: &Snapshot, paint: Paint) -> String {
     if let Some(experts) = &snapshot.experts {
         expert_rows(experts, &mut rows);
     }
+    if let Some(prefix) = &snapshot.prefix {
+        prefix_rows(prefix, &mut rows);
+    }
     if let Some(memory) = &snapshot.memory {
         rows.push(("memory", memory_text(memory)));
     }
@@ -208,6 +211,27 @@ fn expert_rows(experts: &Experts, rows: &mut Vec<(&'static str, String)>) {
             None => format!("{:>3}     –", layer.layer),
         });
         rows.push((if line == 0 { "layers" } else { "" }, cells.collect::<Vec<_>>().join(" ")));
+    }
+}
+
+fn prefix_rows(prefix: &Prefix, rows: &mut Vec<(&'static str, String)>) {
+    let hits = ratio(prefix.hits, prefix.misses).map_or("–".into(), percent);
+    let reused = format!("{} tokens from memory, {} from disk", prefix.memory_tokens, prefix.disk_tokens);
+    let idle = format!("{} of {} idle", bytes(prefix.idle_bytes), bytes(prefix.budget_bytes));
+    let kept = format!("{} tokens kept in {} · {idle} · {} blocks evicted", prefix.tokens, bytes(prefix.bytes), prefix.evicted);
+    rows.push(("prefixes", format!("{hits} of requests found theirs · {reused} · {kept}")));
+    if let Some(disk) = &prefix.disk {
+        let size = format!("{} of {} in {} files", bytes(disk.bytes), bytes(disk.budget_bytes), disk.files);
+        let written = format!("{} of {} written today", bytes(disk.written_today_bytes), bytes(disk.daily_bytes));
+        let mut text = format!("{size} · {written} · {} blocks read, {} written", disk.read, disk.written);
+        for (count, what) in [(disk.bad, "bad files"), (disk.failed_writes, "writes failed"), (disk.over_budget, "left out")] {
+            if count > 0 {
+                let _ = write!(text, " · {count} {what}");
+            }
+        }
+        rows.push(("on disk", text));
+    } else if !prefix.disk_error.is_empty() {
+        rows.push(("on disk", format!("no: {}", prefix.disk_error)));
     }
 }
 
@@ -314,7 +338,7 @@ mod tests {
             cache: Some(Cache { slots_per_layer: 16, ..Cache::default() }),
             ..LoadResponse::default()
         };
-        let usage = Usage { prompt_tokens: 22, cached_tokens: 0, completion_tokens: 101 };
+        let usage = Usage { prompt_tokens: 22, completion_tokens: 101, ..Usage::default() };
         let timing =
             Timing { ttft_ms: 120.0, decode_ms: 1000.0, expert_hits: 3, expert_misses: 1, ssd_bytes: 1_234_000, ..Timing::default() };
         let reply = Reply {

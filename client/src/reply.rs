@@ -31,7 +31,7 @@ pub(crate) enum Said<'a> {
 }
 
 pub(crate) fn message(role: &str, content: &str) -> Message {
-    Message { role: role.into(), content: content.into(), name: None }
+    Message { role: role.into(), content: content.into(), ..Message::default() }
 }
 
 pub(crate) fn chat(messages: Vec<Message>) -> Chat {
@@ -92,6 +92,8 @@ pub(crate) async fn receive(
                 return Ok(());
             }
             Some(Event::Failed(failed)) => return Err(Failure::from_failed(&failed, &daemon.log())),
+            // Nothing that is asked for here calls tools.
+            Some(Event::ToolCall(_)) => {}
             // An event of a newer daemon.
             None => {}
         }

@@ -135,6 +135,8 @@ fn help_is_as_written() {
         "stats",
         "convert",
         "verify",
+        "cache",
+        "cache clear",
         "bench",
         "bench synth",
         "trace record",
@@ -333,7 +335,17 @@ fn listings_have_json_and_tables() {
         "{table:?}"
     );
     assert_eq!(home.run(&["ps", "--json"]).json()["models"][0]["state"], "ready");
+    assert_eq!(home.run(&["ps", "--json"]).json()["models"][0]["prefix"]["bytes"], 3_000_000);
     assert_eq!(home.run(&["stats", "--json"]).json()["experts"]["hits"], 3);
+    assert_eq!(home.run(&["stats", "--json"]).json()["prefix"]["disk"]["written_today_bytes"], 1_000_000);
+    let stats = home.run(&["stats"]).stdout;
+    for expected in
+        ["25% of requests found theirs · 672 tokens from memory, 0 from disk", "1.0 MB of 5.0 MB in 2 files · 1.0 MB of", "1 bad files"]
+    {
+        assert!(stats.contains(expected), "no `{expected}` in: {stats}");
+    }
+    home.run(&["cache", "clear"]).expect(0, "cleared 3.0 MB of memory and 2 files, 1.0 MB, on disk\n", "");
+    assert_eq!(home.run(&["cache", "clear", "--json"]).json()["files"], 2);
     home.run(&["stop", "tiny"]).expect(0, "unloaded tiny\n", "");
     home.run(&["load", "--expert-cache", "25%"]).expect(
         0,

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use flash_engine::{CacheBudget, Kernels, Options, parse_bytes};
+use flash_engine::{Bytes, CacheBudget, DiskCache, Kernels, Options, parse_bytes};
 use flash_proto::socket;
 use serde::Deserialize;
 
@@ -59,6 +59,16 @@ pub struct RawConfig {
     /// Load experts that the next layer will probably use: auto (while it pays), on or off
     #[arg(long, value_name = "MODE")]
     pub lookahead: Option<Text>,
+    /// Memory for beginnings of prompts that may come again: 10% (of what is available), 2GiB, auto, or 0 for none
+    #[arg(long, value_name = "BUDGET")]
+    pub prefix_cache: Option<Text>,
+    /// Disk for those that came again, kept across restarts: 16GiB, auto (an eighth of what is free, at most 16 GiB) or off
+    #[arg(long, value_name = "BYTES")]
+    pub disk_cache: Option<Text>,
+    /// Same as --disk-cache off
+    #[arg(long, conflicts_with = "disk_cache")]
+    #[serde(skip)]
+    pub no_disk_cache: bool,
     /// How long an idle model stays loaded: 5m, 1h30m, seconds; negative = forever, 0 = not at all
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true)]
     pub keep_alive: Option<Text>,
@@ -71,6 +81,9 @@ pub struct RawConfig {
     /// Threads that read experts from disk (FLASH_LOADERS)
     #[arg(skip)]
     pub loaders: Option<Text>,
+    /// What the disk cache may write a day (FLASH_DISK_CACHE_WRITES)
+    #[arg(skip)]
+    pub disk_cache_writes: Option<Text>,
     /// Whether experts that were in memory at the last unload are read back at a load: on or off (FLASH_WARM_START)
     #[arg(skip)]
     pub warm_start: Option<Text>,
@@ -161,7 +174,7 @@ impl Config {
         let model_roots = sources.model_roots(&home);
         let model =
             sources.pick("model", |raw| raw.model.as_ref(), "auto", "a name", |text| Some((text != "auto").then(|| text.into())))?;
-        let options = sources.options()?;
+        let options = sources.options(&home)?;
         let keep_alive = sources.pick("keep_alive", |raw| raw.keep_alive.as_ref(), "5m", KEEP_ALIVE_WANTS, parse_keep_alive)?;
         let on_off = |text: &str| match text {
             "on" => Some(true),
@@ -242,7 +255,7 @@ impl Sources<'_> {
         Ok(parsed)
     }
 
-    fn options(&mut self) -> Result<Options, Error> {
+    fn options(&mut self, home: &Path) -> Result<Options, Error> {
         let at_least_1 = |text: &str| text.parse().ok().filter(|number| *number >= 1);
         let or_auto = |text: &str| if text == "auto" { Some(None) } else { at_least_1(text).map(Some) };
         let cache_wants = "a share such as 25%, a size such as 512MiB, or auto";
@@ -271,8 +284,26 @@ impl Sources<'_> {
             io: self.pick("io", |raw| raw.io.as_ref(), "auto", "auto, direct, buffered, uring or mmap", |text| text.parse().ok())?,
             policy: self.pick("policy", |raw| raw.policy.as_ref(), "lfru", "lfru, lru, lcp or none", |text| text.parse().ok())?,
             lookahead: self.pick("lookahead", |raw| raw.lookahead.as_ref(), "auto", "auto, on or off", |text| text.parse().ok())?,
+            prefix_cache: self.pick("prefix_cache", |raw| raw.prefix_cache.as_ref(), "auto", cache_wants, |text| text.parse().ok())?,
+            disk_cache: self.disk_cache(home)?,
             available: None,
         })
+    }
+
+    fn disk_cache(&mut self, home: &Path) -> Result<Option<DiskCache>, Error> {
+        if self.flags.no_disk_cache {
+            self.flags.disk_cache = Some("off".into());
+        }
+        let size = |text: &str| match text {
+            "off" => Some(None),
+            "auto" => Some(Some(None)),
+            _ => parse_bytes(text).ok().map(|bytes| Some(Some(bytes))),
+        };
+        let budget = self.pick("disk_cache", |raw| raw.disk_cache.as_ref(), "auto", "a size such as 16GiB, auto or off", size)?;
+        let wants = "a size such as 32GiB";
+        let daily_writes =
+            self.pick("disk_cache_writes", |raw| raw.disk_cache_writes.as_ref(), DAILY_WRITES, wants, |text| parse_bytes(text).ok())?;
+        Ok(budget.map(|budget: Option<Bytes>| DiskCache { dir: disk_cache_dir(home), budget, daily_writes }))
     }
 
     /// The configured folders, then the usual ones. Folders that do not exist are kept: they may be filled later.
@@ -300,6 +331,14 @@ impl Sources<'_> {
         roots.retain(|root| seen.insert(root.clone()));
         roots
     }
+}
+
+/// Of a disk that may be written three hundred times its size, a terabyte of it lasts for a quarter of a century.
+const DAILY_WRITES: &str = "32GiB";
+
+/// Where prefixes are kept, and nothing else.
+pub(crate) fn disk_cache_dir(home: &Path) -> PathBuf {
+    home.join("cache/prefix")
 }
 
 /// Beyond this a queue only turns refusals into timeouts; it also bounds the command channel.
@@ -383,7 +422,8 @@ mod tests {
     fn every_setting_is_read_and_listed() {
         let file = "model = 'm'\nmodels = ['~/a', '/b']\nexpert_cache = '25%'\nmemory = '1GiB'\nctx = 4096\nqueue = 9\nthreads = 3\n\
                     kernels = 'reference'\nkeep_alive = -1\nlog_format = 'json'\nlog = 'flashd=debug'\nloaders = 2\n\
-                    io = 'buffered'\npolicy = 'lru'\nlookahead = 'off'\nwarm_start = 'off'";
+                    io = 'buffered'\npolicy = 'lru'\nlookahead = 'off'\nwarm_start = 'off'\nprefix_cache = '10%'\n\
+                    disk_cache = '1GiB'\ndisk_cache_writes = '2GiB'";
         let config = resolve(RawConfig::default(), &[("HOME", "/home/u")], file).expect("a good configuration");
         assert_eq!(config.model.as_deref(), Some("m"));
         assert_eq!(config.model_roots[..2], [PathBuf::from("/home/u/a"), PathBuf::from("/b")]);
@@ -393,11 +433,42 @@ mod tests {
         assert_eq!((options.queue, options.threads, options.kernels, options.loaders), (9, Some(3), Kernels::Reference, 2));
         assert_eq!((options.io, options.policy, options.lookahead), (Io::Buffered, PolicyKind::Lru, Lookahead::Off));
         assert!(!config.warm_start);
+        assert_eq!(options.prefix_cache, CacheBudget::Share(0.1));
+        let disk = options.disk_cache.as_ref().expect("a disk cache");
+        assert_eq!((disk.budget, disk.daily_writes, disk.dir.ends_with("cache/prefix")), (Some(1 << 30), 2 << 30, true));
         assert_eq!((config.keep_alive, config.log_format, config.log.as_str()), (KeepAlive(None), LogFormat::Json, "flashd=debug"));
         let names: Vec<_> = config.settings.iter().map(|setting| setting.name).collect();
         let expected = ["home", "socket", "models", "model", "expert_cache", "memory", "ctx", "parallel", "queue", "threads", "kernels"];
         assert_eq!(names[..11], expected);
-        assert_eq!(names[11..], ["loaders", "io", "policy", "lookahead", "keep_alive", "warm_start", "log_format", "log"]);
+        assert_eq!(
+            names[11..],
+            [
+                "loaders",
+                "io",
+                "policy",
+                "lookahead",
+                "prefix_cache",
+                "disk_cache",
+                "disk_cache_writes",
+                "keep_alive",
+                "warm_start",
+                "log_format",
+                "log"
+            ]
+        );
+    }
+
+    #[test]
+    fn the_disk_cache_can_be_switched_off_everywhere() {
+        let check = |flags: RawConfig, env: &[(&str, &str)], file: &str, on: bool| {
+            let config = resolve(flags, env, file).expect("a good configuration");
+            assert_eq!(config.options.disk_cache.is_some(), on, "{env:?} {file}");
+        };
+        let off = || RawConfig { no_disk_cache: true, ..RawConfig::default() };
+        check(RawConfig::default(), &[], "", true);
+        check(off(), &[("FLASH_DISK_CACHE", "1GiB")], "disk_cache = '2GiB'", false);
+        check(RawConfig::default(), &[("FLASH_DISK_CACHE", "off")], "", false);
+        check(RawConfig::default(), &[], "disk_cache = 'off'", false);
     }
 
     #[test]

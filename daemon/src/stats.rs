@@ -28,6 +28,7 @@ pub(crate) struct Totals {
 
 #[derive(Clone, Copy, Debug)]
 struct Sample {
+    /// Those that were computed.
     prompt_tokens: usize,
     prefill: Duration,
     ttft: Duration,
@@ -54,7 +55,7 @@ impl Totals {
             recent.pop_front();
         }
         recent.push_back(Sample {
-            prompt_tokens: done.prompt_tokens,
+            prompt_tokens: done.prompt_tokens - done.cached_tokens,
             prefill: done.timing.prefill,
             ttft: done.timing.ttft,
             decoded_tokens: done.token_ids.len().saturating_sub(1),
@@ -98,7 +99,7 @@ mod tests {
     fn done(prompt_tokens: usize, tokens: usize, [prefill, ttft, decode]: [u64; 3]) -> Done {
         let [prefill, ttft, decode] = [prefill, ttft, decode].map(Duration::from_millis);
         let timing = Timing { prefill, ttft, decode, ..Timing::default() };
-        Done { finish: Finish::Length, prompt_tokens, token_ids: vec![0; tokens], timing }
+        Done { finish: Finish::Length, prompt_tokens, cached_tokens: 0, token_ids: vec![0; tokens], timing }
     }
 
     #[test]

@@ -21,8 +21,9 @@ use std::{
 };
 
 use flash_engine::{
-    Bytes, CacheBudget, Delivery, Engine, Event, ModelInfo, Options, Report, Request, RequestId, Step, Text,
+    Bytes, CacheBudget, Cleared, Delivery, Engine, Event, ModelInfo, Options, Report, Request, RequestId, Step, Text,
     bench::{self, BenchEvent, BenchOptions},
+    clear_disk_cache,
     replay::Trace,
 };
 use tokio::sync::{mpsc, oneshot, watch};
@@ -50,6 +51,7 @@ pub(crate) enum Command {
     Reserve(Reserve),
     Bench(Box<Bench>),
     Recent(Recent),
+    ClearCache(ClearCache),
     /// Look again: a reader has left or caught up, or the ceiling has moved.
     Wake,
 }
@@ -129,6 +131,12 @@ pub(crate) struct Bench {
 /// Asks for the routing of the latest tokens; `None`: no model is loaded.
 pub(crate) struct Recent {
     pub(crate) reply: oneshot::Sender<Option<Trace>>,
+}
+
+/// Forgets prefixes, of the loaded model and in this folder.
+pub(crate) struct ClearCache {
+    pub(crate) dir: PathBuf,
+    pub(crate) reply: Reply<Cleared>,
 }
 
 /// What everyone may know about the engine, without waiting for it.
@@ -368,8 +376,21 @@ impl Thread {
             Command::Recent(job) => {
                 let _ = job.reply.send(self.loaded.as_ref().map(|loaded| loaded.engine.recent()));
             }
+            Command::ClearCache(job) => {
+                let cleared = self.clear_cache(&job.dir);
+                let _ = job.reply.send(cleared);
+            }
             Command::Wake => {}
         }
+    }
+
+    fn clear_cache(&mut self, dir: &Path) -> Result<Cleared, Error> {
+        let of_engine = self.loaded.as_mut().map_or(Ok(Cleared::default()), |loaded| loaded.engine.clear_prefixes())?;
+        // What is left there when nothing is loaded, or when the disk is not used any more.
+        let Cleared { files, disk_bytes, .. } = clear_disk_cache(dir)?;
+        tracing::info!("the prefix cache was cleared");
+        self.publish();
+        Ok(Cleared { files: of_engine.files + files, disk_bytes: of_engine.disk_bytes + disk_bytes, ..of_engine })
     }
 
     /// Reads the levels: readers that left, readers that caught up, the ceiling.

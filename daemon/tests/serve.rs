@@ -114,7 +114,7 @@ impl Stream {
         while let Some(event) = self.next().await {
             match event {
                 Event::Accepted(accepted) => assert_eq!(accepted.model, MODEL),
-                Event::Progress(_) | Event::Routing(_) => {}
+                Event::Progress(_) | Event::Routing(_) | Event::ToolCall(_) => {}
                 Event::Text(part) => text += &part.text,
                 Event::Done(done) => {
                     assert_eq!(self.next().await, None, "Done is the last event");
@@ -187,7 +187,7 @@ async fn generates_and_reports() {
 async fn tokenizes_and_lists_without_loading() {
     let daemon = Daemon::start(RawConfig::default()).await;
     let mut generate = Generate::new(daemon.channel.clone());
-    let message = v1::Message { role: "user".into(), content: "Hello".into(), name: None };
+    let message = v1::Message { role: "user".into(), content: "Hello".into(), ..Default::default() };
     let chat = v1::Chat { messages: vec![message], ..Default::default() };
     let request = v1::TokenizeRequest { model: String::new(), prompt: Some(v1::tokenize_request::Prompt::Chat(chat)) };
     let reply = generate.tokenize(request).await.expect("tokens").into_inner();

@@ -187,7 +187,7 @@ mod tests {
                 if joiner.flush_at().is_some_and(|at| at < now) {
                     sent.extend(joiner.take().map(|text| text.text));
                 }
-                sent.extend(joiner.add(v1::Text { text: text.into(), logprobs: Vec::new() }, now).map(|text| text.text));
+                sent.extend(joiner.add(v1::Text { text: text.into(), ..v1::Text::default() }, now).map(|text| text.text));
             }
             sent.extend(joiner.take().map(|text| text.text));
             assert_eq!(sent, wanted);

@@ -207,7 +207,7 @@ impl Feed {
         match event {
             Event::Accepted(_) => self.deadline = Some((Instant::now() + self.app.config.timing.queue_wait, Code::QueueTimeout)),
             Event::Progress(progress) if progress.phase() == Phase::Queued => {}
-            Event::Progress(_) | Event::Failed(_) | Event::Routing(_) => self.deadline = None,
+            Event::Progress(_) | Event::Failed(_) | Event::Routing(_) | Event::ToolCall(_) => self.deadline = None,
             Event::Text(_) => {
                 self.deadline = None;
                 let now = Instant::now();

@@ -16,6 +16,8 @@ pub fn options() -> Options {
 #[derive(Debug, Default)]
 pub struct Outcome {
     pub ids: Vec<u32>,
+    /// Prompt tokens that were not computed.
+    pub cached: usize,
     /// Per token the bits of its log-probability and of its alternatives', if they were asked for.
     pub bits: Vec<u32>,
     pub text: String,
@@ -33,6 +35,7 @@ pub fn greedy(prompt: &[u32], count: usize) -> Request {
         top_logprobs: None,
         ignore_eos: true,
         record_routing: false,
+        keep: 0,
         client: String::new(),
     }
 }
@@ -83,6 +86,7 @@ pub fn run_with(engine: &mut Engine, requests: &[Late], between: &mut dyn FnMut(
                 }
                 Event::Done(done) => {
                     outcome.ids = done.token_ids;
+                    outcome.cached = done.cached_tokens;
                     outcome.finish = Some(done.finish);
                 }
                 Event::Failed(error) => outcome.error = Some(error.to_string()),

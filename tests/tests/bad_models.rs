@@ -54,7 +54,7 @@ async fn check(bench: &mut Bench, client: &Client, what: &str, words: &[&str], b
     let model = dir.display().to_string();
     // A chat, so that the template and the tokenizer have their say too.
     let content = format!("{}!", "a".repeat(60));
-    let chat = Chat { messages: vec![Message { role: "user".into(), content, name: None }], ..Default::default() };
+    let chat = Chat { messages: vec![Message { role: "user".into(), content, ..Message::default() }], ..Default::default() };
     let request = GenerateRequest { prompt: Some(Prompt::Chat(chat)), ..greedy(&model, "", 4) };
     let started = Instant::now();
     let message = match client.ask(request).await {

@@ -55,6 +55,8 @@ impl Subject<'_> {
             // Half a slot more, so that rounding down meets the number.
             expert_cache: share(setting.slots, self.experts),
             parallel: 4,
+            // Every run computes everything; what is reused is in prefix.rs.
+            prefix_cache: CacheBudget::Bytes(0),
             ..options()
         }
     }

@@ -283,6 +283,7 @@ impl<'a> Chat<'a> {
                 let note = match done.finish() {
                     Finish::Length if used >= limit => " the context is full: /drop forgets the oldest turn, /clear all",
                     Finish::Length => " ended by max_tokens",
+                    Finish::ToolCalls => " asks for a tool",
                     Finish::Stop => "",
                 };
                 (used, note)

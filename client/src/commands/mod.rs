@@ -1,6 +1,7 @@
 //! One verb per file. Each gets its arguments and the global options, calls the daemon, prints, and returns.
 
 mod bench;
+mod cache;
 mod chat;
 mod completions;
 mod convert;
@@ -53,6 +54,7 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<(), Failure> {
             Command::Stats(args) => stats::run(args, &global).await,
             Command::Convert(args) => convert::run(args, &global).await,
             Command::Verify(args) => verify::run(args, &global).await,
+            Command::Cache(command) => cache::run(command, &global).await,
             Command::Bench(args) => bench::run(args, &global).await,
             Command::Trace(command) => trace::run(command, &global).await,
             Command::Daemon(command) => daemon::run(command, &global).await,

@@ -20,11 +20,11 @@ pub(crate) async fn run(global: &Global) -> Result<(), Failure> {
         return term::print_json(&listing(&snapshot));
     }
     let rows: Vec<_> = row(&snapshot).into_iter().collect();
-    let header = ["NAME", "STATE", "RAM", "EXPERT CACHE", "HIT", "CTX", "RUNNING", "QUEUE", "IDLE UNLOAD"];
+    let header = ["NAME", "STATE", "RAM", "EXPERT CACHE", "HIT", "PREFIXES", "CTX", "RUNNING", "QUEUE", "IDLE UNLOAD"];
     term::println(&render::table(header, &rows, Paint::stdout()))
 }
 
-fn row(snapshot: &Snapshot) -> Option<[String; 9]> {
+fn row(snapshot: &Snapshot) -> Option<[String; 10]> {
     let model = snapshot.model.as_ref()?;
     let requests = snapshot.requests.unwrap_or_default();
     let experts = snapshot.experts.as_ref();
@@ -35,6 +35,7 @@ fn row(snapshot: &Snapshot) -> Option<[String; 9]> {
         snapshot.memory.map_or("–".into(), |memory| render::bytes(memory.process_bytes)),
         cache.map_or("–".into(), |cache| format!("{} slots/layer, {}", cache.slots_per_layer, render::bytes(cache.resident_bytes))),
         experts.and_then(|experts| render::ratio(experts.hits, experts.misses)).map_or("–".into(), render::percent),
+        snapshot.prefix.as_ref().map_or("–".into(), |prefix| render::bytes(prefix.bytes)),
         format!("{}/{}", model.context_used, model.context_length),
         requests.running.to_string(),
         requests.waiting.to_string(),
@@ -50,6 +51,7 @@ fn listing(snapshot: &Snapshot) -> serde_json::Value {
         value["process_bytes"] = json!(snapshot.memory.map(|memory| memory.process_bytes));
         value["expert_cache"] = json!(experts.and_then(|experts| experts.cache.as_ref()).map(json::cache));
         value["hit_rate"] = json!(experts.and_then(|experts| render::ratio(experts.hits, experts.misses)));
+        value["prefix"] = json!(snapshot.prefix.as_ref().map(json::prefix));
         value["running"] = json!(requests.running);
         value["waiting"] = json!(requests.waiting);
         value

@@ -98,11 +98,11 @@ fn event(event: Event) -> Result<GenerateEvent, Status> {
 }
 
 fn text(text: &str) -> Result<GenerateEvent, Status> {
-    event(Event::Text(Text { text: text.into(), logprobs: vec![] }))
+    event(Event::Text(Text { text: text.into(), ..Text::default() }))
 }
 
 fn done(prompt_tokens: u32, completion_tokens: u32) -> Result<GenerateEvent, Status> {
-    let usage = Usage { prompt_tokens, cached_tokens: 0, completion_tokens };
+    let usage = Usage { prompt_tokens, completion_tokens, ..Usage::default() };
     let timing = Timing { ttft_ms: 50.0, decode_ms: 20.0, expert_hits: 3, expert_misses: 1, ssd_bytes: 1_000_000, ..Timing::default() };
     event(Event::Done(Done { usage: Some(usage), timing: Some(timing), ..Done::default() }))
 }
@@ -270,7 +270,10 @@ fn snapshot() -> Snapshot {
     let model =
         LoadedModel { id: "tiny".into(), state: loaded_model::State::Ready.into(), context_length: CONTEXT, ..LoadedModel::default() };
     let experts = Experts { cache: Some(cache()), hits: 3, misses: 1, ..Experts::default() };
-    Snapshot { model: Some(model), experts: Some(experts), memory: Some(Memory::default()), ..Snapshot::default() }
+    let disk =
+        PrefixDisk { files: 2, bytes: 1_000_000, budget_bytes: 5_000_000, written_today_bytes: 1_000_000, bad: 1, ..PrefixDisk::default() };
+    let prefix = Prefix { hits: 1, misses: 3, memory_tokens: 672, bytes: 3_000_000, disk: Some(disk), ..Prefix::default() };
+    Snapshot { model: Some(model), experts: Some(experts), prefix: Some(prefix), memory: Some(Memory::default()), ..Snapshot::default() }
 }
 
 #[tonic::async_trait]
@@ -328,6 +331,10 @@ impl Admin for Script {
         let policy = request.into_inner().policies.first().cloned().unwrap_or("lfru".into());
         let rows = vec![ReplayRow { policy, slots: 16, hits: 3, misses: 1, gap: 0.05 }];
         Ok(Response::new(ReplayResponse { tokens: 2, layers: 2, experts: 64, top_k: 8, rows }))
+    }
+
+    async fn clear_cache(&self, _: Request<ClearCacheRequest>) -> Answer<ClearCacheResponse> {
+        Ok(Response::new(ClearCacheResponse { memory_bytes: 3_000_000, files: 2, disk_bytes: 1_000_000 }))
     }
 
     async fn shutdown(&self, _: Request<ShutdownRequest>) -> Answer<ShutdownResponse> {

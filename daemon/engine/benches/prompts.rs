@@ -52,7 +52,9 @@ struct Run {
 }
 
 fn engine(model: &Path, share: f64) -> Result<Engine> {
-    let options = Options { io: Io::Direct, lookahead: Lookahead::Off, expert_cache: CacheBudget::Share(share), ..Options::default() };
+    let prefix_cache = CacheBudget::Bytes(0);
+    let options =
+        Options { io: Io::Direct, lookahead: Lookahead::Off, expert_cache: CacheBudget::Share(share), prefix_cache, ..Options::default() };
     Ok(Engine::load(model, &options, &mut |_| {})?)
 }
 

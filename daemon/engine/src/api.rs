@@ -85,6 +85,21 @@ pub struct Options {
     /// Which expert makes room for another.
     pub policy: PolicyKind,
     pub lookahead: Lookahead,
+    /// Memory for KV blocks that no request uses, kept for requests that begin alike; a share is of the available memory, 0 = no
+    /// such cache, [`CacheBudget::Auto`] = an eighth of it, and of what [`Options::memory`] leaves.
+    pub prefix_cache: CacheBudget,
+    /// Where such blocks are kept across restarts; `None` = nowhere.
+    pub disk_cache: Option<DiskCache>,
+}
+
+/// KV blocks on disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskCache {
+    pub dir: PathBuf,
+    /// Of all files; `None` = an eighth of what is free on that disk, 16 GiB at most.
+    pub budget: Option<Bytes>,
+    /// Written a day at most (UTC).
+    pub daily_writes: Bytes,
 }
 
 /// Whether the next layer's experts are read before they are asked for, while the disk has nothing else to do.
@@ -135,6 +150,8 @@ impl Default for Options {
             io: Io::Auto,
             policy: PolicyKind::default(),
             lookahead: Lookahead::default(),
+            prefix_cache: CacheBudget::Auto,
+            disk_cache: None,
         }
     }
 }
@@ -157,6 +174,8 @@ pub struct Request {
     pub ignore_eos: bool,
     /// Says in [`Event::Routing`] how every position was routed, prompt included.
     pub record_routing: bool,
+    /// How many of the prompt's first tokens will be asked for again: their KV blocks are kept on disk at once.
+    pub keep: usize,
     /// Fairness key: clients take turns, requests of one client queue behind each other.
     pub client: String,
 }
@@ -172,6 +191,7 @@ impl Request {
             top_logprobs: None,
             ignore_eos: false,
             record_routing: false,
+            keep: 0,
             client: String::new(),
         }
     }
@@ -261,6 +281,8 @@ pub enum Finish {
 pub struct Done {
     pub finish: Finish,
     pub prompt_tokens: usize,
+    /// Those of them whose keys and values were there already.
+    pub cached_tokens: usize,
     /// Generated ids, end-of-turn token included.
     pub token_ids: Vec<u32>,
     pub timing: Timing,
@@ -348,6 +370,59 @@ pub struct Report {
     pub lookahead_foreseen: u64,
     pub profile: Profile,
     pub experts: flash_experts::Stats,
+    pub prefix: PrefixReport,
+}
+
+/// The cache of prefixes since the model was loaded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PrefixReport {
+    /// Prefixes are kept at all.
+    pub on: bool,
+    /// Requests that found a part of their prompt there, and those that did not.
+    pub hits: u64,
+    pub misses: u64,
+    /// Prompt tokens that were not computed, by where their blocks came from.
+    pub memory_tokens: u64,
+    pub disk_tokens: u64,
+    /// Blocks that can be found, of [`PrefixReport::block_tokens`] each; running requests hold some of them.
+    pub blocks: usize,
+    pub bytes: Bytes,
+    pub block_tokens: usize,
+    /// Of blocks that no request holds, and what these may take now.
+    pub idle_bytes: Bytes,
+    pub budget_bytes: Bytes,
+    /// Blocks that made room.
+    pub evicted: u64,
+    pub disk: Option<DiskReport>,
+    /// Why there is none although it is configured.
+    pub disk_error: Option<String>,
+}
+
+/// The part of it on disk, of all models.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskReport {
+    pub files: usize,
+    pub bytes: Bytes,
+    pub budget_bytes: Bytes,
+    /// Since midnight UTC, and how much it may be.
+    pub written_today_bytes: Bytes,
+    pub daily_bytes: Bytes,
+    /// Since the model was loaded.
+    pub blocks_read: u64,
+    pub blocks_written: u64,
+    /// Files that were not what was written, and were deleted.
+    pub bad_files: u64,
+    pub failed_writes: u64,
+    /// Blocks left out because they would have passed a budget.
+    pub over_budget: u64,
+}
+
+/// What [`crate::Engine::clear_prefixes`] gave back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cleared {
+    pub memory_bytes: Bytes,
+    pub files: u64,
+    pub disk_bytes: Bytes,
 }
 
 /// What MLX has taken and what it was waited for.

@@ -326,7 +326,9 @@ impl<'a> Session<'a> {
             None => (Io::Buffered, PolicyKind::None, CacheBudget::Share(self.top_k_share)),
         };
         let context = Some(self.bench.prompt + self.bench.generate.max(1));
-        let options = Options { io, policy, lookahead, expert_cache: cache, context, parallel: 1, ..self.options.clone() };
+        // The warm row reads the same prompt again.
+        let prefix_cache = CacheBudget::Bytes(0);
+        let options = Options { io, policy, lookahead, expert_cache: cache, context, parallel: 1, prefix_cache, ..self.options.clone() };
         // Before a model takes its memory, and with every engine: the neighbours of a virtual machine come and go.
         let threads = options.threads.unwrap_or_else(crate::backend::cpu::physical_cores);
         let memory_bytes_s = memory_bandwidth(threads, options.available);

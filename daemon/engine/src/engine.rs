@@ -3,17 +3,21 @@
 //! Synchronous and single-threaded at the seam: the caller's thread owns it. A step takes every running request one
 //! token (or one chunk of its prompt) further; whatever else happens, happens between steps.
 
+mod reuse;
+mod room;
+mod score;
+mod source;
+
 use std::{
     collections::HashSet,
     hash::{DefaultHasher, Hash, Hasher},
     io,
     path::Path,
-    slice::Chunks,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use flash_experts::{ExpertId, Experts, Hot, Io, PolicyKind, Record, Source, Storage, replay::Trace};
+use flash_experts::{ExpertId, Experts, Hot, Io, PolicyKind, Storage, replay::Trace};
 
 use crate::{
     Bytes, CacheBudget, Delivery, Error, Event, Lookahead, ModelInfo, Options, Report, Request, RequestId, Step, Text,
@@ -23,15 +27,18 @@ use crate::{
     },
     bench::Variant,
     forward::{Cut, Forward, Pass},
-    kv::{BLOCK, BlockId, Blocks},
+    kv::BLOCK,
     memory::{SlabShape, available},
-    model::families::{Ffn, FfnSpec, Model},
+    model::families::{FfnSpec, Model},
     moe::{Forced, Router},
     profile::Stage,
     schedule::{CHUNK_MIN, Waiting, Worth, chunk, slice},
     sequence::{Counters, Sequence},
     storage,
 };
+use reuse::Reuse;
+use room::kv_bytes;
+use source::source;
 
 /// What `auto` divides where neither the caller nor the system says what is available.
 const AVAILABLE_UNKNOWN: Bytes = 8 << 30;
@@ -63,7 +70,8 @@ pub struct Engine {
     wanted: usize,
     /// Pressure's limit on the slab.
     ceiling: Option<Bytes>,
-    blocks: Blocks,
+    /// Whose KV blocks are, and which prefixes they hold.
+    reuse: Reuse,
     running: Vec<Sequence>,
     /// Every decoding sequence's next position, computed together.
     decoding: Pass,
@@ -122,6 +130,8 @@ impl Engine {
         let io = source.files.first().map_or(Io::Auto, |file| file.kind());
         let experts = Experts::open(source, slots, config).map_err(Arc::new)?;
         let router = Router { experts: model.arch.experts, top_k: model.arch.top_k, normalize: model.arch.norm_topk_prob };
+        let available = options.available.or_else(available).unwrap_or(AVAILABLE_UNKNOWN);
+        let reuse = Reuse::new(&backend, &model, options, available);
         let context = options.context.unwrap_or(CONTEXT_DEFAULT).clamp(1, model.arch.context_max);
         let mut engine = Self {
             text,
@@ -135,7 +145,7 @@ impl Engine {
             options: options.clone(),
             wanted: 1,
             ceiling: None,
-            blocks: Blocks::default(),
+            reuse,
             running: Vec::new(),
             decoding: Pass::default(),
             turn: 0,
@@ -287,6 +297,7 @@ impl Engine {
     /// the model's own routing. For measurements: what the model says is nonsense then.
     pub fn force_routing(&mut self, ids: Option<&[u16]>) -> Result<(), Error> {
         let (layers, top_k, experts) = (self.slab.layers, self.info.top_k, self.info.experts);
+        self.distrust();
         let Some(ids) = ids else {
             self.forward.forced = None;
             return Ok(());
@@ -318,7 +329,8 @@ impl Engine {
         let decoded = self.decode(&mut gone, deliver).then(|| start.elapsed());
         let read = self.prefill(decoded, &mut gone, deliver);
         self.retire(&gone);
-        if decoded.is_some() || read { Step::Worked } else { Step::Idle }
+        let worked = decoded.is_some() || read;
+        if self.write_back(!worked) || worked { Step::Worked } else { Step::Idle }
     }
 
     /// One position of every decoding request; false if there is none.
@@ -380,10 +392,18 @@ impl Engine {
     ) -> bool {
         let reads = |sequence: &Sequence| sequence.prefilling() && !sequence.paused;
         let count = self.running.len();
-        let Some(index) = (self.turn..self.turn + count).map(|i| i % count).find(|&i| reads(&self.running[i])) else { return false };
+        let turns = (self.turn..self.turn + count).map(|i| i % count);
+        let Some(index) = turns.filter(|&i| reads(&self.running[i])).find(|&i| !self.waits(i)) else { return false };
         self.turn = index + 1;
-        let mut pass = self.running[index].pass.take().unwrap_or_else(|| self.begin_chunk(index));
         let end = Instant::now() + slice(decoded);
+        let begun = self.running[index].pass.take();
+        if begun.is_none() && !self.reuse(index, end) {
+            let Sequence { id, cached, prompt, .. } = self.running[index];
+            let delivery = deliver(id, Event::Prefill { done: cached, total: prompt });
+            note(&mut self.running[index], delivery, gone);
+            return true;
+        }
+        let mut pass = begun.unwrap_or_else(|| self.begin_chunk(index));
         let mut cut = Cut { piece: if decoded.is_some() { PIECE_SHARED } else { PIECE_MAX }, enough: &mut || Instant::now() >= end };
         let done = self.forward.advance(&mut self.backend, &mut self.experts, &mut pass, &mut cut);
         let sequence = &mut self.running[index];
@@ -398,6 +418,10 @@ impl Engine {
         let rows = pass.batch.rows.len();
         if done {
             sequence.cached += rows;
+            self.publish(index);
+        }
+        let sequence = &mut self.running[index];
+        if done {
             if sequence.record {
                 deliver(id, pass.routing(0..rows));
             }
@@ -427,15 +451,21 @@ impl Engine {
     /// The next chunk of a prompt, as long as the memory allows.
     fn begin_chunk(&mut self, index: usize) -> Box<Pass> {
         let row_bytes = self.backend.row_bytes();
-        let kv = self.blocks.reserved() as Bytes * self.backend.kv_block_bytes();
-        let spare = self.options.memory.map(|cap| cap.saturating_sub(self.fixed_bytes() + kv + self.slab.bytes(self.least_slots())));
+        // Idle blocks make room.
+        let spare =
+            self.options.memory.map(|cap| cap.saturating_sub(self.fixed_bytes() + self.busy_bytes() + self.slab.bytes(self.least_slots())));
         let share = (self.slab.bytes(self.experts.slots()) / CHUNK_SHARE).saturating_sub(self.passes_bytes());
         let sequence = &self.running[index];
         let (from, table, record) = (sequence.cached, sequence.blocks.clone(), sequence.record);
         let left = sequence.prompt - from;
         // MLX chooses kernels by shape: what the cache may take must not decide on the bits.
-        let rows =
-            if self.backend.lazy() { left.min(CHUNK_MIN) } else { chunk(left, row_bytes, spare.map_or(share, |spare| spare.min(share))) };
+        let rows = if self.backend.lazy() {
+            left.min(CHUNK_MIN)
+        } else {
+            let rows = chunk(left, row_bytes, spare.map_or(share, |spare| spare.min(share)));
+            // At the end of a block: what others compute can be taken up there.
+            if rows < left { rows - (from + rows) % BLOCK } else { rows }
+        };
         let mut pass = Box::<Pass>::default();
         // The slab makes room before the memory is taken: `settle` counts what a sequence's pass says.
         pass.batch.rows = (from..from + rows).map(|position| Row { token: sequence.tokens[position], position, sequence: 0 }).collect();
@@ -459,7 +489,7 @@ impl Engine {
             context_used: self.running.iter().map(|sequence| sequence.tokens.len()).max().unwrap_or(0),
             trunk_bytes: self.backend.trunk_bytes(),
             kv_bytes: self.backend.kv_blocks_used() as Bytes * block_bytes,
-            kv_reserved_bytes: self.blocks.reserved() as Bytes * block_bytes,
+            kv_reserved_bytes: self.busy_bytes(),
             scratch_bytes: self.fixed_bytes() - self.backend.trunk_bytes() + self.passes_bytes(),
             kernels: self.backend.kernels().into(),
             threads: self.backend.threads(),
@@ -469,55 +499,19 @@ impl Engine {
             lookahead_foreseen: self.forward.foresight.foreseen,
             profile: self.backend.profile(),
             experts: self.experts.stats(),
+            prefix: self.prefix_report(),
         }
-    }
-
-    /// Reads `tokens` from an empty context and hands `each` the logits after every position ≥ `from`. For accuracy
-    /// measurements; running requests wait.
-    pub fn score(&mut self, tokens: &[u32], from: usize, each: &mut dyn FnMut(usize, &[f32])) -> Result<(), Error> {
-        self.score_parts(tokens.chunks(CHUNK_MIN), from, each)
-    }
-
-    /// As [`Engine::score`], a position at a time: what a prompt costs where it is not read at once.
-    pub fn score_singly(&mut self, tokens: &[u32], from: usize, each: &mut dyn FnMut(usize, &[f32])) -> Result<(), Error> {
-        self.score_parts(tokens.chunks(1), from, each)
-    }
-
-    /// Each part is a pass of its own.
-    fn score_parts(&mut self, parts: Chunks<'_, u32>, from: usize, each: &mut dyn FnMut(usize, &[f32])) -> Result<(), Error> {
-        parts.clone().try_for_each(|part| self.check_ids(part))?;
-        let blocks = self.blocks.take(parts.clone().map(<[u32]>::len).sum());
-        let (mut result, mut first) = (Ok(()), 0);
-        let mut pass = Pass::default();
-        for part in parts {
-            pass.start(&mut self.backend, false, |batch| {
-                batch.rows.extend(part.iter().zip(first..).map(|(token, position)| Row { token: *token, position, sequence: 0 }));
-                batch.tables.push(blocks.clone());
-            });
-            self.forward.run(&mut self.backend, &mut self.experts, &mut pass);
-            self.backend.settle(&mut pass.act);
-            self.experts.release();
-            if let Some(lost) = pass.lost.pop() {
-                result = Err(Error::Experts(lost.error));
-                break;
-            }
-            for row in (0..part.len()).filter(|row| first + row >= from) {
-                each(first + row, self.backend.logits(&mut pass.act, row..row + 1));
-            }
-            first += part.len();
-        }
-        self.free(&blocks);
-        result
     }
 
     /// Starts waiting requests while there is room for them.
     fn start_waiting(&mut self) {
         while self.running.len() < self.options.parallel.clamp(1, PIECE_MAX) {
             let (cap, slab, block) = (self.options.memory, self.slab.bytes(self.least_slots()), self.backend.kv_block_bytes());
-            let taken = self.fixed_bytes() + slab + self.blocks.reserved() as Bytes * block;
-            let fits = |sequence: &Sequence| cap.is_none_or(|cap| taken + kv_bytes(block, sequence.positions()) <= cap);
-            let Some(mut sequence) = self.waiting.pop_if(fits) else { return };
-            sequence.blocks = self.blocks.take(sequence.positions());
+            let taken = self.fixed_bytes() + slab + self.busy_bytes();
+            let Self { waiting, reuse, .. } = self;
+            let fits = |sequence: &Sequence| cap.is_none_or(|cap| taken + reuse.needed(sequence) as Bytes * block <= cap);
+            let Some(mut sequence) = waiting.pop_if(fits) else { return };
+            reuse.start(&mut sequence);
             self.settle();
             sequence.start(counters(&self.experts));
             self.running.push(sequence);
@@ -532,48 +526,9 @@ impl Engine {
         self.running = stay;
         let out: Vec<Sequence> = out;
         for sequence in out {
-            self.free(&sequence.blocks);
+            self.end(sequence);
         }
         self.settle();
-    }
-
-    fn free(&mut self, blocks: &[BlockId]) {
-        for block in blocks {
-            self.backend.free_kv(*block);
-        }
-        self.blocks.give_back(blocks);
-    }
-
-    /// Makes the slab as large as setting, cap and pressure allow together.
-    fn settle(&mut self) {
-        let wanted = self.wanted;
-        let kv = self.blocks.reserved() as Bytes * self.backend.kv_block_bytes();
-        // Beyond what is always set aside.
-        let passes = self.passes_bytes().saturating_sub(CHUNK_MIN as Bytes * self.backend.row_bytes());
-        let left = self.options.memory.map(|cap| cap.saturating_sub(self.fixed_bytes() + kv + passes));
-        let ceiling = self.ceiling.map(|ceiling| ceiling.saturating_sub(passes));
-        let limit = left.into_iter().chain(ceiling).min();
-        let slots = limit.map_or(wanted, |bytes| wanted.min(self.slab.slots_in(bytes))).max(1);
-        self.experts.set_wanted(wanted);
-        if slots != self.experts.slots() {
-            self.backend.set_slots(&mut self.experts, slots);
-        }
-    }
-
-    /// What a full cache may shrink to so that another request fits: one token's working set.
-    fn least_slots(&self) -> usize {
-        self.info.top_k.min(self.wanted)
-    }
-
-    /// Resident whatever happens: weights, scratch, the activations of decoding and of one small chunk.
-    fn fixed_bytes(&self) -> Bytes {
-        self.backend.trunk_bytes() + self.backend.scratch_bytes() + (self.options.parallel + CHUNK_MIN) as Bytes * self.backend.row_bytes()
-    }
-
-    /// Activations of the chunks that are being read.
-    fn passes_bytes(&self) -> Bytes {
-        let rows = self.running.iter().filter_map(|sequence| sequence.pass.as_ref()).map(|pass| pass.batch.rows.len()).sum::<usize>();
-        rows as Bytes * self.backend.row_bytes()
     }
 
     fn check_ids(&self, ids: &[u32]) -> Result<(), Error> {
@@ -583,10 +538,6 @@ impl Engine {
             None => Ok(()),
         }
     }
-}
-
-fn kv_bytes(block_bytes: Bytes, positions: usize) -> Bytes {
-    positions.div_ceil(BLOCK) as Bytes * block_bytes
 }
 
 /// Draws a request's next token and delivers what it adds.
@@ -601,6 +552,7 @@ fn say(
 ) {
     let id = sequence.id;
     let Some(said) = sequence.advance(text, logits, scratch) else {
+        sequence.suspect = true;
         deliver(id, Event::Failed(Error::Internal("the model's logits are not finite".into())));
         gone.insert(id);
         return;
@@ -627,39 +579,6 @@ fn note(sequence: &mut Sequence, delivery: Delivery, gone: &mut HashSet<RequestI
 fn counters(experts: &Experts) -> Counters {
     let (hits, misses, bytes) = experts.counters();
     Counters { hits, misses, bytes }
-}
-
-/// Where every routed expert's bytes lie, for the slots of this backend.
-fn source(model: &Model, backend: &Backend, open: &dyn Fn(&Path) -> io::Result<Box<dyn Storage>>) -> Result<Source, Error> {
-    let read = |path: &Path| open(path).map_err(|source| Error::Read { path: path.into(), source });
-    let layers = model.layers.iter().enumerate().filter_map(|(index, layer)| match &layer.ffn {
-        FfnSpec::Moe { experts, .. } => Some((index, experts)),
-        FfnSpec::Dense(_) => None,
-    });
-    let slices = |layer: usize, ffn: &Ffn| {
-        backend.slices(layer, ffn).ok_or_else(|| Error::Tensor {
-            path: model.info.path.clone(),
-            tensor: ffn.gate.name.clone(),
-            reason: "its shape or quantisation differs from the layer's first expert".into(),
-        })
-    };
-    if let Some(packed) = &model.packed {
-        let mut records = Vec::with_capacity(packed.records.len());
-        for ((layer, experts), entries) in layers.zip(&packed.records) {
-            // A record goes into a slot as it is, so it must be what the slot's layout says.
-            for (ffn, entry) in experts.iter().zip(entries) {
-                if slices(layer, ffn)?.iter().any(|slice| slice.offset != entry.offset + u64::from(slice.at)) {
-                    let reason = format!("records of layer {layer} are not laid out as slots are; run `flashctl convert` again");
-                    return Err(Error::File { path: packed.path.clone(), reason });
-                }
-            }
-            records.push(entries.iter().map(|entry| Record::stored(0, entry)).collect());
-        }
-        return Ok(Source { files: vec![read(&packed.path)?], layers: records });
-    }
-    let files = model.weights.files().iter().map(|path| read(path)).collect::<Result<_, _>>()?;
-    let records = |(layer, experts): (usize, &Vec<Ffn>)| experts.iter().map(|ffn| Ok(Record::unchecked(slices(layer, ffn)?))).collect();
-    Ok(Source { files, layers: layers.map(records).collect::<Result<_, Error>>()? })
 }
 
 fn mib(bytes: Bytes) -> String {

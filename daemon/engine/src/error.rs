@@ -9,6 +9,8 @@ pub enum Error {
     Setting { value: String, wants: &'static str },
     #[error("cannot read {path}: {source}")]
     Read { path: PathBuf, source: io::Error },
+    #[error("cannot clear {path}: {source}; delete the folder yourself")]
+    Clear { path: PathBuf, source: io::Error },
     /// A checkpoint's file says something that cannot be.
     #[error("{path}: {reason}")]
     File { path: PathBuf, reason: String },

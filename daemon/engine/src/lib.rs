@@ -30,6 +30,7 @@ pub use convert::{Converted, Verified, convert, verify};
 pub use engine::Engine;
 pub use error::Error;
 pub use flash_experts::{Hot, replay};
+pub use kv::disk::clear_disk_cache;
 pub use model::{Message, Text, hub};
 pub use profile::{Profile, Stage};
 pub use storage::{StorageReport, storage_report};

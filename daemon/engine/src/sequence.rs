@@ -19,6 +19,12 @@ pub(crate) struct Sequence {
     pub(crate) prompt: usize,
     /// Positions whose keys and values are in the KV cache.
     pub(crate) cached: usize,
+    /// Those of them that were there already.
+    pub(crate) reused: usize,
+    /// First tokens that are to be kept on disk.
+    pub(crate) keep: usize,
+    /// Its logits were not finite: nothing of what it computed is to be trusted.
+    pub(crate) suspect: bool,
     /// Taken when it starts to run, for every position it may reach.
     pub(crate) blocks: Table,
     /// A chunk of its prompt that is being read.
@@ -69,6 +75,9 @@ impl Sequence {
             prompt: request.prompt.len(),
             tokens: request.prompt,
             cached: 0,
+            reused: 0,
+            keep: request.keep,
+            suspect: false,
             blocks: Table::default(),
             pass: None,
             paused: false,
@@ -95,6 +104,12 @@ impl Sequence {
 
     pub(crate) fn prefilling(&self) -> bool {
         self.cached < self.prompt
+    }
+
+    /// What of its prompt need not be computed, if it is there: all but the last token, whose logits are wanted. Nothing where
+    /// every position's routing is.
+    pub(crate) fn reusable(&self) -> &[u32] {
+        &self.tokens[..if self.record { 0 } else { self.prompt - 1 }]
     }
 
     /// Draws the next token from the logits of its last position; `None` if they are not finite.
@@ -149,7 +164,7 @@ impl Sequence {
             expert_misses: now.misses - clock.at_start.misses,
             ssd_bytes: now.bytes - clock.at_start.bytes,
         };
-        Done { finish, prompt_tokens: self.prompt, token_ids: self.tokens[self.prompt..].to_vec(), timing }
+        Done { finish, prompt_tokens: self.prompt, cached_tokens: self.reused, token_ids: self.tokens[self.prompt..].to_vec(), timing }
     }
 }
 

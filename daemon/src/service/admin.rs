@@ -21,9 +21,9 @@ use super::{Daemon, convert};
 use crate::{
     Error,
     catalog::Entry,
-    config::Setting,
+    config::{Setting, disk_cache_dir},
     pressure::Finding,
-    worker::{BENCH_EVENTS, Bench, Command, State},
+    worker::{BENCH_EVENTS, Bench, ClearCache, Command, State},
 };
 
 /// More often than this costs more than it tells.
@@ -106,6 +106,16 @@ impl v1::admin_server::Admin for Service {
 
     async fn replay(&self, request: Request<v1::ReplayRequest>) -> Result<Response<v1::ReplayResponse>, Status> {
         self.replay(request.into_inner()).await.map(Response::new).map_err(|error| convert::status(&error))
+    }
+
+    async fn clear_cache(&self, _: Request<v1::ClearCacheRequest>) -> Result<Response<v1::ClearCacheResponse>, Status> {
+        let clear = async {
+            let (reply, cleared) = oneshot::channel();
+            let dir = disk_cache_dir(&self.daemon.config.home);
+            self.daemon.worker.send(Command::ClearCache(ClearCache { dir, reply }))?;
+            cleared.await.map_err(|_| Error::Draining)?
+        };
+        clear.await.map(|cleared| Response::new(convert::cleared(cleared))).map_err(|error| convert::status(&error))
     }
 
     async fn shutdown(&self, request: Request<v1::ShutdownRequest>) -> Result<Response<v1::ShutdownResponse>, Status> {

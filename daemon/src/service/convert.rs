@@ -10,7 +10,8 @@ use std::{
 };
 
 use flash_engine::{
-    CacheBudget, Done, ExpertsError, Finish, Message, ModelInfo, Options, PolicyKind, Report, Request, Sampling, Text, TokenLogprob,
+    CacheBudget, Cleared, DiskReport, Done, ExpertsError, Finish, Message, ModelInfo, Options, PolicyKind, Report, Request, Sampling, Text,
+    TokenLogprob,
     bench::{self, BenchEvent, BenchOptions, Machine, Row, Variant},
     parse_bytes,
     replay::{ReplayPolicy, Replayed, Trace},
@@ -69,7 +70,7 @@ fn engine_status(error: &flash_engine::Error, message: String) -> Status {
         E::QueueFull { .. } => code::status(code::QUEUE_FULL, message),
         E::Memory { .. } => code::status(code::INSUFFICIENT_MEMORY, message),
         E::Experts(error) if matches!(**error, ExpertsError::Space { .. }) => code::status(code::NO_SPACE, message),
-        E::Tokenizer { .. } | E::Experts(_) | E::Internal(_) => code::status(code::ENGINE, message),
+        E::Clear { .. } | E::Tokenizer { .. } | E::Experts(_) | E::Internal(_) => code::status(code::ENGINE, message),
     }
 }
 
@@ -106,6 +107,7 @@ pub(super) struct Rest {
     top_logprobs: Option<usize>,
     ignore_eos: bool,
     record_routing: bool,
+    cache_prompt: bool,
     client: String,
 }
 
@@ -141,6 +143,7 @@ pub(super) fn generate(request: v1::GenerateRequest) -> Result<Wanted, Error> {
             top_logprobs: request.top_logprobs.map(|n| n as usize),
             ignore_eos: request.ignore_eos,
             record_routing: request.record_routing,
+            cache_prompt: request.cache_prompt,
             client: request.client,
         },
     })
@@ -222,8 +225,9 @@ impl Overrides {
 
 impl Rest {
     pub(super) fn request(self, prompt: Vec<u32>, sampling: Sampling) -> Request {
-        let Self { stop, max_tokens, top_logprobs, ignore_eos, record_routing, client } = self;
-        Request { prompt, sampling, stop, max_tokens, top_logprobs, ignore_eos, record_routing, client }
+        let Self { stop, max_tokens, top_logprobs, ignore_eos, record_routing, cache_prompt, client } = self;
+        let keep = if cache_prompt { prompt.len() } else { 0 };
+        Request { prompt, sampling, stop, max_tokens, top_logprobs, ignore_eos, record_routing, keep, client }
     }
 }
 
@@ -293,7 +297,7 @@ pub(super) fn token(text: String, logprobs: Vec<TokenLogprob>, side: &Text) -> v
         logprob: found.logprob,
         top: found.top.into_iter().map(alternative).collect(),
     };
-    event(v1::generate_event::Event::Text(v1::Text { text, logprobs: logprobs.into_iter().map(logprob).collect() }))
+    event(v1::generate_event::Event::Text(v1::Text { text, logprobs: logprobs.into_iter().map(logprob).collect(), ..v1::Text::default() }))
 }
 
 /// In parts of a few hundred kilobytes: messages have a largest size.
@@ -317,7 +321,12 @@ pub(super) fn done(done: Done) -> v1::GenerateEvent {
     event(v1::generate_event::Event::Done(v1::Done {
         finish: finish.into(),
         stop,
-        usage: Some(v1::Usage { prompt_tokens: u32(done.prompt_tokens), cached_tokens: 0, completion_tokens: u32(done.token_ids.len()) }),
+        usage: Some(v1::Usage {
+            prompt_tokens: u32(done.prompt_tokens),
+            cached_tokens: u32(done.cached_tokens),
+            completion_tokens: u32(done.token_ids.len()),
+            ..v1::Usage::default()
+        }),
         timing: Some(v1::Timing {
             queue_ms: ms(timing.queue),
             prefill_ms: ms(timing.prefill),
@@ -652,6 +661,7 @@ pub(super) fn snapshot(seen: Seen<'_>) -> v1::Snapshot {
                 host_syncs: mlx.host_syncs,
             }),
         }),
+        prefix: report.and_then(prefix),
         pressure: Some(v1::Pressure {
             level: match view.level {
                 Level::Normal => v1::pressure::Level::Normal,
@@ -688,6 +698,40 @@ fn loaded(model: &Model, phase: &Phase) -> v1::LoadedModel {
         },
         Phase::Bench(_) => v1::LoadedModel { id, state: S::Benchmark.into(), progress: 1.0, ..v1::LoadedModel::default() },
     }
+}
+
+/// `None`: no prefixes are kept.
+fn prefix(report: &Report) -> Option<v1::Prefix> {
+    let prefix = &report.prefix;
+    let disk = |disk: DiskReport| v1::PrefixDisk {
+        files: disk.files as u64,
+        bytes: disk.bytes,
+        budget_bytes: disk.budget_bytes,
+        written_today_bytes: disk.written_today_bytes,
+        daily_bytes: disk.daily_bytes,
+        read: disk.blocks_read,
+        written: disk.blocks_written,
+        bad: disk.bad_files,
+        failed_writes: disk.failed_writes,
+        over_budget: disk.over_budget,
+    };
+    prefix.on.then(|| v1::Prefix {
+        hits: prefix.hits,
+        misses: prefix.misses,
+        memory_tokens: prefix.memory_tokens,
+        disk_tokens: prefix.disk_tokens,
+        tokens: (prefix.blocks * prefix.block_tokens) as u64,
+        bytes: prefix.bytes,
+        idle_bytes: prefix.idle_bytes,
+        budget_bytes: prefix.budget_bytes,
+        evicted: prefix.evicted,
+        disk: prefix.disk.map(disk),
+        disk_error: prefix.disk_error.clone().unwrap_or_default(),
+    })
+}
+
+pub(super) fn cleared(cleared: Cleared) -> v1::ClearCacheResponse {
+    v1::ClearCacheResponse { memory_bytes: cleared.memory_bytes, files: cleared.files, disk_bytes: cleared.disk_bytes }
 }
 
 fn belady(found: gap::Found) -> v1::Belady {
@@ -747,6 +791,12 @@ mod tests {
         Ok((wanted.rest.request(vec![1], wanted.sampling.over(&Sampling::greedy(), 100)?), wanted.keep_alive))
     }
 
+    #[test]
+    fn a_marked_prompt_is_kept_to_its_end() {
+        let keep = |marked| wanted(|request| request.cache_prompt = marked).expect("a good request").0.keep;
+        assert_eq!((keep(false), keep(true)), (0, 1));
+    }
+
     fn check_sampling(param: &str, good: &[f32], bad: &[f32], set: fn(&mut v1::Sampling, f32)) {
         let run = |value: f32| wanted(|request| set(request.sampling.as_mut().expect("set above"), value));
         for value in good {
@@ -792,7 +842,7 @@ mod tests {
         });
         check("chat_template_kwargs", |request| {
             let messages = vec![v1::Message::default()];
-            let chat = v1::Chat { messages, template_kwargs_json: "[1]".into(), continue_final_message: false };
+            let chat = v1::Chat { messages, template_kwargs_json: "[1]".into(), ..v1::Chat::default() };
             request.prompt = Some(v1::generate_request::Prompt::Chat(chat));
         });
         let (request, keep_alive) = wanted(|request| {

@@ -117,7 +117,7 @@ fn conversation(top: &mut Object<'_>, unknown: &mut Vec<String>) -> Result<v1::C
         Some(node) => node.flag()?,
         None => prefix && of_assistant,
     };
-    Ok(v1::Chat { messages, template_kwargs_json: template_kwargs(top)?, continue_final_message })
+    Ok(v1::Chat { messages, template_kwargs_json: template_kwargs(top)?, continue_final_message, ..v1::Chat::default() })
 }
 
 /// A message and whether it asks to be continued.
@@ -148,7 +148,7 @@ fn message(node: &Node<'_>, unknown: &mut Vec<String>) -> Result<(v1::Message, b
     // Earlier reasoning is not shown to the model again; ids of calls mean nothing to a template without tools.
     object.ignore(&["tool_call_id", "reasoning_content", "reasoning", "annotations", "audio"]);
     object.finish(unknown);
-    Ok((v1::Message { role: role.to_owned(), content, name }, prefix))
+    Ok((v1::Message { role: role.to_owned(), content, name, ..v1::Message::default() }, prefix))
 }
 
 /// Text, or parts whose texts follow each other.
@@ -319,7 +319,7 @@ impl Chunks {
                 }
                 out.push_str("data: [DONE]\n\n");
             }
-            Event::Text(_) | Event::Progress(_) | Event::Failed(_) | Event::Routing(_) => {}
+            Event::Text(_) | Event::Progress(_) | Event::Failed(_) | Event::Routing(_) | Event::ToolCall(_) => {}
         }
     }
 
@@ -354,7 +354,7 @@ impl Collected {
                 head.system_fingerprint = std::mem::take(&mut self.fingerprint);
                 return Some(self.completion(&done, head, with_logprobs));
             }
-            Event::Progress(_) | Event::Failed(_) | Event::Routing(_) => {}
+            Event::Progress(_) | Event::Failed(_) | Event::Routing(_) | Event::ToolCall(_) => {}
         }
         None
     }
@@ -372,6 +372,7 @@ fn finish_reason(done: &v1::Done) -> &'static str {
     match done.finish() {
         v1::done::Finish::Stop => "stop",
         v1::done::Finish::Length => "length",
+        v1::done::Finish::ToolCalls => "tool_calls",
     }
 }
 

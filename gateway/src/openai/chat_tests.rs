@@ -160,11 +160,11 @@ fn no_refusal_quotes_the_prompt() {
 }
 
 fn text(text: &str) -> Event {
-    Event::Text(v1::Text { text: text.into(), logprobs: Vec::new() })
+    Event::Text(v1::Text { text: text.into(), ..v1::Text::default() })
 }
 
 fn done(finish: v1::done::Finish) -> Event {
-    let usage = v1::Usage { prompt_tokens: 11, cached_tokens: 3, completion_tokens: 5 };
+    let usage = v1::Usage { prompt_tokens: 11, cached_tokens: 3, completion_tokens: 5, reasoning_tokens: 0 };
     let timing =
         v1::Timing { queue_ms: 1.0, prefill_ms: 100.0, ttft_ms: 110.0, decode_ms: 40.0, expert_hits: 3, expert_misses: 1, ssd_bytes: 4096 };
     Event::Done(v1::Done { finish: finish.into(), usage: Some(usage), timing: Some(timing), ..Default::default() })
@@ -223,7 +223,12 @@ fn events_become_a_completion_with_logprobs() {
     let mut collected = Collected::default();
     let mut head = head();
     let mut body = None;
-    for event in [start(), text("H"), Event::Text(v1::Text { text: "é".into(), logprobs: vec![logprob] }), done(v1::done::Finish::Stop)] {
+    for event in [
+        start(),
+        text("H"),
+        Event::Text(v1::Text { text: "é".into(), logprobs: vec![logprob], ..v1::Text::default() }),
+        done(v1::done::Finish::Stop),
+    ] {
         assert!(body.is_none());
         body = collected.add(event, &mut head, true);
     }

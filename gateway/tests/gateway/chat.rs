@@ -47,7 +47,10 @@ async fn a_stream_is_the_recorded_one() {
         top: vec![v1::Alternative { id: 6, token: "?".into(), logprob: -1.5 }],
     };
     let mut with_logprobs = reply(&["Hello"]);
-    with_logprobs.insert(2, Step::Send(v1::generate_event::Event::Text(v1::Text { text: "!".into(), logprobs: vec![logprob] })));
+    with_logprobs.insert(
+        2,
+        Step::Send(v1::generate_event::Event::Text(v1::Text { text: "!".into(), logprobs: vec![logprob], ..v1::Text::default() })),
+    );
     let mut cut_short = reply(&["Hello"]);
     *cut_short.last_mut().expect("steps") = Step::Send(done(v1::done::Finish::Length));
     for (name, extra, script) in [

@@ -267,11 +267,11 @@ pub(crate) fn accepted() -> Event {
 }
 
 pub(crate) fn text(text: &str) -> Event {
-    Event::Text(v1::Text { text: text.into(), logprobs: Vec::new() })
+    Event::Text(v1::Text { text: text.into(), ..v1::Text::default() })
 }
 
 pub(crate) fn done(finish: v1::done::Finish) -> Event {
-    let usage = Some(v1::Usage { prompt_tokens: 11, cached_tokens: 3, completion_tokens: 5 });
+    let usage = Some(v1::Usage { prompt_tokens: 11, cached_tokens: 3, completion_tokens: 5, reasoning_tokens: 0 });
     let timing =
         v1::Timing { queue_ms: 1.0, prefill_ms: 100.0, ttft_ms: 110.0, decode_ms: 40.0, expert_hits: 3, expert_misses: 1, ssd_bytes: 4096 };
     Event::Done(v1::Done { finish: finish.into(), usage, timing: Some(timing), ..Default::default() })

@@ -214,6 +214,34 @@ impl Backend {
         either!(self, backend => backend.free_kv(block));
     }
 
+    /// Bytes of a KV block that are each layer's; `None`: blocks cannot be shared, because a row's bits may depend on the chunk
+    /// that it was computed in, or because there are none.
+    pub(crate) fn kv_layers(&self) -> Option<Vec<usize>> {
+        match self {
+            Self::Cpu(cpu) => Some(cpu.kv_layers()),
+            #[cfg(feature = "mlx")]
+            Self::Mlx(_) => None,
+        }
+    }
+
+    /// A layer's part of a block that was computed.
+    pub(crate) fn kv_state(&self, block: BlockId, layer: usize) -> &[u8] {
+        match self {
+            Self::Cpu(cpu) => cpu.kv_state(block, layer),
+            #[cfg(feature = "mlx")]
+            Self::Mlx(_) => unreachable!("MLX shares no blocks"),
+        }
+    }
+
+    /// As [`Backend::kv_state`], of any block, to be filled with what that gave.
+    pub(crate) fn kv_state_mut(&mut self, block: BlockId, layer: usize) -> &mut [u8] {
+        match self {
+            Self::Cpu(cpu) => cpu.kv_state_mut(block, layer),
+            #[cfg(feature = "mlx")]
+            Self::Mlx(_) => unreachable!("MLX shares no blocks"),
+        }
+    }
+
     /// Sizes `act` for the pass and embeds its tokens.
     pub(crate) fn begin(&mut self, act: &mut Activations, batch: &Batch) {
         match self {

@@ -1,6 +1,21 @@
-//! Which KV block belongs to whom. The bytes live in the backend; this counts.
+//! The KV cache's blocks: whose they are ([`Blocks`]), which prefixes they hold ([`Prefix`]), and those kept on disk. The bytes
+//! lie in the backend; nothing here knows what is in them.
+//!
+//! The one contract: a block holds, for each layer, what that layer needs to go on behind the block's last position, given the
+//! blocks before it. Full attention keeps keys and values of the block's positions. A layer with a sliding window keeps the same and
+//! reads the last few blocks only; a recurrent layer would keep its state after the block's last position. So a prefix ends
+//! where a block ends, and index and disk treat every kind of layer alike: a block is a list of layers' bytes.
+
+mod blocks;
+pub(crate) mod disk;
+mod prefix;
+mod record;
 
 use std::sync::Arc;
+
+pub(crate) use blocks::Blocks;
+pub(crate) use disk::Disk;
+pub(crate) use prefix::{NodeId, Prefix, edges};
 
 /// Tokens of a block.
 pub(crate) const BLOCK: usize = 32;
@@ -11,50 +26,3 @@ pub(crate) struct BlockId(pub(crate) u32);
 
 /// The blocks of one sequence, in order of position.
 pub(crate) type Table = Arc<[BlockId]>;
-
-/// Hands out blocks; a number is reused before a new one is made.
-#[derive(Debug, Default)]
-pub(crate) struct Blocks {
-    free: Vec<BlockId>,
-    made: u32,
-}
-
-impl Blocks {
-    /// Enough blocks for `tokens` positions.
-    pub(crate) fn take(&mut self, tokens: usize) -> Table {
-        (0..tokens.div_ceil(BLOCK))
-            .map(|_| {
-                self.free.pop().unwrap_or_else(|| {
-                    self.made += 1;
-                    BlockId(self.made - 1)
-                })
-            })
-            .collect()
-    }
-
-    pub(crate) fn give_back(&mut self, blocks: &[BlockId]) {
-        self.free.extend_from_slice(blocks);
-    }
-
-    /// Blocks that somebody holds.
-    pub(crate) fn reserved(&self) -> usize {
-        self.made as usize - self.free.len()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn blocks_are_distinct_while_held_and_reused_after() {
-        let mut blocks = Blocks::default();
-        let (a, b) = (blocks.take(33), blocks.take(1));
-        assert_eq!((a.len(), b.len(), blocks.reserved()), (2, 1, 3));
-        assert!(!a.contains(&b[0]));
-        blocks.give_back(&a);
-        assert_eq!(blocks.reserved(), 1);
-        let c = blocks.take(64);
-        assert!(c.iter().all(|id| a.contains(id)));
-    }
-}

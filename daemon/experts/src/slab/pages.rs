@@ -1,7 +1,7 @@
 //! Bytes in pages of their own, huge ones where they fill some: for weights that are read whole with every token, where walking
 //! page tables would take a good part of the time. Not the slab: nothing comes or goes here.
 
-use std::{fmt, io, ptr::NonNull};
+use std::{ffi::c_void, fmt, io, ops::Range, ptr::NonNull};
 
 use super::{HUGE, os, reserve};
 
@@ -33,6 +33,29 @@ impl Pages {
         // SAFETY: as above, and the borrow is exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
+
+    /// Gives the memory of a part back, as far as it is whole pages; what was in it is lost.
+    pub fn discard(&mut self, part: Range<usize>) {
+        if let Some((at, len)) = self.whole_pages(part) {
+            // SAFETY: whole pages of the mapping, and the borrow is exclusive.
+            unsafe { os::discard(at, len) }
+        }
+    }
+
+    /// Before a part that was discarded is written again: huge pages may come back.
+    pub fn restore(&mut self, part: Range<usize>) {
+        if let Some((at, len)) = self.whole_pages(part) {
+            // SAFETY: as above; no contents change.
+            unsafe { os::advise(at, len, self.len >= HUGE) }
+        }
+    }
+
+    fn whole_pages(&self, part: Range<usize>) -> Option<(*mut c_void, usize)> {
+        let page = rustix::param::page_size();
+        let (from, to) = (part.start.next_multiple_of(page), part.end.min(self.len) / page * page);
+        // In bounds, so that it stays within the allocation.
+        (from < to).then(|| (self.start.as_ptr().wrapping_add(from).cast(), to - from))
+    }
 }
 
 impl Drop for Pages {
@@ -51,6 +74,20 @@ impl fmt::Debug for Pages {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_part_is_given_back_without_its_neighbours() {
+        let mut pages = Pages::new(3 * HUGE).unwrap();
+        pages.as_mut_slice().fill(7);
+        let page = rustix::param::page_size();
+        pages.discard(HUGE + 5..HUGE + 4 * page);
+        let zero = HUGE + page..HUGE + 4 * page;
+        assert!(pages.as_slice().iter().enumerate().all(|(at, byte)| *byte == if zero.contains(&at) { 0 } else { 7 }));
+        pages.restore(HUGE + 5..HUGE + 4 * page);
+        pages.discard(5..page);
+        pages.as_mut_slice()[HUGE + page] = 8;
+        assert_eq!((pages.as_slice()[5], pages.as_slice()[HUGE + page]), (7, 8));
+    }
 
     #[test]
     fn bytes_are_zero_aligned_and_ones_own() {

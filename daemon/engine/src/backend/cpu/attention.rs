@@ -65,6 +65,21 @@ impl Kv {
         }
     }
 
+    /// Of a block that was written.
+    pub(super) fn bytes(&self, block: BlockId) -> Option<&[u8]> {
+        match self {
+            Self::F32(blocks) => blocks.bytes(block),
+            Self::F16(blocks) => blocks.bytes(block),
+        }
+    }
+
+    pub(super) fn bytes_mut(&mut self, shape: &Shape, block: BlockId) -> &mut [u8] {
+        match self {
+            Self::F32(blocks) => blocks.bytes_mut(block, shape.block_numbers()),
+            Self::F16(blocks) => blocks.bytes_mut(block, shape.block_numbers()),
+        }
+    }
+
     /// Stores one token's keys and values [kv_heads × head_dim] of `layer`.
     pub(super) fn write(&mut self, shape: &Shape, layer: usize, table: &[BlockId], position: usize, k: &[f32], v: &[f32]) {
         match self {

@@ -6,7 +6,7 @@ use flash_experts::Pages;
 use super::portable::Number;
 use crate::kv::BlockId;
 
-/// Bytes of a mapping, about; it is returned when the last block in it is freed.
+/// Bytes of a mapping, about; returned when the last block in it is freed, a single block's memory before that.
 const CHUNK: usize = 32 << 20;
 
 /// Blocks of equal size by number. Their memory is taken when they are first written.
@@ -22,6 +22,8 @@ pub(super) struct Blocks<N> {
 struct Chunk {
     pages: Pages,
     used: Vec<bool>,
+    /// Some block's memory was given back by itself.
+    holes: bool,
 }
 
 impl<N> Default for Blocks<N> {
@@ -41,37 +43,52 @@ impl<N: Number> Blocks<N> {
 
     /// `None` if nobody has written it.
     pub(super) fn get(&self, id: BlockId) -> Option<&[N]> {
-        let (chunk, at) = self.chunk_of(id);
-        let chunk = self.chunks.get(chunk)?.as_ref().filter(|chunk| chunk.used[at])?;
-        // SAFETY: pages begin at a multiple of N's alignment, and any bits are a `Number`.
-        let numbers = unsafe { chunk.pages.as_slice().align_to().1 };
-        Some(&numbers[at * self.size..][..self.size])
+        // SAFETY: blocks begin at a multiple of N's size, as pages begin at a multiple of its alignment, and any bits are a `Number`.
+        Some(unsafe { self.bytes(id)?.align_to().1 })
     }
 
     /// For writing; what is in it besides is of no meaning. All blocks have `size` numbers.
     pub(super) fn get_mut(&mut self, id: BlockId, size: usize) -> &mut [N] {
+        // SAFETY: as above; the borrow is exclusive.
+        unsafe { self.bytes_mut(id, size).align_to_mut().1 }
+    }
+
+    /// As [`Blocks::get`].
+    pub(super) fn bytes(&self, id: BlockId) -> Option<&[u8]> {
+        let (chunk, at) = self.chunk_of(id);
+        let chunk = self.chunks.get(chunk)?.as_ref().filter(|chunk| chunk.used[at])?;
+        let bytes = self.size * size_of::<N>();
+        Some(&chunk.pages.as_slice()[at * bytes..][..bytes])
+    }
+
+    /// As [`Blocks::get_mut`].
+    pub(super) fn bytes_mut(&mut self, id: BlockId, size: usize) -> &mut [u8] {
         self.size = size;
-        let ((chunk, at), blocks) = (self.chunk_of(id), self.per_chunk());
+        let ((chunk, at), blocks, bytes) = (self.chunk_of(id), self.per_chunk(), size * size_of::<N>());
         if self.chunks.len() <= chunk {
             self.chunks.resize_with(chunk + 1, || None);
         }
         let chunk = self.chunks[chunk].get_or_insert_with(|| {
             // As with any allocation, there is no going on without it; a budget has been held against before.
-            let pages = Pages::new(blocks * size * size_of::<N>()).unwrap_or_else(|error| panic!("no memory for the KV cache: {error}"));
-            Chunk { pages, used: vec![false; blocks] }
+            let pages = Pages::new(blocks * bytes).unwrap_or_else(|error| panic!("no memory for the KV cache: {error}"));
+            Chunk { pages, used: vec![false; blocks], holes: false }
         });
-        chunk.used[at] = true;
-        // SAFETY: as above; the borrow is exclusive.
-        let numbers = unsafe { chunk.pages.as_mut_slice().align_to_mut().1 };
-        &mut numbers[at * size..][..size]
+        if !std::mem::replace(&mut chunk.used[at], true) && chunk.holes {
+            chunk.pages.restore(at * bytes..(at + 1) * bytes);
+        }
+        &mut chunk.pages.as_mut_slice()[at * bytes..][..bytes]
     }
 
+    /// Its memory goes back, with that of the whole mapping if it was the last in it.
     pub(super) fn free(&mut self, id: BlockId) {
-        let (chunk, at) = self.chunk_of(id);
+        let ((chunk, at), bytes) = (self.chunk_of(id), self.size * size_of::<N>());
         let Some(slot) = self.chunks.get_mut(chunk) else { return };
-        if let Some(chunk) = slot {
+        if let Some(chunk) = slot.as_mut().filter(|chunk| chunk.used[at]) {
             chunk.used[at] = false;
-            if !chunk.used.contains(&true) {
+            if chunk.used.contains(&true) {
+                chunk.pages.discard(at * bytes..(at + 1) * bytes);
+                chunk.holes = true;
+            } else {
                 *slot = None;
             }
         }
@@ -100,6 +117,9 @@ mod tests {
         blocks.free(BlockId(9));
         blocks.free(BlockId(0));
         assert_eq!((blocks.get(BlockId(0)), blocks.used(), blocks.chunks.iter().flatten().count()), (None, 2, 2));
+        assert!(blocks.get_mut(BlockId(0), size).iter().all(|number| *number == 0.0), "given back, though a neighbour stays");
+        blocks.free(BlockId(0));
+        assert!(blocks.get(BlockId(1)).unwrap().iter().all(|number| *number == 2.0));
         blocks.free(BlockId(1));
         assert_eq!((blocks.used(), blocks.chunks.iter().flatten().count()), (1, 1));
     }

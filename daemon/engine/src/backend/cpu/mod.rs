@@ -269,6 +269,21 @@ impl Cpu {
         self.kv.free(block);
     }
 
+    /// Bytes of a KV block that are each layer's.
+    pub(crate) fn kv_layers(&self) -> Vec<usize> {
+        vec![self.kv.block_bytes(&self.shape) / self.shape.layers; self.shape.layers]
+    }
+
+    pub(crate) fn kv_state(&self, block: BlockId, layer: usize) -> &[u8] {
+        let bytes = self.kv.block_bytes(&self.shape) / self.shape.layers;
+        &self.kv.bytes(block).expect("a computed block")[layer * bytes..][..bytes]
+    }
+
+    pub(crate) fn kv_state_mut(&mut self, block: BlockId, layer: usize) -> &mut [u8] {
+        let bytes = self.kv.block_bytes(&self.shape) / self.shape.layers;
+        &mut self.kv.bytes_mut(&self.shape, block)[layer * bytes..][..bytes]
+    }
+
     /// Sizes `act` for the pass and embeds its tokens.
     pub(crate) fn begin(&mut self, act: &mut Activations, batch: &Batch) {
         let began = Instant::now();
