@@ -6,7 +6,7 @@ use std::{io, net::SocketAddr, path::PathBuf, time::Duration};
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 
-/// Answers OpenAI's HTTP API from flashd.
+/// Answers the HTTP APIs of OpenAI, Anthropic and Ollama from flashd.
 #[derive(Debug, clap::Parser)]
 #[command(name = "flash-gateway", version)]
 pub struct Args {
@@ -34,6 +34,20 @@ pub struct Args {
     /// Refuse request fields that are not known instead of ignoring them
     #[arg(long)]
     pub strict_fields: bool,
+    /// Where chat completions tell what the model thinks
+    #[arg(long, value_name = "FIELD", default_value = "reasoning_content")]
+    pub reasoning_field: ReasoningField,
+}
+
+/// Names that clients look for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum ReasoningField {
+    ReasoningContent,
+    Reasoning,
+    Both,
+    /// In the text, between <think> marks
+    Inline,
 }
 
 /// Why the gateway did not start.
@@ -75,6 +89,7 @@ pub struct Config {
     /// Origins accepted beside the local ones; `*` means all.
     pub origins: Vec<String>,
     pub strict_fields: bool,
+    pub reasoning_field: ReasoningField,
     pub timing: Timing,
 }
 
@@ -135,6 +150,7 @@ impl Args {
             hosts,
             origins: self.cors_origins.clone(),
             strict_fields: self.strict_fields,
+            reasoning_field: self.reasoning_field,
             timing: Timing::default(),
         })
     }

@@ -1,7 +1,9 @@
-//! flash-gateway: OpenAI's HTTP API in front of flashd. It translates and guards; it knows no models and keeps nothing
-//! between requests. [`serve`] is what `main.rs` and the tests call.
+//! flash-gateway: the HTTP APIs of OpenAI, Anthropic and Ollama in front of flashd. It translates and guards; it knows no
+//! models, and all it keeps between requests is a bounded store of responses. [`serve`] is what `main.rs` and the tests call.
 
+mod ask;
 mod body;
+mod call;
 pub mod config;
 mod error;
 mod guard;
@@ -10,6 +12,7 @@ mod json;
 mod metrics;
 mod openai;
 mod ops;
+mod reply;
 mod router;
 mod sse;
 mod upstream;

@@ -29,7 +29,7 @@ use crate::{
     App,
     body::discard,
     config::digest,
-    error::{Code, Failure},
+    error::{Code, Dialect, Failure},
     guard,
     io::Activity,
     openai, ops,
@@ -120,6 +120,7 @@ async fn envelope(State(app): State<Arc<App>>, route: Option<MatchedPath>, reque
     };
     connection.activity.begin(parts.version == Version::HTTP_2);
     let is_head = parts.method == Method::HEAD;
+    let dialect = Dialect::of(parts.uri.path(), &parts.headers);
     let admitted = guard::host(&parts, &app.config)
         .and_then(|()| guard::origin(&parts.method, &parts.headers, &app.config))
         .and_then(|origin| guard::key(&parts, &app.config, connection.bound).map(|()| origin));
@@ -135,6 +136,11 @@ async fn envelope(State(app): State<Arc<App>>, route: Option<MatchedPath>, reque
         }
         Ok(origin) => (origin, next.run(Request::from_parts(parts, body)).await),
     };
+    if let Some(failure) = response.extensions_mut().remove::<Failure>() {
+        *response.status_mut() = failure.status(dialect);
+        *response.body_mut() = Body::from(failure.body(dialect, &request_id).to_string());
+        response.headers_mut().remove(header::CONTENT_LENGTH);
+    }
     let headers = response.headers_mut();
     headers.append(header::VARY, HeaderValue::from_static("Origin"));
     if let Some(origin) = origin {
@@ -144,7 +150,11 @@ async fn envelope(State(app): State<Arc<App>>, route: Option<MatchedPath>, reque
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     headers.insert("openai-processing-ms", u64::try_from(arrived.elapsed().as_millis()).unwrap_or(u64::MAX).into());
-    headers.insert(REQUEST_ID, HeaderValue::from_str(&request_id).expect("an id is plain ASCII"));
+    let id = HeaderValue::from_str(&request_id).expect("an id is plain ASCII");
+    if dialect == Dialect::Anthropic {
+        headers.insert("request-id", id.clone());
+    }
+    headers.insert(REQUEST_ID, id);
     let code = response.status().as_u16();
     if is_head {
         // The body will be dropped unread, and that is its end.
@@ -184,6 +194,7 @@ fn method_label(method: &Method) -> &'static str {
         Method::POST => "POST",
         Method::HEAD => "HEAD",
         Method::OPTIONS => "OPTIONS",
+        Method::DELETE => "DELETE",
         _ => "other",
     }
 }
