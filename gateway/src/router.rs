@@ -64,6 +64,8 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/models", get(openai::models::list))
         .route("/models/{*id}", get(openai::models::one))
         .route("/chat/completions", post(openai::chat))
+        .route("/completions", post(openai::completions))
+        .route("/embeddings", post(openai::embeddings))
         .fallback(unknown_url)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(app.clone(), envelope))

@@ -2,6 +2,7 @@
 
 pub(crate) mod chat;
 mod chunks;
+mod completions;
 pub(crate) mod models;
 pub(crate) mod types;
 
@@ -14,7 +15,8 @@ use self::{
 use crate::{
     ask,
     call::{self, Asked, Framing},
-    error::Failure,
+    error::{Code, Failure},
+    json::Node,
     router::unique_id,
 };
 
@@ -37,4 +39,25 @@ pub(crate) async fn chat(Asked { call, body }: Asked) -> Result<Response, Failur
     }
     let replies = call.collect(requests).await?;
     Ok(chunks::completion(style, &replies, |body| call::json(body, &replies)))
+}
+
+/// `POST /v1/completions`.
+pub(crate) async fn completions(Asked { call, body }: Asked) -> Result<Response, Failure> {
+    let completions::Request { requests, stream, mut style, unknown } = completions::read(&body, |model| head("cmpl", model))?;
+    call.app.note_unknown(&unknown)?;
+    if stream {
+        let mut chunks = completions::Chunks::new(style, requests.len());
+        return call.stream(requests, Framing::Events, move |item, out| chunks.write(item, out)).await;
+    }
+    let replies = call.collect(requests).await?;
+    Ok(call::json(&style.completion(&replies), &replies))
+}
+
+/// `POST /v1/embeddings`: no model that can be loaded here makes any.
+pub(crate) async fn embeddings(Asked { call, body }: Asked) -> Result<Response, Failure> {
+    let mut top = Node::root(&body).object()?;
+    let model = top.read("model", |node| node.text())?.unwrap_or_default();
+    top.require("input")?;
+    call.app.upstream.resolve(model).await?;
+    Err(Failure::at(Code::EmbeddingsNotSupported, "model", "The model answers in text and makes no embeddings."))
 }

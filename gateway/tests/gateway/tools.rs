@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Gateway,
-    client::chat,
+    client::{chat, post},
     expect,
     fake::{Fake, Step, accepted, calls, considered, reply, text},
     timeless,
@@ -129,4 +129,31 @@ async fn a_template_that_refuses_gets_a_softer_conversation() {
     assert_eq!(heard(1), ["a\n<system-reminder>\ns\n</system-reminder>\nb"]);
     fake.script(refusal());
     assert_eq!(chat(gateway.address, &body(json!({}))).await.error(), (422, "chat_template_error".to_owned()));
+}
+
+#[tokio::test]
+async fn completions_take_raw_text() {
+    let fake = Fake::start();
+    let gateway = Gateway::start(&fake).await;
+    fake.script(reply(&[" upon", " a time"]));
+    let answer = post(gateway.address, "/v1/completions", &json!({"prompt": "Once", "echo": true})).await;
+    let said = answer.json();
+    assert_eq!((&said["object"], &said["choices"][0]["text"]), (&json!("text_completion"), &json!("Once upon a time")));
+    assert_eq!((fake.requests()[0].prompt.clone(), fake.requests()[0].max_tokens), (Some(Prompt::Text("Once".into())), Some(16)));
+    fake.script(reply(&["x"]));
+    let options = json!({"prompt": [1, 2], "stream": true, "stream_options": {"include_usage": true}});
+    let streamed = post(gateway.address, "/completions", &options).await;
+    assert!(streamed.text().contains(r#""text":"x""#) && streamed.text().ends_with("data: [DONE]\n\n"), "{}", streamed.text());
+    let refused = post(gateway.address, "/v1/completions", &json!({"prompt": "a", "suffix": "b"})).await;
+    assert_eq!(refused.error(), (422, "fim_not_supported".to_owned()));
+}
+
+#[tokio::test]
+async fn embeddings_are_not_made() {
+    let fake = Fake::start();
+    let gateway = Gateway::start(&fake).await;
+    let ask = json!({"model": "local", "input": "x", "encoding_format": "base64"});
+    assert_eq!(post(gateway.address, "/v1/embeddings", &ask).await.error(), (422, "embeddings_not_supported".to_owned()));
+    let ask = json!({"model": "gpt-9", "input": "x"});
+    assert_eq!(post(gateway.address, "/v1/embeddings", &ask).await.error(), (404, "model_not_found".to_owned()));
 }
