@@ -19,7 +19,7 @@ mod upstream;
 
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Once},
+    sync::{Arc, Mutex, Once},
 };
 
 use hyper_util::{
@@ -38,6 +38,7 @@ pub use config::{Config, Timing};
 use error::{Code, Failure};
 use io::{Activity, Timed};
 use metrics::Metrics;
+use openai::responses::store::Store;
 use router::Connection;
 use upstream::Upstream;
 
@@ -52,6 +53,8 @@ pub(crate) struct App {
     /// Cancelled when patience with running work ends.
     pub(crate) cut: CancellationToken,
     pub(crate) hint_v1_v1: Once,
+    /// Responses by which clients may go on.
+    pub(crate) responses: Mutex<Store>,
 }
 
 impl App {
@@ -83,6 +86,7 @@ pub async fn serve(config: Config, listener: TcpListener, shutdown: impl Future<
         drain: CancellationToken::new(),
         cut: CancellationToken::new(),
         hint_v1_v1: Once::new(),
+        responses: Mutex::default(),
         config,
     });
     let server = Server { app: app.clone(), routes: router::router(app.clone()), bound, connections: TaskTracker::new() };

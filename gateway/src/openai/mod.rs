@@ -4,6 +4,7 @@ pub(crate) mod chat;
 mod chunks;
 mod completions;
 pub(crate) mod models;
+pub(crate) mod responses;
 pub(crate) mod types;
 
 use axum::response::Response;

@@ -6,6 +6,7 @@ mod client;
 mod edge;
 mod fake;
 mod lifecycle;
+mod responses;
 mod tools;
 
 use std::{future::Future, net::SocketAddr, path::Path, time::Duration};
