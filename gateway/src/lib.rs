@@ -1,6 +1,7 @@
 //! flash-gateway: the HTTP APIs of OpenAI, Anthropic and Ollama in front of flashd. It translates and guards; it knows no
 //! models, and all it keeps between requests is a bounded store of responses. [`serve`] is what `main.rs` and the tests call.
 
+mod anthropic;
 mod ask;
 mod body;
 mod call;

@@ -26,7 +26,7 @@ use hyper::body::{Frame, SizeHint};
 use tokio::time::Instant;
 
 use crate::{
-    App,
+    App, anthropic,
     body::discard,
     config::digest,
     error::{Code, Dialect, Failure},
@@ -69,6 +69,8 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/responses", post(openai::responses::create))
         .route("/responses/input_tokens", post(openai::responses::input_tokens))
         .route("/responses/{id}", get(openai::responses::one).delete(openai::responses::delete))
+        .route("/messages", post(anthropic::messages))
+        .route("/messages/count_tokens", post(anthropic::count_tokens))
         .fallback(unknown_url)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(app.clone(), envelope))

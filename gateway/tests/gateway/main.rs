@@ -6,6 +6,7 @@ mod client;
 mod edge;
 mod fake;
 mod lifecycle;
+mod messages;
 mod responses;
 mod tools;
 
