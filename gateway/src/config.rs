@@ -37,6 +37,9 @@ pub struct Args {
     /// Where chat completions tell what the model thinks
     #[arg(long, value_name = "FIELD", default_value = "reasoning_content")]
     pub reasoning_field: ReasoningField,
+    /// Other servers' routes to answer besides
+    #[arg(long, value_name = "SERVER", value_delimiter = ',', default_value = "ollama,lmstudio")]
+    pub compat: Vec<Compat>,
 }
 
 /// Names that clients look for.
@@ -48,6 +51,15 @@ pub enum ReasoningField {
     Both,
     /// In the text, between <think> marks
     Inline,
+}
+
+/// A server whose own routes are answered, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Compat {
+    Ollama,
+    Lmstudio,
+    /// No other's
+    None,
 }
 
 /// Why the gateway did not start.
@@ -90,6 +102,7 @@ pub struct Config {
     pub origins: Vec<String>,
     pub strict_fields: bool,
     pub reasoning_field: ReasoningField,
+    pub compat: Vec<Compat>,
     pub timing: Timing,
 }
 
@@ -151,6 +164,7 @@ impl Args {
             origins: self.cors_origins.clone(),
             strict_fields: self.strict_fields,
             reasoning_field: self.reasoning_field,
+            compat: self.compat.clone(),
             timing: Timing::default(),
         })
     }

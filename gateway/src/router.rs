@@ -28,11 +28,11 @@ use tokio::time::Instant;
 use crate::{
     App, anthropic,
     body::discard,
-    config::digest,
+    config::{Compat, digest},
     error::{Code, Dialect, Failure},
     guard,
     io::Activity,
-    openai, ops,
+    lmstudio, ollama, openai, ops,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -54,7 +54,26 @@ pub(crate) struct Caller {
 }
 
 pub(crate) fn router(app: Arc<App>) -> Router {
-    Router::new()
+    let mut router = Router::new();
+    if app.config.compat.contains(&Compat::Ollama) {
+        router = router
+            .route("/api/version", get(ollama::version))
+            .route("/api/tags", get(ollama::tags))
+            .route("/api/ps", get(ollama::ps))
+            .route("/api/show", post(ollama::show))
+            .route("/api/pull", post(ollama::pull))
+            .route("/api/chat", post(ollama::chat))
+            .route("/api/generate", post(ollama::generate))
+            .route("/api/embed", post(ollama::embed))
+            .route("/api/embeddings", post(ollama::embed));
+    }
+    if app.config.compat.contains(&Compat::Lmstudio) {
+        router = router
+            .route("/api/v0/models", get(lmstudio::list_v0))
+            .route("/api/v0/models/{*id}", get(lmstudio::one_v0))
+            .route("/api/v1/models", get(lmstudio::list_v1));
+    }
+    router
         .route("/", get(ops::hello))
         .route("/api/hello", get(ops::hello))
         .route("/livez", get(ops::livez))

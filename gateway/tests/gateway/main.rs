@@ -3,6 +3,7 @@
 
 mod chat;
 mod client;
+mod compat;
 mod edge;
 mod fake;
 mod lifecycle;
@@ -14,7 +15,7 @@ use std::{future::Future, net::SocketAddr, path::Path, time::Duration};
 
 use flash_gateway::{
     Config, Timing,
-    config::ReasoningField,
+    config::{Compat, ReasoningField},
     serve,
 };
 use tokio::{net::TcpListener, sync::oneshot, task::JoinHandle, time::timeout};
@@ -91,6 +92,7 @@ impl Gateway {
             origins: Vec::new(),
             strict_fields: false,
             reasoning_field: ReasoningField::ReasoningContent,
+            compat: vec![Compat::Ollama, Compat::Lmstudio],
             timing: patient(),
         };
         change(&mut config);
