@@ -6,7 +6,7 @@ use std::{io, net::SocketAddr, path::PathBuf, time::Duration};
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 
-/// Answers OpenAI's HTTP API from flashd.
+/// Answers the HTTP APIs of OpenAI, Anthropic and Ollama from flashd.
 #[derive(Debug, clap::Parser)]
 #[command(name = "flash-gateway", version)]
 pub struct Args {
@@ -34,6 +34,32 @@ pub struct Args {
     /// Refuse request fields that are not known instead of ignoring them
     #[arg(long)]
     pub strict_fields: bool,
+    /// Where chat completions tell what the model thinks
+    #[arg(long, value_name = "FIELD", default_value = "reasoning_content")]
+    pub reasoning_field: ReasoningField,
+    /// Other servers' routes to answer besides
+    #[arg(long, value_name = "SERVER", value_delimiter = ',', default_value = "ollama,lmstudio")]
+    pub compat: Vec<Compat>,
+}
+
+/// Names that clients look for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum ReasoningField {
+    ReasoningContent,
+    Reasoning,
+    Both,
+    /// In the text, between <think> marks
+    Inline,
+}
+
+/// A server whose own routes are answered, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Compat {
+    Ollama,
+    Lmstudio,
+    /// No other's
+    None,
 }
 
 /// Why the gateway did not start.
@@ -75,6 +101,8 @@ pub struct Config {
     /// Origins accepted beside the local ones; `*` means all.
     pub origins: Vec<String>,
     pub strict_fields: bool,
+    pub reasoning_field: ReasoningField,
+    pub compat: Vec<Compat>,
     pub timing: Timing,
 }
 
@@ -135,6 +163,8 @@ impl Args {
             hosts,
             origins: self.cors_origins.clone(),
             strict_fields: self.strict_fields,
+            reasoning_field: self.reasoning_field,
+            compat: self.compat.clone(),
             timing: Timing::default(),
         })
     }

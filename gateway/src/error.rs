@@ -1,9 +1,9 @@
-//! What a client is told when something fails: [`Failure`], the table of codes, and the one mapping from the daemon's
-//! gRPC statuses to HTTP. Messages never quote the prompt. Start-up errors are in `config.rs`.
+//! What a client is told when something fails: [`Failure`], the table of codes, the shapes that the dialects give it, and
+//! the one mapping from the daemon's gRPC statuses to HTTP. Messages never quote the prompt. Start-up errors are in `config.rs`.
 
 use axum::{
     body::Body,
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use flash_proto::{code, v1};
@@ -21,13 +21,18 @@ pub(crate) enum Code {
     InvalidApiKey,
     HostNotAllowed,
     OriginNotAllowed,
+    PreviousResponseNotFound,
     ModelNotFound,
+    ResponseNotFound,
     UnknownUrl,
     MethodNotAllowed,
     RequestTooLarge,
     UnsupportedMediaType,
     ChatTemplate,
+    SchemaNotSupported,
     UnsupportedModality,
+    EmbeddingsNotSupported,
+    FimNotSupported,
     ModelInvalid,
     QueueFull,
     Engine,
@@ -54,13 +59,18 @@ impl Code {
             Self::InvalidApiKey => ("invalid_api_key", 401, "authentication_error"),
             Self::HostNotAllowed => ("host_not_allowed", 403, "permission_error"),
             Self::OriginNotAllowed => ("origin_not_allowed", 403, "permission_error"),
+            Self::PreviousResponseNotFound => ("previous_response_not_found", 400, INVALID),
             Self::ModelNotFound => (code::MODEL_NOT_FOUND, 404, INVALID),
+            Self::ResponseNotFound => ("response_not_found", 404, INVALID),
             Self::UnknownUrl => ("unknown_url", 404, INVALID),
             Self::MethodNotAllowed => ("method_not_allowed", 405, INVALID),
             Self::RequestTooLarge => ("request_too_large", 413, INVALID),
             Self::UnsupportedMediaType => ("unsupported_media_type", 415, INVALID),
             Self::ChatTemplate => (code::CHAT_TEMPLATE, 422, INVALID),
+            Self::SchemaNotSupported => (code::SCHEMA_NOT_SUPPORTED, 422, INVALID),
             Self::UnsupportedModality => ("unsupported_modality", 422, INVALID),
+            Self::EmbeddingsNotSupported => ("embeddings_not_supported", 422, INVALID),
+            Self::FimNotSupported => ("fim_not_supported", 422, INVALID),
             Self::ModelInvalid => (code::MODEL_INVALID, 422, INVALID),
             Self::QueueFull => (code::QUEUE_FULL, 429, "rate_limit_error"),
             Self::Engine => (code::ENGINE, 500, SERVER),
@@ -83,6 +93,7 @@ impl Code {
             code::CONTEXT_LENGTH => Self::ContextLength,
             code::INVALID_VALUE => Self::InvalidValue,
             code::CHAT_TEMPLATE => Self::ChatTemplate,
+            code::SCHEMA_NOT_SUPPORTED => Self::SchemaNotSupported,
             code::QUEUE_FULL => Self::QueueFull,
             code::INSUFFICIENT_MEMORY => Self::InsufficientMemory,
             code::DRAINING => Self::Draining,
@@ -122,8 +133,13 @@ impl Failure {
         Self { param: Some(param.into()), ..Self::new(code, message) }
     }
 
-    pub(crate) fn status(&self) -> StatusCode {
-        StatusCode::from_u16(self.code.row().1).expect("the table holds valid statuses")
+    pub(crate) fn status(&self, dialect: Dialect) -> StatusCode {
+        let status = match (dialect, self.code) {
+            // Anthropic's clients know 503 and this one for a service that is there and busy.
+            (Dialect::Anthropic, Code::ModelLoading | Code::Busy | Code::InsufficientMemory) => 529,
+            _ => self.code.row().1,
+        };
+        StatusCode::from_u16(status).expect("the table holds valid statuses")
     }
 
     /// The body in OpenAI's dialect: all four keys, always.
@@ -131,12 +147,74 @@ impl Failure {
         let (code, _, kind) = self.code.row();
         json!({"error": {"message": self.message, "type": kind, "param": self.param, "code": code}})
     }
+
+    pub(crate) fn anthropic(&self, request_id: &str) -> Value {
+        let kind = match self.status(Dialect::Anthropic).as_u16() {
+            401 => "authentication_error",
+            403 => "permission_error",
+            404 => "not_found_error",
+            413 => "request_too_large",
+            429 => "rate_limit_error",
+            500 => "api_error",
+            503 | 529 => "overloaded_error",
+            504 => "timeout_error",
+            _ => "invalid_request_error",
+        };
+        let message = match self.code {
+            Code::ContextLength => prompt_too_long(&self.message),
+            _ => None,
+        };
+        json!({"type": "error", "error": {"type": kind, "message": message.as_ref().unwrap_or(&self.message)}, "request_id": request_id})
+    }
+
+    pub(crate) fn ollama(&self) -> Value {
+        json!({"error": self.message})
+    }
+
+    pub(crate) fn body(&self, dialect: Dialect, request_id: &str) -> Value {
+        match dialect {
+            Dialect::OpenAi => self.openai(),
+            Dialect::Anthropic => self.anthropic(request_id),
+            Dialect::Ollama => self.ollama(),
+        }
+    }
 }
 
+/// The sentence by which Claude Code knows that it must shorten the conversation, from the daemon's, which names the limit
+/// first.
+fn prompt_too_long(message: &str) -> Option<String> {
+    let mut numbers = message.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
+    let (limit, prompt) = (numbers.next()?, numbers.next()?);
+    numbers.next().is_none().then(|| format!("prompt is too long: {prompt} tokens > {limit} maximum"))
+}
+
+/// Whose shapes a route speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Dialect {
+    OpenAi,
+    Anthropic,
+    Ollama,
+}
+
+impl Dialect {
+    /// `path` without `/v1`. The list of models has two masters, who tell themselves apart by a header.
+    pub(crate) fn of(path: &str, headers: &HeaderMap) -> Self {
+        let under = |folder: &str| path.strip_prefix(folder).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        if under("/messages") || under("/models") && headers.contains_key("anthropic-version") {
+            Self::Anthropic
+        } else if under("/api") && !under("/api/v0") && !under("/api/v1") && !under("/api/hello") {
+            Self::Ollama
+        } else {
+            Self::OpenAi
+        }
+    }
+}
+
+/// Status and headers; the body is the envelope's to write, which knows the route and with it the dialect.
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        let mut response = Response::new(Body::from(self.openai().to_string()));
-        *response.status_mut() = self.status();
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = self.status(Dialect::OpenAi);
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(seconds) = self.retry_after {
@@ -148,7 +226,7 @@ impl IntoResponse for Failure {
             Code::Cancelled => drop(headers.insert("x-should-retry", HeaderValue::from_static("false"))),
             _ => {}
         }
-        response.extensions_mut().insert(self.code);
+        response.extensions_mut().insert(self);
         response
     }
 }
@@ -201,7 +279,7 @@ mod tests {
         let check = |status: Status, http: u16, code: &str, param: Option<&str>, retry_after: Option<u64>| {
             let failure = of_status(&status);
             let body = failure.openai();
-            assert_eq!(failure.status().as_u16(), http, "{status:?}");
+            assert_eq!(failure.status(Dialect::OpenAi).as_u16(), http, "{status:?}");
             assert_eq!(body["error"]["code"], code);
             assert_eq!(body["error"]["param"].as_str(), param);
             assert_eq!(failure.retry_after, retry_after);
@@ -214,9 +292,55 @@ mod tests {
         check(code::with_retry_after(coded(code::QUEUE_FULL), 7), 429, "queue_full", None, Some(7));
         check(coded(code::MODEL_LOADING), 503, "model_loading", None, Some(5));
         check(coded(code::DRAINING), 503, "draining", None, Some(2));
+        check(coded(code::SCHEMA_NOT_SUPPORTED), 422, "schema_not_supported", None, None);
         check(coded(code::ENGINE), 500, "engine_error", None, None);
         check(Status::unavailable("connection refused"), 503, "daemon_unavailable", None, Some(2));
         check(Status::unknown("h2 protocol error"), 503, "daemon_unavailable", None, Some(2));
         check(Status::out_of_range("decoded message length too large"), 413, "request_too_large", None, None);
+    }
+
+    #[test]
+    fn anthropic_has_types_and_statuses_of_its_own() {
+        let check = |code: Code, http: u16, kind: &str| {
+            let failure = Failure::new(code, "text");
+            let wanted = json!({"type": "error", "error": {"type": kind, "message": "text"}, "request_id": "req_1"});
+            assert_eq!((failure.status(Dialect::Anthropic).as_u16(), failure.anthropic("req_1")), (http, wanted));
+        };
+        check(Code::InvalidValue, 400, "invalid_request_error");
+        check(Code::InvalidApiKey, 401, "authentication_error");
+        check(Code::HostNotAllowed, 403, "permission_error");
+        check(Code::ModelNotFound, 404, "not_found_error");
+        check(Code::MethodNotAllowed, 405, "invalid_request_error");
+        check(Code::RequestTooLarge, 413, "request_too_large");
+        check(Code::UnsupportedModality, 422, "invalid_request_error");
+        check(Code::QueueFull, 429, "rate_limit_error");
+        check(Code::Engine, 500, "api_error");
+        check(Code::DaemonUnavailable, 503, "overloaded_error");
+        check(Code::ModelLoading, 529, "overloaded_error");
+        check(Code::QueueTimeout, 504, "timeout_error");
+        let message = "This model's maximum context length is 2048 tokens. However, your messages resulted in 3000 tokens.";
+        let failure = of_status(&code::status(code::CONTEXT_LENGTH, message));
+        assert_eq!(failure.anthropic("r")["error"]["message"], "prompt is too long: 3000 tokens > 2048 maximum");
+    }
+
+    #[test]
+    fn routes_have_dialects() {
+        let mut anthropic = HeaderMap::new();
+        anthropic.insert("anthropic-version", HeaderValue::from_static("2023-06-01"));
+        let none = HeaderMap::new();
+        for (path, headers, wanted) in [
+            ("/messages", &none, Dialect::Anthropic),
+            ("/messages/count_tokens", &none, Dialect::Anthropic),
+            ("/messagesx", &none, Dialect::OpenAi),
+            ("/models", &none, Dialect::OpenAi),
+            ("/models/x", &anthropic, Dialect::Anthropic),
+            ("/chat/completions", &anthropic, Dialect::OpenAi),
+            ("/api/chat", &none, Dialect::Ollama),
+            ("/api/nothing", &none, Dialect::Ollama),
+            ("/api/v1/models", &none, Dialect::OpenAi),
+            ("/api/hello", &none, Dialect::OpenAi),
+        ] {
+            assert_eq!(Dialect::of(path, headers), wanted, "{path}");
+        }
     }
 }

@@ -1,22 +1,28 @@
-//! flash-gateway: OpenAI's HTTP API in front of flashd. It translates and guards; it knows no models and keeps nothing
-//! between requests. [`serve`] is what `main.rs` and the tests call.
+//! flash-gateway: the HTTP APIs of OpenAI, Anthropic and Ollama in front of flashd. It translates and guards; it knows no
+//! models, and all it keeps between requests is a bounded store of responses. [`serve`] is what `main.rs` and the tests call.
 
+mod anthropic;
+mod ask;
 mod body;
+mod call;
 pub mod config;
 mod error;
 mod guard;
 mod io;
 mod json;
+mod lmstudio;
 mod metrics;
+mod ollama;
 mod openai;
 mod ops;
+mod reply;
 mod router;
 mod sse;
 mod upstream;
 
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Once},
+    sync::{Arc, Mutex, Once},
 };
 
 use hyper_util::{
@@ -35,6 +41,7 @@ pub use config::{Config, Timing};
 use error::{Code, Failure};
 use io::{Activity, Timed};
 use metrics::Metrics;
+use openai::responses::store::Store;
 use router::Connection;
 use upstream::Upstream;
 
@@ -49,6 +56,8 @@ pub(crate) struct App {
     /// Cancelled when patience with running work ends.
     pub(crate) cut: CancellationToken,
     pub(crate) hint_v1_v1: Once,
+    /// Responses by which clients may go on.
+    pub(crate) responses: Mutex<Store>,
 }
 
 impl App {
@@ -80,6 +89,7 @@ pub async fn serve(config: Config, listener: TcpListener, shutdown: impl Future<
         drain: CancellationToken::new(),
         cut: CancellationToken::new(),
         hint_v1_v1: Once::new(),
+        responses: Mutex::default(),
         config,
     });
     let server = Server { app: app.clone(), routes: router::router(app.clone()), bound, connections: TaskTracker::new() };

@@ -11,7 +11,7 @@ use axum::{
 use flash_proto::v1::loaded_model;
 use serde_json::{Value, json};
 
-use crate::App;
+use crate::{App, error::Dialect};
 
 /// `/` and `/api/hello`, which clients probe.
 pub(crate) async fn hello() -> Json<Value> {
@@ -26,11 +26,15 @@ pub(crate) async fn livez() -> Response {
 pub(crate) async fn health(State(app): State<Arc<App>>) -> Response {
     let version = match app.upstream.version().await {
         Ok(version) => version.version,
-        Err(failure) => return uncached(failure.status(), json!({"status": "down", "daemon": "down", "message": failure.message})),
+        Err(failure) => {
+            return uncached(failure.status(Dialect::OpenAi), json!({"status": "down", "daemon": "down", "message": failure.message}));
+        }
     };
     let snapshot = match app.upstream.stats().await {
         Ok(snapshot) => snapshot,
-        Err(failure) => return uncached(failure.status(), json!({"status": "down", "daemon": "down", "message": failure.message})),
+        Err(failure) => {
+            return uncached(failure.status(Dialect::OpenAi), json!({"status": "down", "daemon": "down", "message": failure.message}));
+        }
     };
     let model = snapshot.model.as_ref();
     let loading = model.filter(|model| model.state() == loaded_model::State::Loading);

@@ -26,13 +26,13 @@ use hyper::body::{Frame, SizeHint};
 use tokio::time::Instant;
 
 use crate::{
-    App,
+    App, anthropic,
     body::discard,
-    config::digest,
-    error::{Code, Failure},
+    config::{Compat, digest},
+    error::{Code, Dialect, Failure},
     guard,
     io::Activity,
-    openai, ops,
+    lmstudio, ollama, openai, ops,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -54,7 +54,26 @@ pub(crate) struct Caller {
 }
 
 pub(crate) fn router(app: Arc<App>) -> Router {
-    Router::new()
+    let mut router = Router::new();
+    if app.config.compat.contains(&Compat::Ollama) {
+        router = router
+            .route("/api/version", get(ollama::version))
+            .route("/api/tags", get(ollama::tags))
+            .route("/api/ps", get(ollama::ps))
+            .route("/api/show", post(ollama::show))
+            .route("/api/pull", post(ollama::pull))
+            .route("/api/chat", post(ollama::chat))
+            .route("/api/generate", post(ollama::generate))
+            .route("/api/embed", post(ollama::embed))
+            .route("/api/embeddings", post(ollama::embed));
+    }
+    if app.config.compat.contains(&Compat::Lmstudio) {
+        router = router
+            .route("/api/v0/models", get(lmstudio::list_v0))
+            .route("/api/v0/models/{*id}", get(lmstudio::one_v0))
+            .route("/api/v1/models", get(lmstudio::list_v1));
+    }
+    router
         .route("/", get(ops::hello))
         .route("/api/hello", get(ops::hello))
         .route("/livez", get(ops::livez))
@@ -64,6 +83,13 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/models", get(openai::models::list))
         .route("/models/{*id}", get(openai::models::one))
         .route("/chat/completions", post(openai::chat))
+        .route("/completions", post(openai::completions))
+        .route("/embeddings", post(openai::embeddings))
+        .route("/responses", post(openai::responses::create))
+        .route("/responses/input_tokens", post(openai::responses::input_tokens))
+        .route("/responses/{id}", get(openai::responses::one).delete(openai::responses::delete))
+        .route("/messages", post(anthropic::messages))
+        .route("/messages/count_tokens", post(anthropic::count_tokens))
         .fallback(unknown_url)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(app.clone(), envelope))
@@ -120,6 +146,7 @@ async fn envelope(State(app): State<Arc<App>>, route: Option<MatchedPath>, reque
     };
     connection.activity.begin(parts.version == Version::HTTP_2);
     let is_head = parts.method == Method::HEAD;
+    let dialect = Dialect::of(parts.uri.path(), &parts.headers);
     let admitted = guard::host(&parts, &app.config)
         .and_then(|()| guard::origin(&parts.method, &parts.headers, &app.config))
         .and_then(|origin| guard::key(&parts, &app.config, connection.bound).map(|()| origin));
@@ -135,6 +162,11 @@ async fn envelope(State(app): State<Arc<App>>, route: Option<MatchedPath>, reque
         }
         Ok(origin) => (origin, next.run(Request::from_parts(parts, body)).await),
     };
+    if let Some(failure) = response.extensions_mut().remove::<Failure>() {
+        *response.status_mut() = failure.status(dialect);
+        *response.body_mut() = Body::from(failure.body(dialect, &request_id).to_string());
+        response.headers_mut().remove(header::CONTENT_LENGTH);
+    }
     let headers = response.headers_mut();
     headers.append(header::VARY, HeaderValue::from_static("Origin"));
     if let Some(origin) = origin {
@@ -144,7 +176,11 @@ async fn envelope(State(app): State<Arc<App>>, route: Option<MatchedPath>, reque
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     headers.insert("openai-processing-ms", u64::try_from(arrived.elapsed().as_millis()).unwrap_or(u64::MAX).into());
-    headers.insert(REQUEST_ID, HeaderValue::from_str(&request_id).expect("an id is plain ASCII"));
+    let id = HeaderValue::from_str(&request_id).expect("an id is plain ASCII");
+    if dialect == Dialect::Anthropic {
+        headers.insert("request-id", id.clone());
+    }
+    headers.insert(REQUEST_ID, id);
     let code = response.status().as_u16();
     if is_head {
         // The body will be dropped unread, and that is its end.
@@ -184,6 +220,7 @@ fn method_label(method: &Method) -> &'static str {
         Method::POST => "POST",
         Method::HEAD => "HEAD",
         Method::OPTIONS => "OPTIONS",
+        Method::DELETE => "DELETE",
         _ => "other",
     }
 }

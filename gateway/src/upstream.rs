@@ -1,24 +1,28 @@
-//! The way to flashd: one channel that reconnects by itself, the short calls with their deadlines, and [`Feed`], one
-//! generation as its handler sees it. Dropping a `Feed` drops the gRPC stream, which cancels the request in the daemon.
+//! The way to flashd: one channel that reconnects by itself, the short calls with their deadlines, and [`Feeds`], the
+//! generations of one request as its handler sees them. Dropping them drops the gRPC streams, which cancels them in the daemon.
 
 use std::{
+    future::poll_fn,
     path::Path,
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    task::Poll,
     time::Duration,
 };
 
 use flash_proto::v1::{
-    self, admin_client::AdminClient, generate_client::GenerateClient, generate_event::Event, models_client::ModelsClient, progress::Phase,
+    self, admin_client::AdminClient, generate_client::GenerateClient, generate_event::Event, generate_request::Prompt,
+    models_client::ModelsClient, progress::Phase,
 };
 use tokio::time::{Instant, timeout};
 use tonic::{Response, Status, Streaming, transport::Channel};
 
 use crate::{
     App,
+    ask::turns,
     error::{self, Code, Failure},
     metrics::Metrics,
     openai::models,
@@ -97,6 +101,51 @@ impl Upstream {
         models::resolve(requested, &list).map(|model| model.id.clone()).ok_or_else(|| models::not_found(requested, &list))
     }
 
+    /// How many tokens a conversation is; needs no place in the daemon's queue.
+    pub(crate) async fn count(&self, request: v1::TokenizeRequest, patience: Duration) -> Result<u32, Failure> {
+        let softer = softened(request.prompt.as_ref().and_then(|prompt| match prompt {
+            v1::tokenize_request::Prompt::Chat(chat) => Some(chat),
+            v1::tokenize_request::Prompt::Text(_) => None,
+        }));
+        let softer =
+            softer.map(|chat| v1::TokenizeRequest { model: request.model.clone(), prompt: Some(v1::tokenize_request::Prompt::Chat(chat)) });
+        let mut client = GenerateClient::new(self.channel.clone());
+        let counted = timeout(patience, async move {
+            match client.tokenize(request).await {
+                Err(status) if is_template_error(&status) => match softer {
+                    Some(softer) => client.tokenize(softer).await,
+                    None => Err(status),
+                },
+                counted => counted,
+            }
+        });
+        match counted.await {
+            Ok(Ok(response)) => Ok(u32::try_from(response.get_ref().ids.len()).unwrap_or(u32::MAX)),
+            Ok(Err(status)) => Err(self.failed(&status)),
+            Err(_) => Err(too_late(Code::ModelLoading)),
+        }
+    }
+
+    /// Loads a model, or puts a loaded one's end off.
+    pub(crate) async fn load(&self, model: &str, keep_alive: Option<String>, patience: Duration) -> Result<(), Failure> {
+        let request = v1::LoadRequest { model: model.to_owned(), keep_alive, ..Default::default() };
+        let mut client = ModelsClient::new(self.channel.clone());
+        match timeout(patience, client.load(request)).await {
+            Ok(outcome) => outcome.map(drop).map_err(|status| self.failed(&status)),
+            Err(_) => Err(too_late(Code::ModelLoading)),
+        }
+    }
+
+    /// Drops a model when it is idle.
+    pub(crate) async fn unload(&self, model: &str, patience: Duration) -> Result<(), Failure> {
+        let request = v1::UnloadRequest { model: model.to_owned(), force: false };
+        let mut client = ModelsClient::new(self.channel.clone());
+        match timeout(patience, client.unload(request)).await {
+            Ok(outcome) => outcome.map(drop).map_err(|status| self.failed(&status)),
+            Err(_) => Err(too_late(Code::Busy)),
+        }
+    }
+
     /// A call that may be repeated: once more if the connection turned out to be a dead one.
     async fn short<T, F>(&self, call: impl Fn(Channel) -> F) -> Result<T, Failure>
     where
@@ -123,6 +172,19 @@ impl Upstream {
     }
 }
 
+/// The form for stricter templates, if there is another one.
+fn softened(chat: Option<&v1::Chat>) -> Option<v1::Chat> {
+    chat.and_then(turns::softened)
+}
+
+fn is_template_error(status: &Status) -> bool {
+    flash_proto::code::of(status) == Some(flash_proto::code::CHAT_TEMPLATE)
+}
+
+fn too_late(code: Code) -> Failure {
+    Failure::new(code, "the request waited too long; try again later")
+}
+
 type Opening = Pin<Box<dyn Future<Output = Result<Response<Streaming<v1::GenerateEvent>>, Status>> + Send>>;
 
 enum State {
@@ -132,7 +194,7 @@ enum State {
 }
 
 /// One generation: events in order, deadlines for the wait before them, and the account of how it went.
-pub(crate) struct Feed {
+struct Feed {
     app: Arc<App>,
     state: State,
     /// When patience ends, and with what.
@@ -140,7 +202,7 @@ pub(crate) struct Feed {
     arrived: Instant,
     last_text: Option<Instant>,
     /// Why it was cancelled, should it be dropped before its end.
-    pub(crate) reason: &'static str,
+    reason: &'static str,
 }
 
 impl std::fmt::Debug for Feed {
@@ -150,19 +212,32 @@ impl std::fmt::Debug for Feed {
 }
 
 impl Feed {
-    pub(crate) fn open(app: &Arc<App>, request: v1::GenerateRequest, arrived: Instant) -> Self {
+    fn open(app: &Arc<App>, request: v1::GenerateRequest, arrived: Instant) -> Self {
         let mut client = GenerateClient::new(app.upstream.channel.clone());
         let deadline = Some((arrived + app.config.timing.load_wait, Code::ModelLoading));
-        let state = State::Opening(Box::pin(async move { client.generate(request).await }));
+        let softer = softened(request.prompt.as_ref().and_then(|prompt| match prompt {
+            Prompt::Chat(chat) => Some(chat),
+            Prompt::Text(_) | Prompt::Tokens(_) => None,
+        }));
+        let softer = softer.map(|chat| v1::GenerateRequest { prompt: Some(Prompt::Chat(chat)), ..without_prompt(&request) });
+        let state = State::Opening(Box::pin(async move {
+            match client.generate(request).await {
+                Err(status) if is_template_error(&status) => match softer {
+                    Some(softer) => client.generate(softer).await,
+                    None => Err(status),
+                },
+                opened => opened,
+            }
+        }));
         Self { app: app.clone(), state, deadline, arrived, last_text: None, reason: "client_gone" }
     }
 
     /// The next event; [`Event::Done`] is the last one. May be dropped and called again: nothing is lost.
-    pub(crate) async fn next(&mut self) -> Result<Event, Failure> {
+    async fn next(&mut self) -> Result<Event, Failure> {
         let event = match self.deadline {
             Some((at, code)) => match tokio::time::timeout_at(at, self.pull()).await {
                 Ok(event) => event,
-                Err(_) => Err(Failure::new(code, "the request waited too long; try again later")),
+                Err(_) => Err(too_late(code)),
             },
             None => self.pull().await,
         };
@@ -207,8 +282,8 @@ impl Feed {
         match event {
             Event::Accepted(_) => self.deadline = Some((Instant::now() + self.app.config.timing.queue_wait, Code::QueueTimeout)),
             Event::Progress(progress) if progress.phase() == Phase::Queued => {}
-            Event::Progress(_) | Event::Failed(_) | Event::Routing(_) | Event::ToolCall(_) => self.deadline = None,
-            Event::Text(_) => {
+            Event::Progress(_) | Event::Failed(_) | Event::Routing(_) => self.deadline = None,
+            Event::Text(_) | Event::ToolCall(_) => {
                 self.deadline = None;
                 let now = Instant::now();
                 match self.last_text.replace(now) {
@@ -224,6 +299,76 @@ impl Feed {
                 metrics.generated_tokens.inc_by(usage.completion_tokens.into());
             }
         }
+    }
+}
+
+/// The generations of one request: one for each choice, their events as they come.
+#[derive(Debug)]
+pub(crate) struct Feeds {
+    feeds: Vec<Feed>,
+    /// Which one is asked first the next time, so that a quick one does not silence the others.
+    turn: usize,
+}
+
+impl Feeds {
+    pub(crate) fn open(app: &Arc<App>, requests: Vec<v1::GenerateRequest>, arrived: Instant) -> Self {
+        Self { feeds: requests.into_iter().map(|request| Feed::open(app, request, arrived)).collect(), turn: 0 }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.feeds.len()
+    }
+
+    /// Whether every one has had its last event.
+    pub(crate) fn over(&self) -> bool {
+        self.feeds.iter().all(|feed| matches!(feed.state, State::Over))
+    }
+
+    /// Notes why they will be dropped before their end.
+    pub(crate) fn reason(&mut self, reason: &'static str) {
+        self.feeds.iter_mut().for_each(|feed| feed.reason = reason);
+    }
+
+    /// The next event of any that is not over, and whose it is. May be dropped and called again: nothing is lost.
+    pub(crate) async fn next(&mut self) -> Result<(usize, Event), Failure> {
+        let count = self.feeds.len();
+        let mut waiting: Vec<_> = self
+            .feeds
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, feed)| !matches!(feed.state, State::Over))
+            .map(|(index, feed)| (index, Box::pin(feed.next())))
+            .collect();
+        waiting.sort_by_key(|(index, _)| (index + count - self.turn) % count);
+        let next = poll_fn(|context| {
+            let ready = waiting.iter_mut().find_map(|(index, next)| match next.as_mut().poll(context) {
+                Poll::Ready(event) => Some((*index, event)),
+                Poll::Pending => None,
+            });
+            ready.map_or(Poll::Pending, Poll::Ready)
+        });
+        let (index, event) = next.await;
+        drop(waiting);
+        self.turn = (index + 1) % count;
+        if event.is_err() {
+            self.reason("sibling_failed");
+        }
+        event.map(|event| (index, event))
+    }
+}
+
+/// Everything but the prompt, which is large.
+fn without_prompt(request: &v1::GenerateRequest) -> v1::GenerateRequest {
+    v1::GenerateRequest {
+        prompt: None,
+        model: request.model.clone(),
+        sampling: request.sampling.clone(),
+        stop: request.stop.clone(),
+        request_id: request.request_id.clone(),
+        client: request.client.clone(),
+        keep_alive: request.keep_alive.clone(),
+        format: request.format.clone(),
+        ..*request
     }
 }
 

@@ -1,4 +1,4 @@
-//! Tests of `chat.rs`: bodies → requests or refusals, events → transcripts.
+//! Tests of `chat.rs`: bodies → requests or refusals.
 
 use serde_json::json;
 
@@ -21,7 +21,7 @@ fn a_full_body_becomes_a_request() {
         "frequency_penalty": -0.5, "presence_penalty": 0.5, "seed": -1, "logit_bias": {"5": -100, "7": 1.5}, "stop": ["a", "", "b"],
         "max_tokens": 7, "max_completion_tokens": 5_000_000_000u64, "logprobs": true, "top_logprobs": 3, "stream": true,
         "stream_options": {"include_usage": true}, "keep_alive": 300, "reasoning_effort": "none", "chat_template_kwargs": {"k": [1]},
-        "n": 1, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "modalities": ["text"], "user": null, "store": false,
+        "n": 3, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "modalities": ["text"], "user": null, "store": false,
     })));
     let sampling = request.generate.sampling.expect("sampling");
     assert_eq!(
@@ -33,7 +33,7 @@ fn a_full_body_becomes_a_request() {
     assert_eq!(request.generate.stop, ["a", "b"]);
     assert_eq!((request.generate.max_tokens, request.generate.top_logprobs), (Some(u32::MAX), Some(3)));
     assert_eq!(request.generate.keep_alive.as_deref(), Some("300s"));
-    assert!(request.stream && request.include_usage && request.unknown.is_empty());
+    assert!(request.stream && request.include_usage && request.unknown.is_empty() && request.n == 3);
     let Some(Prompt::Chat(chat)) = request.generate.prompt else { panic!("a chat") };
     assert_eq!(chat.template_kwargs_json, r#"{"enable_thinking":false,"reasoning_effort":"none","k":[1]}"#);
 }
@@ -97,7 +97,7 @@ fn refusals_name_the_field() {
     let image = json!([{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:"}}]);
     check(json!({"messages": [{"role": "user", "content": image}]}), UnsupportedModality, Some("messages[0].content[1]"));
     let called = json!([{"role": "assistant", "content": null, "tool_calls": [{"id": "x"}]}]);
-    check(json!({"messages": called}), UnsupportedValue, Some("messages[0].tool_calls"));
+    check(json!({"messages": called}), MissingParameter, Some("messages[0].tool_calls[0].function"));
     check(json!({"messages": vec![json!({"role": "user", "content": ""}); 4097]}), InvalidValue, Some("messages"));
     for (extra, code, param) in [
         (json!({"model": 1}), InvalidValue, "model"),
@@ -122,23 +122,161 @@ fn refusals_name_the_field() {
         (json!({"logprobs": true, "top_logprobs": 21}), InvalidValue, "top_logprobs"),
         (json!({"logprobs": 5}), InvalidValue, "logprobs"),
         (json!({"n": 0}), InvalidValue, "n"),
-        (json!({"n": 2}), UnsupportedValue, "n"),
         (json!({"n": 5}), InvalidValue, "n"),
-        (json!({"tools": [{"type": "function"}]}), UnsupportedValue, "tools"),
-        (json!({"functions": [{}]}), UnsupportedValue, "functions"),
-        (json!({"tool_choice": "required"}), UnsupportedValue, "tool_choice"),
-        (json!({"tool_choice": {"type": "function"}}), UnsupportedValue, "tool_choice"),
+        (json!({"tools": [{"type": "function"}]}), MissingParameter, "tools[0].function"),
+        (json!({"tools": [{"function": {"name": "a b"}}]}), InvalidValue, "tools[0].function.name"),
+        (json!({"tools": [{"function": {"name": "x".repeat(129)}}]}), InvalidValue, "tools[0].function.name"),
+        (json!({"tools": [{"function": {"name": "f", "parameters": []}}]}), InvalidValue, "tools[0].function.parameters"),
+        (
+            json!({"tools": [{"function": {"name": "f", "parameters": {"x": "y".repeat(1 << 18)}}}]}),
+            InvalidValue,
+            "tools[0].function.parameters",
+        ),
+        (json!({"tools": vec![json!({"type": "web_search"}); 513]}), InvalidValue, "tools"),
+        (
+            json!({"tools": [{"type": "custom", "custom": {"name": "c", "format": {"type": "grammar", "grammar": {"syntax": "bnf", "definition": ""}}}}]}),
+            InvalidValue,
+            "tools[0].custom.format.grammar.syntax",
+        ),
+        (json!({"functions": [{}]}), MissingParameter, "functions[0].name"),
+        (json!({"tool_choice": "required"}), InvalidValue, "tool_choice"),
+        (json!({"tool_choice": {"type": "function"}}), MissingParameter, "tool_choice.name"),
+        (json!({"tool_choice": {"type": "function", "function": {"name": "f"}}}), InvalidValue, "tool_choice"),
+        (json!({"tool_choice": {"type": "web_search"}}), UnsupportedValue, "tool_choice.type"),
         (json!({"tool_choice": "sometimes"}), InvalidValue, "tool_choice"),
-        (json!({"response_format": {"type": "json_object"}}), UnsupportedValue, "response_format.type"),
+        (json!({"response_format": {"type": "json_schema"}}), MissingParameter, "response_format.json_schema"),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}),
+            MissingParameter,
+            "response_format.json_schema.schema",
+        ),
         (json!({"response_format": {"type": "yaml"}}), InvalidValue, "response_format.type"),
         (json!({"modalities": ["text", "audio"]}), UnsupportedModality, "modalities[1]"),
         (json!({"audio": {"voice": "x"}}), UnsupportedModality, "audio"),
-        (json!({"reasoning_effort": "max"}), InvalidValue, "reasoning_effort"),
+        (json!({"reasoning_effort": "utmost"}), InvalidValue, "reasoning_effort"),
         (json!({"chat_template_kwargs": []}), InvalidValue, "chat_template_kwargs"),
         (json!({"continue_final_message": true}), InvalidValue, "continue_final_message"),
     ] {
         check(with(extra), code, Some(param));
     }
+}
+
+fn chat(body: &Value) -> v1::Chat {
+    let Some(Prompt::Chat(chat)) = accepted(body).generate.prompt else { panic!("a chat") };
+    chat
+}
+
+#[test]
+fn tools_keep_their_order_and_their_keys() {
+    let tools = json!([
+        {"type": "function", "function": {"name": "b", "description": "B", "strict": true,
+            "parameters": {"type": "object", "properties": {"z": {"type": "string"}, "a": {"type": "integer"}}, "required": ["z"]}}},
+        {"type": "web_search_preview"},
+        {"function": {"name": "a", "parameters": null}},
+        {"type": "custom", "custom": {"name": "c", "format": {"type": "grammar", "grammar": {"syntax": "lark", "definition": "start: \"x\""}}}},
+        {"type": "custom", "custom": {"name": "d"}},
+    ]);
+    let request = accepted(&with(json!({"tools": tools})));
+    assert!(request.unknown.is_empty() && request.names.of("c").custom && !request.names.of("a").custom);
+    let tools = chat(&with(json!({"tools": tools}))).tools;
+    assert_eq!(tools.iter().map(|tool| tool.name.as_str()).collect::<Vec<_>>(), ["b", "a", "c", "d"]);
+    assert_eq!(
+        (tools[0].parameters_json.as_str(), tools[0].strict, tools[0].description.as_str()),
+        (r#"{"type":"object","properties":{"z":{"type":"string"},"a":{"type":"integer"}},"required":["z"]}"#, true, "B")
+    );
+    let lark = v1::Format { kind: Some(v1::format::Kind::Lark("start: \"x\"".into())), strict: false };
+    assert_eq!((&tools[1].input, &tools[2].input, &tools[3].input), (&None, &Some(lark), &Some(v1::Format::default())));
+}
+
+#[test]
+fn choices_of_tools_become_modes_and_names() {
+    let check = |extra: Value, mode: Mode, names: &[&str], single: bool| {
+        let mut body = with(json!({"tools": [{"function": {"name": "f"}}, {"function": {"name": "g"}}]}));
+        body.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
+        let choice = chat(&body).tool_choice.expect("a choice");
+        assert_eq!(
+            (choice.mode(), choice.names.as_slice(), choice.single),
+            (mode, names.iter().map(ToString::to_string).collect::<Vec<_>>().as_slice(), single)
+        );
+    };
+    check(json!({}), Mode::Auto, &[], false);
+    check(json!({"tool_choice": "none"}), Mode::None, &[], false);
+    check(json!({"tool_choice": "required", "parallel_tool_calls": false}), Mode::Required, &[], true);
+    check(json!({"tool_choice": {"type": "function", "function": {"name": "g"}}}), Mode::Required, &["g"], false);
+    let allowed = json!({"mode": "required", "tools": [{"type": "function", "function": {"name": "f"}}, {"type": "mcp"}]});
+    check(json!({"tool_choice": {"type": "allowed_tools", "allowed_tools": allowed}}), Mode::Required, &["f"], false);
+    let legacy = with(json!({"functions": [{"name": "h"}], "function_call": {"name": "h"}}));
+    let choice = chat(&legacy).tool_choice.expect("a choice");
+    assert_eq!((choice.mode(), choice.names, choice.single, accepted(&legacy).legacy), (Mode::Required, vec!["h".to_owned()], true, true));
+}
+
+#[test]
+fn calls_and_results_are_remembered() {
+    let messages = chat(&json!({"messages": [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": null, "reasoning_content": "hm", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"z\": 1, \"a\": 2}"}},
+            {"id": "2", "type": "custom", "custom": {"name": "c", "input": "raw"}},
+            {"id": "3", "type": "function", "function": {"name": "f", "arguments": {"b": 1}}},
+        ]},
+        {"role": "tool", "tool_call_id": "2", "content": "two"},
+        {"role": "tool", "tool_call_id": "nobody", "content": [{"type": "text", "text": "?"}]},
+        {"role": "assistant", "content": "", "function_call": {"name": "g", "arguments": ""}},
+        {"role": "function", "name": "g", "content": "three"},
+    ]}))
+    .messages;
+    let calls: Vec<_> =
+        messages[1].tool_calls.iter().map(|call| (call.id.as_str(), call.name.as_str(), call.arguments_json.as_str())).collect();
+    assert_eq!(calls, [("1", "f", r#"{"z": 1, "a": 2}"#), ("2", "c", r#"{"input":"raw"}"#), ("3", "f", r#"{"b":1}"#)]);
+    assert_eq!(messages[1].reasoning.as_deref(), Some("hm"));
+    let results: Vec<_> = [2, 3, 5].map(|at| (messages[at].tool_call_id.as_deref(), messages[at].name.as_deref())).into();
+    assert_eq!(results, [(Some("2"), Some("c")), (Some("nobody"), None), (None, Some("g"))]);
+    assert_eq!(messages[4].tool_calls[0].arguments_json, "{}");
+}
+
+#[test]
+fn formats_are_strict_only_when_asked() {
+    let check = |format: Value, wanted: Option<v1::Format>| {
+        assert_eq!(accepted(&with(json!({"response_format": format}))).generate.format, wanted);
+    };
+    let schema = json!({"type": "object", "properties": {"z": {}, "a": {}}});
+    check(json!({"type": "text"}), None);
+    check(json!({"type": "json_object"}), Some(ask::json_object()));
+    check(
+        json!({"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}),
+        Some(ask::json_schema(schema.to_string(), false)),
+    );
+    let strict = json!({"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": true}});
+    check(strict.clone(), Some(ask::json_schema(schema.to_string(), true)));
+    // A call that must come has a form of its own.
+    let forced = with(json!({"response_format": strict, "tools": [{"function": {"name": "f"}}], "tool_choice": "required"}));
+    assert_eq!(accepted(&forced).generate.format, None);
+}
+
+#[test]
+fn reasoning_is_asked_of_the_template() {
+    let check = |extra: Value, wanted: &str| assert_eq!(chat(&with(extra)).template_kwargs_json, wanted);
+    check(json!({}), "");
+    check(json!({"reasoning_effort": "high"}), r#"{"enable_thinking":true,"reasoning_effort":"high"}"#);
+    check(json!({"reasoning": {"enabled": false}}), r#"{"enable_thinking":false}"#);
+    check(
+        json!({"reasoning": {"effort": "low", "max_tokens": 100}}),
+        r#"{"enable_thinking":true,"reasoning_effort":"low","thinking_budget":100}"#,
+    );
+    check(
+        json!({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": true}}),
+        r#"{"enable_thinking":true,"reasoning_effort":"none"}"#,
+    );
+}
+
+#[test]
+fn choices_have_seeds_of_their_own() {
+    let seeds = |extra: Value| -> Vec<_> {
+        let request = accepted(&with(extra));
+        ask::choices(request.generate, request.n).iter().map(|one| one.sampling.as_ref().and_then(|sampling| sampling.seed)).collect()
+    };
+    assert_eq!(seeds(json!({"n": 3, "seed": -1})), [Some(u64::MAX), Some(0), Some(1)]);
+    assert_eq!(seeds(json!({"n": 2})), [None, None]);
 }
 
 #[test]
@@ -157,93 +295,4 @@ fn no_refusal_quotes_the_prompt() {
         let failure = read(&json!({"messages": messages})).expect_err("a refusal");
         assert!(!failure.openai().to_string().contains(secret), "{failure:?}");
     }
-}
-
-fn text(text: &str) -> Event {
-    Event::Text(v1::Text { text: text.into(), ..v1::Text::default() })
-}
-
-fn done(finish: v1::done::Finish) -> Event {
-    let usage = v1::Usage { prompt_tokens: 11, cached_tokens: 3, completion_tokens: 5, reasoning_tokens: 0 };
-    let timing =
-        v1::Timing { queue_ms: 1.0, prefill_ms: 100.0, ttft_ms: 110.0, decode_ms: 40.0, expert_hits: 3, expert_misses: 1, ssd_bytes: 4096 };
-    Event::Done(v1::Done { finish: finish.into(), usage: Some(usage), timing: Some(timing), ..Default::default() })
-}
-
-fn head() -> Head {
-    Head { id: "chatcmpl-1".into(), created: 1_795_394_228, model: "m".into(), system_fingerprint: String::new() }
-}
-
-fn start() -> Event {
-    Event::Accepted(v1::Accepted { model: "canonical".into(), fingerprint: "fp_flash".into(), ..Default::default() })
-}
-
-#[test]
-fn events_become_chunks() {
-    let check = |include_usage: bool, wanted: &[&str]| {
-        let mut chunks = Chunks { head: head(), include_usage, logprobs: false };
-        let mut out = String::new();
-        for event in [start(), Event::Progress(v1::Progress::default()), text("Hé"), text(""), done(v1::done::Finish::Length)] {
-            chunks.write(&event, &mut out);
-        }
-        let usual = r#"data: {"id":"chatcmpl-1","created":1795394228,"model":"m","system_fingerprint":"fp_flash","object":"chat.completion.chunk","#;
-        let wanted: String =
-            wanted.iter().map(|rest| if *rest == "[DONE]" { "data: [DONE]\n\n".into() } else { format!("{usual}{rest}\n\n") }).collect();
-        assert_eq!(out, wanted);
-    };
-    check(
-        false,
-        &[
-            r#""choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}"#,
-            r#""choices":[{"index":0,"delta":{"content":"Hé"},"logprobs":null,"finish_reason":null}]}"#,
-            r#""choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"length"}]}"#,
-            "[DONE]",
-        ],
-    );
-    check(
-        true,
-        &[
-            r#""choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}"#,
-            r#""choices":[{"index":0,"delta":{"content":"Hé"},"logprobs":null,"finish_reason":null}],"usage":null}"#,
-            r#""choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"length"}],"usage":null}"#,
-            concat!(
-                r#""choices":[],"usage":{"prompt_tokens":11,"completion_tokens":5,"total_tokens":16,"prompt_tokens_details":{"cached_tokens":3},"#,
-                r#""completion_tokens_details":{"reasoning_tokens":0}},"x_flash":{"ttft_ms":110.0,"prefill_tok_s":80.0,"decode_tok_s":100.0,"#,
-                r#""queue_ms":1.0,"expert_cache_hit_rate":0.75,"bytes_from_ssd":4096}}"#
-            ),
-            "[DONE]",
-        ],
-    );
-}
-
-#[test]
-fn events_become_a_completion_with_logprobs() {
-    let other = v1::Alternative { id: 2, token: vec![0xff], logprob: f32::NEG_INFINITY };
-    let logprob = v1::TokenLogprob { id: 1, token: "é".into(), logprob: -0.25, top: vec![other] };
-    let mut collected = Collected::default();
-    let mut head = head();
-    let mut body = None;
-    for event in [
-        start(),
-        text("H"),
-        Event::Text(v1::Text { text: "é".into(), logprobs: vec![logprob], ..v1::Text::default() }),
-        done(v1::done::Finish::Stop),
-    ] {
-        assert!(body.is_none());
-        body = collected.add(event, &mut head, true);
-    }
-    let body: Value = serde_json::from_str(&body.expect("a body")).expect("JSON");
-    assert_eq!(body["object"], "chat.completion");
-    assert_eq!(body["system_fingerprint"], "fp_flash");
-    assert_eq!(
-        body["choices"],
-        json!([{
-            "index": 0, "message": {"role": "assistant", "content": "Hé", "refusal": null}, "finish_reason": "stop",
-            "logprobs": {"refusal": null, "content": [{
-                "token": "é", "logprob": -0.25, "bytes": [195, 169],
-                "top_logprobs": [{"token": "\u{fffd}", "logprob": -9999.0, "bytes": [255]}],
-            }]},
-        }])
-    );
-    assert_eq!((&body["usage"]["total_tokens"], &body["x_flash"]["expert_cache_hit_rate"]), (&json!(16), &json!(0.75)));
 }

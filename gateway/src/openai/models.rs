@@ -107,7 +107,7 @@ fn describe(model: &v1::Model, list: &v1::ListResponse) -> Value {
         "loaded": state == "loaded", "state": state, "aliases": aliases,
         "problem": Some(&model.problem).filter(|problem| !problem.is_empty()),
         // Of this gateway with this model: what the routes refuse is not promised.
-        "capabilities": {"tools": false, "vision": false, "reasoning": false, "json_schema": false, "embeddings": false, "completion": false},
+        "capabilities": {"tools": true, "vision": false, "reasoning": true, "json_schema": true, "embeddings": false, "completion": true},
         "meta": {
             "arch": model.arch, "n_params": model.params, "n_active_params": model.active_params, "n_experts": model.experts,
             "top_k": model.top_k, "quant": model.quantization, "size_bytes": model.size_bytes, "vocab_size": model.vocab_size,
@@ -117,7 +117,7 @@ fn describe(model: &v1::Model, list: &v1::ListResponse) -> Value {
 }
 
 /// Days → civil date by the 400-year cycle, which begins in March so that leap days come last.
-fn rfc3339(seconds: u64) -> String {
+pub(crate) fn rfc3339(seconds: u64) -> String {
     let (days, second) = (seconds / 86_400 + 719_468, seconds % 86_400);
     let (era, day) = (days / 146_097, days % 146_097);
     let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;

@@ -1,6 +1,7 @@
-//! What OpenAI's API answers, as far as we answer it. Output only: requests are read by hand (`chat.rs`), because clients
-//! send more, less and other things than any schema says.
+//! What OpenAI's chat and completions answer, as far as we answer it. Output only: requests are read by hand (`chat.rs`),
+//! because clients send more, less and other things than any schema says.
 
+use flash_proto::v1;
 use serde::Serialize;
 
 /// What a completion and all of its chunks have in common.
@@ -18,14 +19,14 @@ pub(crate) struct Completion<'a> {
     #[serde(flatten)]
     pub(crate) head: &'a Head,
     pub(crate) object: &'static str,
-    pub(crate) choices: [Choice<'a>; 1],
+    pub(crate) choices: Vec<Choice<'a>>,
     pub(crate) usage: Usage,
     pub(crate) x_flash: Measured,
 }
 
 #[derive(Debug, Serialize)]
 pub(crate) struct Choice<'a> {
-    pub(crate) index: u32,
+    pub(crate) index: usize,
     pub(crate) message: Message<'a>,
     pub(crate) logprobs: Option<Logprobs>,
     pub(crate) finish_reason: &'static str,
@@ -34,8 +35,46 @@ pub(crate) struct Choice<'a> {
 #[derive(Debug, Serialize)]
 pub(crate) struct Message<'a> {
     pub(crate) role: &'static str,
-    pub(crate) content: &'a str,
+    /// Null where there are only calls.
+    pub(crate) content: Option<&'a str>,
     pub(crate) refusal: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reasoning: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<Call<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) function_call: Option<Function<'a>>,
+}
+
+/// A whole call, or in a stream a part of one: the first part names the tool, the others only add to its input.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Call<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) index: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) id: Option<String>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub(crate) kind: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) function: Option<Function<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) custom: Option<Custom<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Function<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<&'a str>,
+    pub(crate) arguments: &'a str,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct Custom<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<&'a str>,
+    pub(crate) input: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -53,7 +92,7 @@ pub(crate) struct Chunk<'a> {
 
 #[derive(Debug, Serialize)]
 pub(crate) struct Delta<'a> {
-    pub(crate) index: u32,
+    pub(crate) index: usize,
     pub(crate) delta: DeltaMessage<'a>,
     pub(crate) logprobs: Option<Logprobs>,
     pub(crate) finish_reason: Option<&'static str>,
@@ -65,6 +104,14 @@ pub(crate) struct DeltaMessage<'a> {
     pub(crate) role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reasoning: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tool_calls: Option<[Call<'a>; 1]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) function_call: Option<Function<'a>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -115,4 +162,55 @@ pub(crate) struct Measured {
     pub(crate) queue_ms: f64,
     pub(crate) expert_cache_hit_rate: Option<f64>,
     pub(crate) bytes_from_ssd: u64,
+}
+
+/// The prompt is read once for all choices of it.
+pub(crate) fn usage(prompts: &[&[v1::Usage]]) -> Usage {
+    let sum = |of: &dyn Fn(&v1::Usage) -> u32, all: &mut dyn Iterator<Item = &v1::Usage>| all.map(of).fold(0, u32::saturating_add);
+    let firsts = || prompts.iter().filter_map(|choices| choices.first());
+    let all = || prompts.iter().flat_map(|choices| choices.iter());
+    let prompt_tokens = sum(&|usage| usage.prompt_tokens, &mut firsts());
+    let completion_tokens = sum(&|usage| usage.completion_tokens, &mut all());
+    Usage {
+        prompt_tokens,
+        completion_tokens,
+        total_tokens: prompt_tokens.saturating_add(completion_tokens),
+        prompt_tokens_details: PromptDetails { cached_tokens: sum(&|usage| usage.cached_tokens, &mut firsts()) },
+        completion_tokens_details: CompletionDetails { reasoning_tokens: sum(&|usage| usage.reasoning_tokens, &mut all()) },
+    }
+}
+
+pub(crate) fn measured(done: &v1::Done) -> Measured {
+    let (usage, timing) = (done.usage.unwrap_or_default(), done.timing.unwrap_or_default());
+    let per_second = |tokens: u32, ms: f64| (tokens > 0 && ms > 0.0).then(|| f64::from(tokens) * 1e3 / ms);
+    let lookups = timing.expert_hits + timing.expert_misses;
+    #[allow(clippy::cast_precision_loss, reason = "a rate needs no more than 53 bits")]
+    let hit_rate = (lookups > 0).then(|| timing.expert_hits as f64 / lookups as f64);
+    Measured {
+        ttft_ms: timing.ttft_ms,
+        prefill_tok_s: per_second(usage.prompt_tokens.saturating_sub(usage.cached_tokens), timing.prefill_ms),
+        // The first token belongs to the prefill.
+        decode_tok_s: per_second(usage.completion_tokens.saturating_sub(1), timing.decode_ms),
+        queue_ms: timing.queue_ms,
+        expert_cache_hit_rate: hit_rate,
+        bytes_from_ssd: timing.ssd_bytes,
+    }
+}
+
+/// JSON has no infinity; OpenAI writes this for what was masked.
+pub(crate) fn finite(logprob: f32) -> f32 {
+    if logprob.is_finite() { logprob.max(-9999.0) } else { -9999.0 }
+}
+
+pub(crate) fn logprobs(tokens: &[v1::TokenLogprob]) -> Vec<Logprob> {
+    let token = |bytes: &[u8], logprob: f32| Token {
+        token: String::from_utf8_lossy(bytes).into_owned(),
+        logprob: finite(logprob),
+        bytes: bytes.to_vec(),
+    };
+    let entry = |found: &v1::TokenLogprob| Logprob {
+        token: token(&found.token, found.logprob),
+        top_logprobs: found.top.iter().map(|other| token(&other.token, other.logprob)).collect(),
+    };
+    tokens.iter().map(entry).collect()
 }

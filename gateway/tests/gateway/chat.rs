@@ -1,6 +1,6 @@
 //! `/v1/chat/completions` end to end: transcripts, statuses, in-band errors, heartbeats.
 
-use std::{path::Path, time::Duration};
+use std::time::Duration;
 
 use flash_proto::{code, v1};
 use serde_json::{Value, json};
@@ -9,6 +9,7 @@ use tonic::Status;
 use crate::{
     Gateway,
     client::{Client, Reply, chat, request},
+    expect,
     fake::{Fake, Step, accepted, done, reply, text},
 };
 
@@ -16,15 +17,6 @@ fn body(extra: Value) -> Value {
     let mut body = json!({"model": "local", "messages": [{"role": "user", "content": "hi"}]});
     body.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
     body
-}
-
-/// Compares with a file; UPDATE_EXPECT=1 rewrites it.
-fn expect(name: &str, found: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gateway/fixtures").join(name);
-    if std::env::var_os("UPDATE_EXPECT").is_some() {
-        std::fs::write(&path, found).expect("a writable fixture");
-    }
-    assert_eq!(found, std::fs::read_to_string(&path).expect("the fixture"), "{name}");
 }
 
 /// The transcript with what differs from run to run put aside, after a look that all chunks agree on it.

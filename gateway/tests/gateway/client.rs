@@ -144,6 +144,10 @@ pub(crate) async fn get(address: SocketAddr, path: &str) -> Reply {
     call(address, "GET", path, &[], b"").await
 }
 
+pub(crate) async fn post(address: SocketAddr, path: &str, body: &Value) -> Reply {
+    call(address, "POST", path, &[], body.to_string().as_bytes()).await
+}
+
 pub(crate) async fn chat(address: SocketAddr, body: &Value) -> Reply {
     call(address, "POST", "/v1/chat/completions", &[], body.to_string().as_bytes()).await
 }

@@ -42,8 +42,7 @@ async fn paths_and_methods() {
         ("GET", "/v1", 404, "unknown_url"),
         ("GET", "/v1/v1/v1/models", 404, "unknown_url"),
         ("GET", "/V1/models", 404, "unknown_url"),
-        ("POST", "/v1/responses", 404, "unknown_url"),
-        ("POST", "/v1/messages?beta=true", 404, "unknown_url"),
+        ("POST", "/v1/audio/speech", 404, "unknown_url"),
         ("GET", "/v1/models/gpt-4", 404, "model_not_found"),
         ("GET", "/v1/models/..%2f..%2fetc", 404, "model_not_found"),
         ("GET", "/v1/models/%ff", 404, "model_not_found"),
@@ -102,7 +101,7 @@ async fn hosts_and_origins() {
         assert_eq!(reply.header("access-control-allow-origin"), welcome.map(|(_, origin)| *origin), "{method} {headers:?}");
         if status == 204 {
             assert_eq!(reply.header("access-control-allow-headers"), Some("x-stainless-os, authorization"));
-            assert_eq!(reply.header("access-control-allow-methods"), Some("GET, POST, HEAD, OPTIONS"));
+            assert_eq!(reply.header("access-control-allow-methods"), Some("GET, POST, HEAD, DELETE, OPTIONS"));
             assert_eq!((reply.header("access-control-max-age"), reply.header("vary")), (Some("600"), Some("Origin")));
         }
     }

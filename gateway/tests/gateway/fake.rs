@@ -40,6 +40,10 @@ pub(crate) enum Step {
 struct Shared {
     scripts: Mutex<VecDeque<Vec<Step>>>,
     requests: Mutex<Vec<v1::GenerateRequest>>,
+    /// Conversations that were only counted.
+    counted: Mutex<Vec<v1::TokenizeRequest>>,
+    /// What was loaded and unloaded.
+    managed: Mutex<Vec<String>>,
     snapshot: Mutex<v1::Snapshot>,
 }
 
@@ -100,6 +104,14 @@ impl Fake {
 
     pub(crate) fn requests(&self) -> Vec<v1::GenerateRequest> {
         self.service.shared.requests.lock().expect("requests").clone()
+    }
+
+    pub(crate) fn counted(&self) -> Vec<v1::TokenizeRequest> {
+        self.service.shared.counted.lock().expect("counted").clone()
+    }
+
+    pub(crate) fn managed(&self) -> Vec<String> {
+        self.service.shared.managed.lock().expect("managed").clone()
     }
 
     pub(crate) fn snapshot(&self, snapshot: v1::Snapshot) {
@@ -173,8 +185,15 @@ impl Generate for Service {
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
-    async fn tokenize(&self, _: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
-        Err(Status::unimplemented("no test needs it"))
+    /// A token per message, tools included.
+    async fn tokenize(&self, request: Request<v1::TokenizeRequest>) -> Result<Response<v1::TokenizeResponse>, Status> {
+        let request = request.into_inner();
+        let count = match &request.prompt {
+            Some(v1::tokenize_request::Prompt::Chat(chat)) => chat.messages.len() + chat.tools.len(),
+            _ => 0,
+        };
+        self.shared.counted.lock().expect("counted").push(request);
+        Ok(Response::new(v1::TokenizeResponse { ids: vec![1; count], ..Default::default() }))
     }
 }
 
@@ -194,12 +213,16 @@ impl Models for Service {
         Ok(Response::new(v1::ListResponse { models, default_model: "flash-tiny-moe".into() }))
     }
 
-    async fn load(&self, _: Request<v1::LoadRequest>) -> Result<Response<v1::LoadResponse>, Status> {
-        Err(Status::unimplemented("no test needs it"))
+    async fn load(&self, request: Request<v1::LoadRequest>) -> Result<Response<v1::LoadResponse>, Status> {
+        let request = request.into_inner();
+        let keep_alive = request.keep_alive.unwrap_or_default();
+        self.shared.managed.lock().expect("managed").push(format!("load {} {keep_alive}", request.model));
+        Ok(Response::new(v1::LoadResponse::default()))
     }
 
-    async fn unload(&self, _: Request<v1::UnloadRequest>) -> Result<Response<v1::UnloadResponse>, Status> {
-        Err(Status::unimplemented("no test needs it"))
+    async fn unload(&self, request: Request<v1::UnloadRequest>) -> Result<Response<v1::UnloadResponse>, Status> {
+        self.shared.managed.lock().expect("managed").push(format!("unload {}", request.into_inner().model));
+        Ok(Response::new(v1::UnloadResponse::default()))
     }
 
     type ConvertStream = ReceiverStream<Result<v1::JobEvent, Status>>;
@@ -275,6 +298,27 @@ pub(crate) fn done(finish: v1::done::Finish) -> Event {
     let timing =
         v1::Timing { queue_ms: 1.0, prefill_ms: 100.0, ttft_ms: 110.0, decode_ms: 40.0, expert_hits: 3, expert_misses: 1, ssd_bytes: 4096 };
     Event::Done(v1::Done { finish: finish.into(), usage, timing: Some(timing), ..Default::default() })
+}
+
+pub(crate) fn thought(text: &str) -> Event {
+    Event::Text(v1::Text { text: text.into(), channel: v1::text::Channel::Reasoning.into(), ..v1::Text::default() })
+}
+
+pub(crate) fn call(index: u32, name: &str, arguments: &str) -> Event {
+    Event::ToolCall(v1::ToolCallPart { index, name: name.into(), arguments: arguments.into() })
+}
+
+/// Two calls, each in three parts.
+pub(crate) fn calls() -> Vec<Step> {
+    let city =
+        |index, city: &str| [call(index, "get_weather", ""), call(index, "", "{\"city\": "), call(index, "", &format!("\"{city}\"}}"))];
+    let calls = city(0, "Paris").into_iter().chain(city(1, "Rome"));
+    [accepted()].into_iter().chain(calls).chain([done(v1::done::Finish::ToolCalls)]).map(Step::Send).collect()
+}
+
+/// Thought, then said.
+pub(crate) fn considered() -> Vec<Step> {
+    [accepted(), thought("hmm ok"), text("Hello "), text("there."), done(v1::done::Finish::Stop)].map(Step::Send).into()
 }
 
 /// Accepted, the texts, stop.

@@ -1,0 +1,246 @@
+//! `/v1/completions`, both directions and pure: raw text or token ids in, no chat template, text out.
+
+use flash_proto::v1::{self, done::Finish, generate_event::Event, generate_request::Prompt};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::types::{Head, Usage, finite, usage};
+use crate::{
+    ask,
+    error::{Code, Failure},
+    json::Node,
+    reply::{Collected, Piece},
+    sse::{self, Item},
+};
+
+const PROMPTS_MAX: usize = 8;
+const MAX_TOKENS: u32 = 16;
+
+/// One request, read and checked; the requests' model is still what the client wrote.
+#[derive(Debug)]
+pub(crate) struct Request {
+    /// The choices of the first prompt, then those of the next.
+    pub(crate) requests: Vec<v1::GenerateRequest>,
+    pub(crate) stream: bool,
+    pub(crate) style: Style,
+    pub(crate) unknown: Vec<String>,
+}
+
+/// What the request says about its reply.
+#[derive(Debug)]
+pub(crate) struct Style {
+    pub(crate) head: Head,
+    /// Choices per prompt.
+    n: usize,
+    /// The prompts, if they are to be repeated.
+    echo: Option<Vec<String>>,
+    include_usage: bool,
+    logprobs: bool,
+}
+
+pub(crate) fn read(body: &Value, head: impl FnOnce(&str) -> Head) -> Result<Request, Failure> {
+    let mut unknown = Vec::new();
+    let mut top = Node::root(body).object()?;
+    let model = top.read("model", |node| node.text())?.unwrap_or_default().to_owned();
+    if let Some(node) = top.get("suffix")
+        && !node.text()?.is_empty()
+    {
+        return Err(node.refuse(Code::FimNotSupported, "the model is not known to fill gaps; leave the suffix out"));
+    }
+    let prompt_node = top.require("prompt")?;
+    let prompts = prompts(&prompt_node)?;
+    let n = top.read("n", |node| node.int(1..=4).map(ask::clamped))?.unwrap_or(1);
+    if let Some(node) = top.get("best_of")
+        && node.int(1..=20)? != i64::from(n)
+    {
+        return Err(node.refuse(Code::UnsupportedValue, "must be equal to 'n': all choices are sent"));
+    }
+    let top_logprobs = top.read("logprobs", |node| node.int(0..=5).map(ask::clamped))?;
+    let mut echo = None;
+    if let Some(node) = top.get("echo")
+        && node.flag()?
+    {
+        if top_logprobs.is_some() {
+            return Err(node.refuse(Code::UnsupportedValue, "the prompt's log-probabilities are not known; leave 'logprobs' out"));
+        }
+        let text = |prompt: &Prompt| match prompt {
+            Prompt::Text(text) => Some(text.clone()),
+            Prompt::Tokens(_) | Prompt::Chat(_) => None,
+        };
+        let texts: Option<Vec<_>> = prompts.iter().map(text).collect();
+        echo = Some(texts.ok_or_else(|| node.refuse(Code::UnsupportedValue, "token ids cannot be repeated as text"))?);
+    }
+    let options = top.read("stream_options", |node| super::chat::stream_options(&node, &mut unknown))?;
+    let generate = v1::GenerateRequest {
+        sampling: Some(ask::sampling(&mut top)?),
+        stop: top.read("stop", ask::stops)?.unwrap_or_default(),
+        max_tokens: Some(top.read("max_tokens", ask::tokens)?.unwrap_or(MAX_TOKENS)),
+        top_logprobs,
+        keep_alive: ask::keep_alive(&mut top)?,
+        model,
+        ..Default::default()
+    };
+    let stream = top.read("stream", |node| node.flag())?.unwrap_or(false);
+    top.ignore(&["user"]);
+    top.finish(&mut unknown);
+    let style = Style {
+        head: head(&generate.model),
+        n: n as usize,
+        echo,
+        include_usage: options.unwrap_or(false),
+        logprobs: top_logprobs.is_some(),
+    };
+    let of_prompt = |prompt| ask::choices(v1::GenerateRequest { prompt: Some(prompt), ..generate.clone() }, n);
+    let requests = prompts.into_iter().flat_map(of_prompt).collect();
+    Ok(Request { requests, stream, style, unknown })
+}
+
+/// A text, token ids, or several of one of them.
+fn prompts(node: &Node<'_>) -> Result<Vec<Prompt>, Failure> {
+    let ids = |node: &Node<'_>| {
+        let ids: Result<Vec<_>, _> = node.array(usize::MAX)?.map(|id| id.int(0..=u32::MAX.into()).map(ask::clamped)).collect();
+        match ids? {
+            ids if ids.is_empty() => Err(node.refuse(Code::InvalidValue, "must have at least one token")),
+            ids => Ok(Prompt::Tokens(v1::TokenIds { ids })),
+        }
+    };
+    match node.value {
+        Value::String(text) => Ok(vec![Prompt::Text(text.clone())]),
+        Value::Array(items) if items.is_empty() => Err(node.refuse(Code::InvalidValue, "must have at least one element")),
+        Value::Array(items) if items[0].is_number() => Ok(vec![ids(node)?]),
+        Value::Array(_) => {
+            let one = |node: Node<'_>| if node.value.is_array() { ids(&node) } else { Ok(Prompt::Text(node.text()?.to_owned())) };
+            node.array(PROMPTS_MAX)?.map(one).collect()
+        }
+        _ => Err(node.refuse(Code::InvalidValue, "must be a string, token ids, or an array of them")),
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Body<'a> {
+    #[serde(flatten)]
+    head: &'a Head,
+    object: &'static str,
+    choices: Vec<Value>,
+    /// `Some(None)` is a null: promised for the last chunk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Usage>>,
+}
+
+impl Style {
+    fn echoed(&self, choice: usize) -> &str {
+        self.echo.as_ref().map_or("", |texts| &texts[choice / self.n])
+    }
+
+    fn choice(&self, index: usize, text: &str, logprobs: Option<Value>, finish: Option<Finish>) -> Value {
+        let finish = finish.map(|finish| if finish == Finish::Length { "length" } else { "stop" });
+        json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish})
+    }
+
+    fn body(&self, choices: Vec<Value>, usage: Option<Option<Usage>>) -> impl Serialize + '_ {
+        Body { head: &self.head, object: "text_completion", choices, usage }
+    }
+
+    fn usage(&self, all: &[v1::Usage]) -> Usage {
+        usage(&all.chunks(self.n).collect::<Vec<_>>())
+    }
+
+    /// What was collected → one completion.
+    pub(crate) fn completion(&mut self, replies: &[Collected]) -> impl Serialize + '_ {
+        if let Some(first) = replies.first() {
+            self.head.system_fingerprint.clone_from(&first.accepted.fingerprint);
+        }
+        let choice = |(index, reply): (usize, &Collected)| {
+            let texts = reply.pieces.iter().map(|piece| match piece {
+                // A raw prompt has no channels and no tools.
+                Piece::Reasoning(text) | Piece::Content { text, .. } => text.as_str(),
+                Piece::Call { .. } => "",
+            });
+            let text: String = std::iter::once(self.echoed(index)).chain(texts).collect();
+            let logprobs = self.logprobs.then(|| legacy(&reply.logprobs(), &mut 0));
+            self.choice(index, &text, logprobs, Some(reply.finish()))
+        };
+        let choices = replies.iter().enumerate().map(choice).collect();
+        let usages: Vec<_> = replies.iter().map(Collected::usage).collect();
+        self.body(choices, Some(Some(self.usage(&usages))))
+    }
+}
+
+/// The form from before chat; `offset` is the characters so far.
+fn legacy(tokens: &[v1::TokenLogprob], offset: &mut usize) -> Value {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let top = |token: &v1::TokenLogprob| -> Map<String, Value> {
+        token.top.iter().map(|other| (text(&other.token), finite(other.logprob).into())).collect()
+    };
+    let offsets = tokens.iter().map(|token| {
+        let before = *offset;
+        *offset += text(&token.token).chars().count();
+        before
+    });
+    let offsets: Vec<_> = offsets.collect();
+    json!({
+        "tokens": tokens.iter().map(|token| text(&token.token)).collect::<Vec<_>>(),
+        "token_logprobs": tokens.iter().map(|token| finite(token.logprob)).collect::<Vec<_>>(),
+        "top_logprobs": tokens.iter().map(top).collect::<Vec<_>>(),
+        "text_offset": offsets,
+    })
+}
+
+/// Events → the text of a stream.
+#[derive(Debug)]
+pub(crate) struct Chunks {
+    style: Style,
+    /// Characters so far, and how it went, of every choice.
+    choices: Vec<(usize, Option<v1::Usage>)>,
+}
+
+impl Chunks {
+    pub(crate) fn new(style: Style, choices: usize) -> Self {
+        Self { style, choices: vec![(0, None); choices] }
+    }
+
+    pub(crate) fn write(&mut self, item: Item<'_>, out: &mut String) {
+        match item {
+            Item::Event(choice, event) => self.event(choice, event, out),
+            Item::Heartbeat => sse::comment(out),
+            Item::Failed(failure) => {
+                sse::data(&failure.openai(), out);
+                out.push_str("data: [DONE]\n\n");
+            }
+        }
+    }
+
+    fn event(&mut self, choice: usize, event: &Event, out: &mut String) {
+        let style = &self.style;
+        let said = match event {
+            Event::Accepted(accepted) => {
+                self.style.head.system_fingerprint.clone_from(&accepted.fingerprint);
+                let echoed = self.style.echoed(choice);
+                (!echoed.is_empty()).then(|| self.style.choice(choice, echoed, None, None))
+            }
+            Event::Text(text) => (!text.text.is_empty() || !text.logprobs.is_empty()).then(|| {
+                let logprobs = style.logprobs.then(|| legacy(&text.logprobs, &mut self.choices[choice].0));
+                style.choice(choice, &text.text, logprobs, None)
+            }),
+            Event::Done(done) => {
+                self.choices[choice].1 = Some(done.usage.unwrap_or_default());
+                Some(style.choice(choice, "", None, Some(done.finish())))
+            }
+            _ => None,
+        };
+        if let Some(said) = said {
+            sse::data(&self.style.body(vec![said], self.style.include_usage.then_some(None)), out);
+        }
+        let usages: Vec<_> = self.choices.iter().filter_map(|(_, usage)| *usage).collect();
+        if matches!(event, Event::Done(_)) && usages.len() == self.choices.len() {
+            if self.style.include_usage {
+                sse::data(&self.style.body(Vec::new(), Some(Some(self.style.usage(&usages)))), out);
+            }
+            out.push_str("data: [DONE]\n\n");
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "completions_tests.rs"]
+mod tests;

@@ -1,0 +1,120 @@
+//! Tests of `completions.rs`: bodies → requests or refusals, events → transcripts.
+
+use super::*;
+
+fn head(model: &str) -> Head {
+    Head { id: "cmpl-1".into(), created: 7, model: model.into(), system_fingerprint: String::new() }
+}
+
+fn accepted(body: &Value) -> Request {
+    read(body, head).unwrap_or_else(|failure| panic!("{body}: {failure:?}"))
+}
+
+fn text(text: &str, logprobs: Vec<v1::TokenLogprob>) -> Event {
+    Event::Text(v1::Text { text: text.into(), logprobs, ..Default::default() })
+}
+
+fn done(finish: Finish) -> Event {
+    let usage = v1::Usage { prompt_tokens: 4, completion_tokens: 2, ..Default::default() };
+    Event::Done(v1::Done { finish: finish.into(), usage: Some(usage), ..Default::default() })
+}
+
+#[test]
+fn prompts_are_text_or_tokens_one_or_several() {
+    let texts = |body: Value| -> Vec<_> {
+        let prompt = |request: v1::GenerateRequest| match request.prompt {
+            Some(Prompt::Text(text)) => text,
+            Some(Prompt::Tokens(tokens)) => format!("{:?}", tokens.ids),
+            _ => panic!("no chat"),
+        };
+        accepted(&body).requests.into_iter().map(prompt).collect()
+    };
+    assert_eq!(texts(json!({"prompt": "a"})), ["a"]);
+    assert_eq!(texts(json!({"prompt": ["a", "b"], "n": 2})), ["a", "a", "b", "b"]);
+    assert_eq!(texts(json!({"prompt": [1, 2]})), ["[1, 2]"]);
+    assert_eq!(texts(json!({"prompt": [[1], [2, 3]]})), ["[1]", "[2, 3]"]);
+    let request = accepted(&json!({"prompt": "a", "logprobs": 2, "best_of": 1, "user": "u", "stop": "x", "suffix": ""}));
+    let generate = &request.requests[0];
+    assert_eq!((generate.max_tokens, generate.top_logprobs, generate.stop.len(), request.unknown.len()), (Some(16), Some(2), 1, 0));
+}
+
+#[test]
+fn refusals_name_the_field() {
+    let check = |body: Value, code: Code, param: &str| {
+        let failure = read(&body, head).expect_err("a refusal");
+        assert_eq!((failure.code, failure.param.as_deref()), (code, Some(param)), "{body}");
+    };
+    use Code::{FimNotSupported, InvalidValue, MissingParameter, UnsupportedValue};
+    check(json!({}), MissingParameter, "prompt");
+    check(json!({"prompt": []}), InvalidValue, "prompt");
+    check(json!({"prompt": [[]]}), InvalidValue, "prompt[0]");
+    check(json!({"prompt": [1, "a"]}), InvalidValue, "prompt[1]");
+    check(json!({"prompt": ["a", 1]}), InvalidValue, "prompt[1]");
+    check(json!({"prompt": vec!["a"; 9]}), InvalidValue, "prompt");
+    check(json!({"prompt": {}}), InvalidValue, "prompt");
+    check(json!({"prompt": "a", "suffix": "b"}), FimNotSupported, "suffix");
+    check(json!({"prompt": "a", "n": 5}), InvalidValue, "n");
+    check(json!({"prompt": "a", "best_of": 2}), UnsupportedValue, "best_of");
+    check(json!({"prompt": "a", "logprobs": 6}), InvalidValue, "logprobs");
+    check(json!({"prompt": "a", "logprobs": 1, "echo": true}), UnsupportedValue, "echo");
+    check(json!({"prompt": [1], "echo": true}), UnsupportedValue, "echo");
+    check(json!({"prompt": "a", "max_tokens": 0}), InvalidValue, "max_tokens");
+}
+
+#[test]
+fn events_become_chunks() {
+    let request = accepted(&json!({"model": "m", "prompt": ["P", "Q"], "echo": true, "stream_options": {"include_usage": true}}));
+    let mut chunks = Chunks::new(request.style, request.requests.len());
+    let mut out = String::new();
+    let start = || Event::Accepted(v1::Accepted { fingerprint: "fp".into(), ..Default::default() });
+    for (choice, event) in [
+        (0, start()),
+        (1, start()),
+        (1, text("b", Vec::new())),
+        (0, text("", Vec::new())),
+        (0, done(Finish::Stop)),
+        (1, done(Finish::Length)),
+    ] {
+        chunks.write(Item::Event(choice, &event), &mut out);
+    }
+    let choice = |index: u32, text: &str, finish: &str| {
+        format!("\"choices\":[{{\"index\":{index},\"text\":\"{text}\",\"logprobs\":null,\"finish_reason\":{finish}}}],\"usage\":null")
+    };
+    let usage = concat!(
+        r#""choices":[],"usage":{"prompt_tokens":8,"completion_tokens":4,"total_tokens":12,"#,
+        r#""prompt_tokens_details":{"cached_tokens":0},"completion_tokens_details":{"reasoning_tokens":0}}"#
+    );
+    let said = [
+        choice(0, "P", "null"),
+        choice(1, "Q", "null"),
+        choice(1, "b", "null"),
+        choice(0, "", "\"stop\""),
+        choice(1, "", "\"length\""),
+        usage.to_owned(),
+    ];
+    let head = r#"data: {"id":"cmpl-1","created":7,"model":"m","system_fingerprint":"fp","object":"text_completion","#;
+    let wanted: String = said.iter().map(|rest| format!("{head}{rest}}}\n\n")).collect();
+    assert_eq!(out, wanted + "data: [DONE]\n\n");
+}
+
+#[test]
+fn a_completion_has_logprobs_in_the_old_form() {
+    let logprob = |token: &str| v1::TokenLogprob {
+        token: token.into(),
+        logprob: -0.5,
+        top: vec![v1::Alternative { token: "x".into(), logprob: f32::NEG_INFINITY, id: 1 }],
+        id: 0,
+    };
+    let mut reply = Collected::default();
+    for event in [text("Zo", vec![logprob("Zo")]), text("ë!", vec![logprob("ë"), logprob("!")]), done(Finish::Stop)] {
+        reply.add(&event);
+    }
+    let mut request = accepted(&json!({"prompt": "P", "logprobs": 1}));
+    let body = serde_json::to_value(request.style.completion(&[reply])).expect("JSON");
+    let top = json!({"x": -9999.0});
+    let logprobs = json!({
+        "tokens": ["Zo", "ë", "!"], "token_logprobs": [-0.5, -0.5, -0.5], "top_logprobs": [top, top, top], "text_offset": [0, 2, 3],
+    });
+    assert_eq!(body["choices"], json!([{"index": 0, "text": "Zoë!", "logprobs": logprobs, "finish_reason": "stop"}]));
+    assert_eq!((&body["object"], &body["usage"]["total_tokens"]), (&json!("text_completion"), &json!(6)));
+}

@@ -1,0 +1,102 @@
+//! `/v1/responses`, which Codex and the newer SDKs speak: handlers that join the pure translations to the daemon, the wire
+//! and the store of earlier responses.
+
+mod reply;
+mod request;
+pub(crate) mod store;
+
+use std::sync::{Arc, PoisonError};
+
+use axum::{
+    Extension, Json,
+    extract::{Path, State},
+    response::Response,
+};
+use flash_proto::v1;
+use serde_json::{Value, json};
+
+use self::{
+    reply::{Events, Style},
+    request::Request,
+    store::Stored,
+};
+use crate::{
+    App,
+    call::{self, Asked, Call, Framing},
+    error::{Code, Failure},
+    router::{Caller, unique_id},
+};
+
+fn read(call: &Call, body: &Value) -> Result<Request, Failure> {
+    let earlier = |id: &str| find(&call.app, &call.caller, id).map(|stored| stored.messages.clone());
+    let request = request::read(body, earlier)?;
+    call.app.note_unknown(&request.unknown)?;
+    Ok(request)
+}
+
+fn find(app: &App, caller: &Caller, id: &str) -> Option<Arc<Stored>> {
+    app.responses.lock().unwrap_or_else(PoisonError::into_inner).get(id, &caller.client)
+}
+
+/// `POST /v1/responses`.
+pub(crate) async fn create(Asked { call, body }: Asked) -> Result<Response, Failure> {
+    let Request { generate, stream, kept, echo, names, unknown: _ } = read(&call, &body)?;
+    let style = Style {
+        id: unique_id(),
+        created: call::now(),
+        model: call::shown(&generate.model),
+        logprobs: generate.top_logprobs.is_some_and(|count| count > 0),
+        names,
+        echo,
+    };
+    let (app, client) = (call.app.clone(), call.caller.client.clone());
+    let keep = move |response: Value, said: Vec<v1::Message>| {
+        let Some(mut messages) = kept.clone() else { return };
+        messages.extend(said);
+        app.responses.lock().unwrap_or_else(PoisonError::into_inner).put(Stored { client: client.clone(), response, messages });
+    };
+    if stream {
+        let mut events = Events::new(style);
+        let write = move |item: crate::sse::Item<'_>, out: &mut String| {
+            if let Some(response) = events.write(item, out) {
+                keep(response, events.said());
+            }
+        };
+        return call.stream(vec![generate], Framing::Events, write).await;
+    }
+    let replies = call.collect(vec![generate]).await?;
+    let response = style.response(&replies[0]);
+    let answer = call::json(&response, &replies);
+    keep(response, style.said(&replies[0]));
+    Ok(answer)
+}
+
+/// `POST /v1/responses/input_tokens`.
+pub(crate) async fn input_tokens(Asked { call, body }: Asked) -> Result<Json<Value>, Failure> {
+    let Request { generate, .. } = read(&call, &body)?;
+    let Some(v1::generate_request::Prompt::Chat(chat)) = generate.prompt else { unreachable!("requests of this route are chats") };
+    Ok(Json(json!({"object": "response.input_tokens", "input_tokens": call.count(&generate.model, chat).await?})))
+}
+
+/// `GET /v1/responses/{id}`.
+pub(crate) async fn one(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, Failure> {
+    find(&app, &caller, &id).map(|stored| Json(stored.response.clone())).ok_or_else(not_found)
+}
+
+/// `DELETE /v1/responses/{id}`.
+pub(crate) async fn delete(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, Failure> {
+    let removed = app.responses.lock().unwrap_or_else(PoisonError::into_inner).remove(&id, &caller.client);
+    if removed { Ok(Json(json!({"id": id, "object": "response", "deleted": true}))) } else { Err(not_found()) }
+}
+
+fn not_found() -> Failure {
+    Failure::new(Code::ResponseNotFound, "No response with this id is kept; only recent ones are, and none sent with store: false.")
+}

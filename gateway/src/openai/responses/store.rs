@@ -1,0 +1,121 @@
+//! Earlier responses, so that a client can go on from one by its id: in memory, bounded in number, bytes and age, the
+//! longest unused first to go. Everyone finds only their own.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use flash_proto::v1;
+use serde_json::Value;
+
+const COUNT_MAX: usize = 256;
+const BYTES_MAX: usize = 64 << 20;
+const AGE_MAX: Duration = Duration::from_secs(3600);
+
+#[derive(Debug)]
+pub(crate) struct Stored {
+    /// Whose it is.
+    pub(crate) client: String,
+    /// As it was sent.
+    pub(crate) response: Value,
+    /// The conversation up to and with it, without instructions.
+    pub(crate) messages: Vec<v1::Message>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    stored: Arc<Stored>,
+    bytes: usize,
+    at: Instant,
+}
+
+/// The longest unused entry first.
+#[derive(Debug, Default)]
+pub(crate) struct Store {
+    entries: VecDeque<Entry>,
+    bytes: usize,
+}
+
+impl Store {
+    pub(crate) fn put(&mut self, stored: Stored) {
+        let messages: usize = stored.messages.iter().map(size).sum();
+        let bytes = stored.response.to_string().len() + messages;
+        if bytes > BYTES_MAX {
+            tracing::debug!(bytes, "a response is too large to be kept");
+            return;
+        }
+        self.bytes += bytes;
+        self.entries.push_back(Entry { stored: Arc::new(stored), bytes, at: Instant::now() });
+        while self.entries.len() > COUNT_MAX || self.bytes > BYTES_MAX {
+            self.take(0);
+        }
+    }
+
+    pub(crate) fn get(&mut self, id: &str, client: &str) -> Option<Arc<Stored>> {
+        let entry = self.position(id, client).and_then(|at| self.entries.remove(at))?;
+        let stored = entry.stored.clone();
+        self.entries.push_back(entry);
+        Some(stored)
+    }
+
+    /// Whether it was there.
+    pub(crate) fn remove(&mut self, id: &str, client: &str) -> bool {
+        self.position(id, client).map(|at| self.take(at)).is_some()
+    }
+
+    fn position(&mut self, id: &str, client: &str) -> Option<usize> {
+        while let Some(old) = self.entries.iter().position(|entry| entry.at.elapsed() > AGE_MAX) {
+            self.take(old);
+        }
+        self.entries.iter().position(|entry| entry.stored.response["id"] == id && entry.stored.client == client)
+    }
+
+    fn take(&mut self, at: usize) {
+        if let Some(entry) = self.entries.remove(at) {
+            self.bytes -= entry.bytes;
+        }
+    }
+}
+
+fn size(message: &v1::Message) -> usize {
+    let calls: usize = message.tool_calls.iter().map(|call| call.id.len() + call.name.len() + call.arguments_json.len()).sum();
+    message.content.len() + message.reasoning.as_ref().map_or(0, String::len) + calls + 64
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn stored(id: usize, client: &str, content: usize) -> Stored {
+        let message = v1::Message { content: "x".repeat(content), ..Default::default() };
+        Stored { client: client.into(), response: json!({"id": format!("resp_{id}")}), messages: vec![message] }
+    }
+
+    #[test]
+    fn the_longest_unused_goes_first() {
+        let mut store = Store::default();
+        for id in 0..COUNT_MAX {
+            store.put(stored(id, "a", 0));
+        }
+        assert!(store.get("resp_0", "a").is_some());
+        store.put(stored(COUNT_MAX, "a", 0));
+        assert!(store.get("resp_0", "a").is_some() && store.get("resp_1", "a").is_none() && store.get("resp_256", "a").is_some());
+        store.put(stored(999, "a", BYTES_MAX - 1000));
+        assert!(store.get("resp_999", "a").is_some() && store.entries.len() < 20, "{}", store.entries.len());
+        store.put(stored(1000, "a", BYTES_MAX));
+        assert!(store.get("resp_1000", "a").is_none() && store.get("resp_999", "a").is_some());
+        assert!(store.remove("resp_999", "a") && !store.remove("resp_999", "a"));
+        assert_eq!(store.bytes, store.entries.iter().map(|entry| entry.bytes).sum::<usize>());
+    }
+
+    #[test]
+    fn everyone_finds_only_their_own() {
+        let mut store = Store::default();
+        store.put(stored(1, "a", 0));
+        assert!(store.get("resp_1", "b").is_none() && !store.remove("resp_1", "b") && store.get("resp_1", "a").is_some());
+    }
+}
