@@ -272,6 +272,7 @@ impl Sources<'_> {
             policy: self.pick("policy", |raw| raw.policy.as_ref(), "lfru", "lfru, lru, lcp or none", |text| text.parse().ok())?,
             lookahead: self.pick("lookahead", |raw| raw.lookahead.as_ref(), "auto", "auto, on or off", |text| text.parse().ok())?,
             available: None,
+            script: None,
         })
     }
 

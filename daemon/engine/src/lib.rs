@@ -30,7 +30,7 @@ pub use convert::{Converted, Verified, convert, verify};
 pub use engine::Engine;
 pub use error::Error;
 pub use flash_experts::{Hot, replay};
-pub use model::{Message, Text, hub};
+pub use model::{Chat, Choice, Format, Message, Parameters, Reply, Text, Tool, ToolCall, ToolChoice, hub};
 pub use profile::{Profile, Stage};
 pub use storage::{StorageReport, storage_report};
 pub use trace::read_trace;
