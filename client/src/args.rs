@@ -151,11 +151,16 @@ pub(crate) struct RunArgs {
     /// Print the answer when it is complete
     #[arg(long)]
     pub(crate) no_stream: bool,
+    /// What the answer must be: `json` for any JSON object, or a file with a JSON schema
+    #[arg(long, value_name = "json|SCHEMA.json")]
+    pub(crate) format: Option<PathBuf>,
     /// Give up (124) after so long: 30, 90s, 5m
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub(crate) timeout: Option<Duration>,
     #[command(flatten)]
     pub(crate) generation: Generation,
+    #[command(flatten)]
+    pub(crate) thinking: Thinking,
     #[command(flatten)]
     pub(crate) settings: Settings,
 }
@@ -180,6 +185,8 @@ pub(crate) struct ChatArgs {
     pub(crate) no_history: bool,
     #[command(flatten)]
     pub(crate) generation: Generation,
+    #[command(flatten)]
+    pub(crate) thinking: Thinking,
     #[command(flatten)]
     pub(crate) settings: Settings,
 }
@@ -218,6 +225,21 @@ pub(crate) struct Generation {
     /// End the answer before this text; may be repeated
     #[arg(long, value_name = "TEXT")]
     pub(crate) stop: Vec<String>,
+}
+
+/// For models that think before they answer.
+#[derive(Args, Clone, Debug, Default, PartialEq)]
+#[command(next_help_heading = "Thinking")]
+pub(crate) struct Thinking {
+    /// Let the model think first, with this effort if it knows efforts: low, medium or high
+    #[arg(long, value_name = "EFFORT", num_args = 0..=1, require_equals = true, default_missing_value = "", conflicts_with = "no_think")]
+    pub(crate) think: Option<String>,
+    /// Ask for an answer without thinking
+    #[arg(long)]
+    pub(crate) no_think: bool,
+    /// Do not show what it thinks (off a terminal it never is)
+    #[arg(long)]
+    pub(crate) hide_thinking: bool,
 }
 
 /// Settings of the daemon; absent ones stay as they are.

@@ -1,7 +1,9 @@
 //! The JSON that flashctl prints: protobuf messages as snake_case objects whose keys stay. Written by hand, so that a field
 //! renamed on the wire does not rename what scripts read.
 
-use flash_proto::v1::{Cache, DoctorResponse, LoadedModel, Model, Prefix, Snapshot, VersionResponse, loaded_model, model, pressure};
+use flash_proto::v1::{
+    Cache, DoctorResponse, LoadedModel, Model, Prefix, Snapshot, VersionResponse, done::Finish, loaded_model, model, pressure,
+};
 use serde_json::{Value, json};
 
 use crate::{failure::Failure, render, reply::Reply};
@@ -142,7 +144,7 @@ pub(crate) fn completion(reply: &Reply, raw: bool, created: u64, cache_now: Opti
     let accepted = reply.accepted.clone().unwrap_or_default();
     let done = reply.done.clone().unwrap_or_default();
     let (usage, timing) = (done.usage.unwrap_or_default(), done.timing.unwrap_or_default());
-    let finish = if done.finish() == flash_proto::v1::done::Finish::Length { "length" } else { "stop" };
+    let finish = if done.finish() == Finish::Length { "length" } else { "stop" };
     let prefill =
         (timing.prefill_ms > 0.0).then(|| f64::from(usage.prompt_tokens.saturating_sub(usage.cached_tokens)) / timing.prefill_ms * 1000.0);
     let decode = render::decode_tok_s(usage.completion_tokens, timing.decode_ms);
@@ -150,7 +152,10 @@ pub(crate) fn completion(reply: &Reply, raw: bool, created: u64, cache_now: Opti
     let (object, choice) = match raw {
         true => ("text_completion", json!({"index": 0, "text": reply.text, "logprobs": null, "finish_reason": finish})),
         false => {
-            let message = json!({"role": "assistant", "content": reply.text});
+            let mut message = json!({"role": "assistant", "content": reply.text});
+            if !reply.reasoning.is_empty() {
+                message["reasoning_content"] = json!(reply.reasoning);
+            }
             ("chat.completion", json!({"index": 0, "message": message, "logprobs": null, "finish_reason": finish}))
         }
     };
@@ -160,6 +165,7 @@ pub(crate) fn completion(reply: &Reply, raw: bool, created: u64, cache_now: Opti
         "usage": {
             "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.prompt_tokens + usage.completion_tokens, "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         },
         "x_flash": {
             "ttft_ms": timing.ttft_ms, "prefill_tok_s": prefill, "decode_tok_s": decode, "queue_ms": timing.queue_ms,
@@ -170,7 +176,7 @@ pub(crate) fn completion(reply: &Reply, raw: bool, created: u64, cache_now: Opti
 
 #[cfg(test)]
 mod tests {
-    use flash_proto::v1::{Accepted, Done, Usage, done::Finish};
+    use flash_proto::v1::{Accepted, Done, Usage};
 
     use super::*;
 
@@ -178,6 +184,7 @@ mod tests {
     fn a_completion_has_the_shape_that_clients_know() {
         let reply = Reply {
             text: "Hi.".into(),
+            reasoning: "They greet.".into(),
             accepted: Some(Accepted { model: "tiny".into(), ..Accepted::default() }),
             done: Some(Done {
                 finish: Finish::Length.into(),
@@ -189,6 +196,7 @@ mod tests {
         let check = |pointer: &str, expected: Value| assert_eq!(chat.pointer(pointer), Some(&expected), "{pointer}");
         check("/object", json!("chat.completion"));
         check("/choices/0/message/content", json!("Hi."));
+        check("/choices/0/message/reasoning_content", json!("They greet."));
         check("/choices/0/finish_reason", json!("length"));
         check("/usage/total_tokens", json!(8));
         check("/usage/prompt_tokens_details/cached_tokens", json!(2));

@@ -1,23 +1,26 @@
 //! One answer: the request built from the command line, the stream of events read to its end. What is done with the text is
 //! the caller's: `run` and `chat` hand in a sink.
 
+use std::io::{self, IsTerminal};
+
 use flash_proto::v1::{
     Accepted, Chat, Done, GenerateEvent, GenerateRequest, Message, Progress, Routing, Sampling, generate_event::Event,
-    generate_request::Prompt, progress::Phase,
+    generate_request::Prompt, progress::Phase, text::Channel,
 };
 use tonic::Streaming;
 
 use crate::{
-    args::{Generation, Global},
+    args::{Generation, Global, Thinking},
     connect::Daemon,
     failure::Failure,
-    term::StatusLine,
+    term::{self, Paint, StatusLine},
 };
 
 /// What came back; all but `text` is absent until the daemon said so, which a broken stream may never do.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reply {
     pub(crate) text: String,
+    pub(crate) reasoning: String,
     pub(crate) accepted: Option<Accepted>,
     pub(crate) done: Option<Done>,
 }
@@ -26,6 +29,7 @@ pub(crate) struct Reply {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Said<'a> {
     Text(&'a str),
+    Reasoning(&'a str),
     /// If the request asked for it.
     Routing(&'a Routing),
 }
@@ -36,6 +40,46 @@ pub(crate) fn message(role: &str, content: &str) -> Message {
 
 pub(crate) fn chat(messages: Vec<Message>) -> Chat {
     Chat { messages, ..Chat::default() }
+}
+
+/// As [`chat`], with what the command line says of thinking.
+pub(crate) fn thinking_chat(messages: Vec<Message>, thinking: &Thinking) -> Chat {
+    let mut kwargs = serde_json::Map::new();
+    if thinking.no_think || thinking.think.is_some() {
+        kwargs.insert("enable_thinking".into(), (!thinking.no_think).into());
+    }
+    if let Some(effort) = thinking.think.as_deref().filter(|effort| !effort.is_empty()) {
+        kwargs.insert("reasoning_effort".into(), effort.into());
+    }
+    let template_kwargs_json = if kwargs.is_empty() { String::new() } else { serde_json::Value::Object(kwargs).to_string() };
+    Chat { template_kwargs_json, ..chat(messages) }
+}
+
+/// Shows what a model thinks on standard error, dimmed, to a person who reads the answer at a terminal.
+#[derive(Debug)]
+pub(crate) struct Thoughts {
+    shown: bool,
+    open: bool,
+}
+
+impl Thoughts {
+    pub(crate) fn new(thinking: &Thinking) -> Self {
+        Self { shown: !thinking.hide_thinking && io::stdout().is_terminal(), open: false }
+    }
+
+    pub(crate) fn say(&mut self, text: &str) {
+        if self.shown {
+            term::note_part(&Paint::stderr().dim(text));
+            self.open = true;
+        }
+    }
+
+    /// A blank line between thoughts and answer.
+    pub(crate) fn close(&mut self) {
+        if std::mem::take(&mut self.open) {
+            term::note("\n");
+        }
+    }
 }
 
 pub(crate) fn request(model: &str, prompt: Prompt, generation: &Generation) -> GenerateRequest {
@@ -79,6 +123,11 @@ pub(crate) async fn receive(
             Some(Event::Accepted(accepted)) => reply.accepted = Some(accepted),
             Some(Event::Progress(progress)) => line.show(&progress_text(&progress)),
             Some(Event::Text(text)) if text.text.is_empty() => {}
+            Some(Event::Text(text)) if text.channel() == Channel::Reasoning => {
+                line.clear();
+                reply.reasoning += &text.text;
+                sink(Said::Reasoning(&text.text))?;
+            }
             Some(Event::Text(text)) => {
                 line.clear();
                 reply.text += &text.text;
@@ -110,6 +159,16 @@ fn progress_text(progress: &Progress) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn thinking_is_the_templates_business() {
+        let check = |thinking: Thinking, expected: &str| assert_eq!(thinking_chat(Vec::new(), &thinking).template_kwargs_json, expected);
+        let think = |effort: &str| Thinking { think: Some(effort.into()), ..Thinking::default() };
+        check(Thinking::default(), "");
+        check(think(""), r#"{"enable_thinking":true}"#);
+        check(think("low"), r#"{"enable_thinking":true,"reasoning_effort":"low"}"#);
+        check(Thinking { no_think: true, ..Thinking::default() }, r#"{"enable_thinking":false}"#);
+    }
 
     #[test]
     fn absent_flags_stay_absent() {

@@ -28,10 +28,11 @@ pub(crate) fn print_json(value: &serde_json::Value) -> Result<(), Failure> {
 
 /// A line for the person at the terminal; nobody is told if it cannot be shown.
 pub(crate) fn note(text: &str) {
-    note_raw(&format!("{text}\n"));
+    note_part(&format!("{text}\n"));
 }
 
-fn note_raw(text: &str) {
+/// As [`note`], within a line.
+pub(crate) fn note_part(text: &str) {
     let mut stderr = io::stderr().lock();
     let _ = stderr.write_all(text.as_bytes()).and_then(|()| stderr.flush());
 }
@@ -110,13 +111,13 @@ impl StatusLine {
             let wheel = ['⠋', '⠙', '⠹', '⠸', '⠼', '⠴', '⠦', '⠧', '⠇', '⠏'];
             self.turn = (self.turn + 1) % wheel.len();
             self.drawn = true;
-            note_raw(&format!("\r\x1b[K{} {}", wheel[self.turn], Paint::stderr().dim(text)));
+            note_part(&format!("\r\x1b[K{} {}", wheel[self.turn], Paint::stderr().dim(text)));
         }
     }
 
     pub(crate) fn clear(&mut self) {
         if std::mem::take(&mut self.drawn) {
-            note_raw("\r\x1b[K");
+            note_part("\r\x1b[K");
         }
     }
 }

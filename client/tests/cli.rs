@@ -15,6 +15,7 @@ use std::{
 };
 
 use fake::Fake;
+use flash_proto::v1::{Format, format, generate_request};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -247,6 +248,36 @@ fn one_prompt_one_answer() {
     assert_eq!(requests[0].sampling.as_ref().and_then(|sampling| sampling.temperature), Some(0.0));
     assert_eq!(said(5), [pair("system", "Be brief."), pair("user", "Shorten:\n\na diff\n")]);
     assert_eq!(said(6), [pair("raw", "once\n")]);
+}
+
+#[test]
+fn thoughts_are_kept_from_the_answer() {
+    let home = Home::new();
+    let daemon = home.daemon();
+    home.run(&["run", "local", "think"]).expect(0, "Yes.\n", "");
+    home.run(&["run", "local", "think", "--no-stream", "--hide-thinking"]).expect(0, "Yes.\n", "");
+    let reply = home.run(&["run", "local", "think", "--json", "--think=low"]).json();
+    let message = &reply["choices"][0]["message"];
+    assert_eq!((&message["content"], &message["reasoning_content"]), (&Value::from("Yes."), &Value::from("Hm.")));
+    let requests = daemon.seen.generate.lock().expect("no panic");
+    let Some(generate_request::Prompt::Chat(chat)) = &requests[2].prompt else { panic!("a chat") };
+    assert_eq!(chat.template_kwargs_json, r#"{"enable_thinking":true,"reasoning_effort":"low"}"#);
+}
+
+#[test]
+fn a_format_is_json_or_a_schema_from_a_file() {
+    let home = Home::new();
+    let daemon = home.daemon();
+    let schema = home.path("person.json");
+    fs::write(&schema, r#"{"type":"object"}"#).expect("written");
+    let schema = schema.display().to_string();
+    home.run(&["run", "local", "x", "--format", "json"]).expect(0, "Once upon a time.\n", "");
+    home.run(&["run", "local", "x", "--format", &schema]).expect(0, "Once upon a time.\n", "");
+    home.run(&["run", "local", "x", "--format", "missing.json"]).expect(66, "", "cannot read missing.json");
+    let requests = daemon.seen.generate.lock().expect("no panic");
+    let formats: Vec<_> = requests.iter().map(|request| request.format.clone().expect("a format")).collect();
+    let kinds = [format::Kind::JsonObject(true), format::Kind::JsonSchema(r#"{"type":"object"}"#.into())];
+    assert_eq!(formats, kinds.map(|kind| Format { kind: Some(kind), strict: true }));
 }
 
 #[test]

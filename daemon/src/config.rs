@@ -287,6 +287,7 @@ impl Sources<'_> {
             prefix_cache: self.pick("prefix_cache", |raw| raw.prefix_cache.as_ref(), "auto", cache_wants, |text| text.parse().ok())?,
             disk_cache: self.disk_cache(home)?,
             available: None,
+            script: None,
         })
     }
 

@@ -229,6 +229,93 @@ async fn what_can_be_refused_is_refused_before_the_first_event() {
     daemon.stop().await;
 }
 
+const TOOLS_TEMPLATE: &str = "{% for tool in tools %}<tool_call>{{ tool | tojson }}\n{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n";
+
+/// The bundled model in a folder of its own, with a template that shows tools.
+fn with_tools() -> tempfile::TempDir {
+    let copy = tempfile::tempdir().expect("a temporary directory");
+    let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models").join(MODEL);
+    let dir = copy.path().join(MODEL);
+    std::fs::create_dir(&dir).expect("a folder");
+    for file in std::fs::read_dir(bundled).expect("the model").flatten().filter(|file| file.path().is_file()) {
+        std::fs::copy(file.path(), dir.join(file.file_name())).expect("a copy");
+    }
+    std::fs::write(dir.join("chat_template.jinja"), TOOLS_TEMPLATE).expect("a file");
+    copy
+}
+
+fn tools_chat(mode: v1::tool_choice::Mode) -> v1::Chat {
+    let parameters_json =
+        r#"{"type":"object","properties":{"n":{"type":"integer","minimum":0,"maximum":9}},"required":["n"],"additionalProperties":false}"#;
+    let tool = v1::Tool { name: "roll".into(), parameters_json: parameters_json.into(), ..Default::default() };
+    v1::Chat {
+        messages: vec![v1::Message { role: "user".into(), content: "Roll it.".into(), ..Default::default() }],
+        tools: vec![tool],
+        tool_choice: Some(v1::ToolChoice { mode: mode.into(), names: Vec::new(), single: true }),
+        ..Default::default()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tools_are_called_and_counted() {
+    let daemon = Daemon::start(RawConfig::default()).await;
+    let copy = with_tools();
+    let model = copy.path().join(MODEL).display().to_string();
+    let chat = tools_chat(v1::tool_choice::Mode::Required);
+    let request =
+        v1::GenerateRequest { model: model.clone(), prompt: Some(v1::generate_request::Prompt::Chat(chat.clone())), ..story(100) };
+    let mut stream = daemon.generate(request).await.expect("accepted");
+    let (mut name, mut arguments) = (String::new(), String::new());
+    let (mut prompt_tokens, mut done) = (0, None);
+    while let Some(event) = stream.next().await {
+        match event {
+            Event::Accepted(accepted) => prompt_tokens = accepted.prompt_tokens,
+            Event::ToolCall(part) => {
+                assert!(part.index == 0 && (part.name.is_empty() || name.is_empty()), "{part:?}");
+                name += &part.name;
+                arguments += &part.arguments;
+            }
+            Event::Text(text) => assert_eq!(text.text, ""),
+            Event::Done(end) => done = Some(end),
+            _ => {}
+        }
+    }
+    assert_eq!((name.as_str(), done.expect("an end").finish()), ("roll", v1::done::Finish::ToolCalls));
+    let arguments: serde_json::Value = serde_json::from_str(&arguments).expect("JSON");
+    assert!(arguments["n"].as_u64().is_some_and(|n| n < 10), "{arguments}");
+
+    let mut client = Generate::new(daemon.channel.clone());
+    let mut count = async |chat: v1::Chat| {
+        let request = v1::TokenizeRequest { model: model.clone(), prompt: Some(v1::tokenize_request::Prompt::Chat(chat)) };
+        client.tokenize(request).await.expect("tokens").into_inner().ids.len()
+    };
+    assert_eq!(count(chat.clone()).await, prompt_tokens as usize);
+    assert!(count(v1::Chat { tools: Vec::new(), ..chat }).await < prompt_tokens as usize);
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn forms_that_cannot_be_kept_are_refused() {
+    let daemon = Daemon::start(RawConfig::default()).await;
+    let check = async |request: v1::GenerateRequest, expected: &str, param: &str, says: &str| {
+        let status = daemon.generate(request).await.err().expect("a refusal");
+        assert_eq!((code::of(&status), code::param(&status)), (Some(expected), Some(param)), "{status}");
+        assert!(status.message().contains(says), "{status}");
+    };
+    let format = |kind, strict| v1::GenerateRequest { format: Some(v1::Format { kind: Some(kind), strict }), ..story(40) };
+    let odd = v1::format::Kind::JsonSchema(r#"{"type":"object","propertyNames":{"pattern":"^a"}}"#.into());
+    check(format(odd.clone(), true), code::SCHEMA_NOT_SUPPORTED, "response_format", "propertyNames").await;
+    check(format(v1::format::Kind::JsonSchema("[".into()), true), code::INVALID_VALUE, "response_format", "not JSON").await;
+    check(format(v1::format::Kind::Regex("(".into()), true), code::SCHEMA_NOT_SUPPORTED, "response_format", "").await;
+    let tools = v1::generate_request::Prompt::Chat(tools_chat(v1::tool_choice::Mode::Auto));
+    check(v1::GenerateRequest { prompt: Some(tools), ..story(1) }, code::CHAT_TEMPLATE, "messages", "does not show tools").await;
+    let (text, done) = daemon.generate(format(odd, false)).await.expect("accepted").finish().await;
+    assert!(done.is_ok() && text.starts_with('{'), "{text}");
+    let (text, done) = daemon.generate(format(v1::format::Kind::Regex("[0-9]{3}".into()), true)).await.expect("accepted").finish().await;
+    assert!(done.is_ok_and(|done| done.finish() == v1::done::Finish::Stop) && text.len() == 3 && text.parse::<u32>().is_ok(), "{text}");
+    daemon.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dropped_stream_frees_its_place_and_a_full_queue_refuses() {
     let flags = RawConfig { parallel: Some(Text::from("1")), queue: Some(Text::from("1")), ..Default::default() };

@@ -14,15 +14,13 @@ use std::{
 };
 
 use flash_proto::v1::{
-    self, admin_client::AdminClient, generate_client::GenerateClient, generate_event::Event, generate_request::Prompt,
-    models_client::ModelsClient, progress::Phase,
+    self, admin_client::AdminClient, generate_client::GenerateClient, generate_event::Event, models_client::ModelsClient, progress::Phase,
 };
 use tokio::time::{Instant, timeout};
 use tonic::{Response, Status, Streaming, transport::Channel};
 
 use crate::{
     App,
-    ask::turns,
     error::{self, Code, Failure},
     metrics::Metrics,
     openai::models,
@@ -103,23 +101,8 @@ impl Upstream {
 
     /// How many tokens a conversation is; needs no place in the daemon's queue.
     pub(crate) async fn count(&self, request: v1::TokenizeRequest, patience: Duration) -> Result<u32, Failure> {
-        let softer = softened(request.prompt.as_ref().and_then(|prompt| match prompt {
-            v1::tokenize_request::Prompt::Chat(chat) => Some(chat),
-            v1::tokenize_request::Prompt::Text(_) => None,
-        }));
-        let softer =
-            softer.map(|chat| v1::TokenizeRequest { model: request.model.clone(), prompt: Some(v1::tokenize_request::Prompt::Chat(chat)) });
         let mut client = GenerateClient::new(self.channel.clone());
-        let counted = timeout(patience, async move {
-            match client.tokenize(request).await {
-                Err(status) if is_template_error(&status) => match softer {
-                    Some(softer) => client.tokenize(softer).await,
-                    None => Err(status),
-                },
-                counted => counted,
-            }
-        });
-        match counted.await {
+        match timeout(patience, client.tokenize(request)).await {
             Ok(Ok(response)) => Ok(u32::try_from(response.get_ref().ids.len()).unwrap_or(u32::MAX)),
             Ok(Err(status)) => Err(self.failed(&status)),
             Err(_) => Err(too_late(Code::ModelLoading)),
@@ -172,15 +155,6 @@ impl Upstream {
     }
 }
 
-/// The form for stricter templates, if there is another one.
-fn softened(chat: Option<&v1::Chat>) -> Option<v1::Chat> {
-    chat.and_then(turns::softened)
-}
-
-fn is_template_error(status: &Status) -> bool {
-    flash_proto::code::of(status) == Some(flash_proto::code::CHAT_TEMPLATE)
-}
-
 fn too_late(code: Code) -> Failure {
     Failure::new(code, "the request waited too long; try again later")
 }
@@ -215,20 +189,7 @@ impl Feed {
     fn open(app: &Arc<App>, request: v1::GenerateRequest, arrived: Instant) -> Self {
         let mut client = GenerateClient::new(app.upstream.channel.clone());
         let deadline = Some((arrived + app.config.timing.load_wait, Code::ModelLoading));
-        let softer = softened(request.prompt.as_ref().and_then(|prompt| match prompt {
-            Prompt::Chat(chat) => Some(chat),
-            Prompt::Text(_) | Prompt::Tokens(_) => None,
-        }));
-        let softer = softer.map(|chat| v1::GenerateRequest { prompt: Some(Prompt::Chat(chat)), ..without_prompt(&request) });
-        let state = State::Opening(Box::pin(async move {
-            match client.generate(request).await {
-                Err(status) if is_template_error(&status) => match softer {
-                    Some(softer) => client.generate(softer).await,
-                    None => Err(status),
-                },
-                opened => opened,
-            }
-        }));
+        let state = State::Opening(Box::pin(async move { client.generate(request).await }));
         Self { app: app.clone(), state, deadline, arrived, last_text: None, reason: "client_gone" }
     }
 
@@ -354,21 +315,6 @@ impl Feeds {
             self.reason("sibling_failed");
         }
         event.map(|event| (index, event))
-    }
-}
-
-/// Everything but the prompt, which is large.
-fn without_prompt(request: &v1::GenerateRequest) -> v1::GenerateRequest {
-    v1::GenerateRequest {
-        prompt: None,
-        model: request.model.clone(),
-        sampling: request.sampling.clone(),
-        stop: request.stop.clone(),
-        request_id: request.request_id.clone(),
-        client: request.client.clone(),
-        keep_alive: request.keep_alive.clone(),
-        format: request.format.clone(),
-        ..*request
     }
 }
 

@@ -2,7 +2,7 @@
 //! is answered. Used by the tests that need no process.
 
 use anyhow::{Result, bail};
-use flash_engine::{Delivery, Engine, Event, Finish, Kernels, Options, Request, RequestId, Sampling, Step};
+use flash_engine::{CallPart, Delivery, Engine, Event, Finish, Kernels, Options, Part, Request, RequestId, Sampling, Step};
 
 /// The kernels that are held against the reference: MLX with the feature `mlx`, else the CPU's own.
 pub const SERVING: Kernels = if cfg!(feature = "mlx") { Kernels::Mlx } else { Kernels::Auto };
@@ -21,23 +21,15 @@ pub struct Outcome {
     /// Per token the bits of its log-probability and of its alternatives', if they were asked for.
     pub bits: Vec<u32>,
     pub text: String,
+    pub reasoning: String,
+    pub calls: Vec<CallPart>,
     pub finish: Option<Finish>,
     pub error: Option<String>,
 }
 
 /// `count` greedy tokens after `prompt`, past any end of turn.
 pub fn greedy(prompt: &[u32], count: usize) -> Request {
-    Request {
-        prompt: prompt.to_vec(),
-        sampling: Sampling::greedy(),
-        stop: Vec::new(),
-        max_tokens: Some(count),
-        top_logprobs: None,
-        ignore_eos: true,
-        record_routing: false,
-        keep: 0,
-        client: String::new(),
-    }
+    Request { max_tokens: Some(count), ignore_eos: true, ..Request::greedy(prompt.to_vec()) }
 }
 
 /// As [`greedy`], but drawn at temperature 1, so that the text does not repeat itself.
@@ -77,8 +69,14 @@ pub fn run_with(engine: &mut Engine, requests: &[Late], between: &mut dyn FnMut(
             let outcome = &mut outcomes[index];
             match event {
                 Event::Prefill { .. } | Event::Routing { .. } => {}
-                Event::Token { text, logprobs } => {
-                    outcome.text.push_str(&text);
+                Event::Token { parts, logprobs, .. } => {
+                    for part in parts {
+                        match part {
+                            Part::Content(text) => outcome.text.push_str(&text),
+                            Part::Reasoning(text) => outcome.reasoning.push_str(&text),
+                            Part::Call(part) => outcome.calls.push(part),
+                        }
+                    }
                     for token in logprobs {
                         outcome.bits.push(token.logprob.to_bits());
                         outcome.bits.extend(token.top.iter().map(|(_, logprob)| logprob.to_bits()));

@@ -75,6 +75,8 @@ pub struct Spec {
     pub top_k: usize,
     pub norm_topk_prob: bool,
     pub context: usize,
+    /// Rows of the embedding; another number than [`VOCAB`] goes with a tokenizer of the caller's own.
+    pub vocab: usize,
 }
 
 impl Default for Spec {
@@ -92,6 +94,7 @@ impl Default for Spec {
             top_k: 2,
             norm_topk_prob: true,
             context: 32_768,
+            vocab: VOCAB,
         }
     }
 }
@@ -161,9 +164,9 @@ impl TinyModel {
         let mut rng = Rng::new(model.spec.seed);
         let (hidden, width) = (model.spec.hidden(), model.spec.moe_width());
         let format = model.spec.format;
-        model.matrix(&mut rng, "model.embed_tokens", VOCAB, hidden, 0.5, format);
+        model.matrix(&mut rng, "model.embed_tokens", model.spec.vocab, hidden, 0.5, format);
         if !model.spec.tied {
-            model.matrix(&mut rng, "lm_head", VOCAB, hidden, 3.0 / root(hidden), format);
+            model.matrix(&mut rng, "lm_head", model.spec.vocab, hidden, 3.0 / root(hidden), format);
         }
         model.vector(&mut rng, "model.norm", hidden);
         for layer in 0..model.spec.layers {
@@ -272,7 +275,7 @@ impl TinyModel {
             "rope_theta": ROPE_THETA,
             "tie_word_embeddings": spec.tied,
             "torch_dtype": match spec.float() { Float::F32 => "float32", Float::F16 => "float16", Float::Bf16 => "bfloat16" },
-            "vocab_size": VOCAB,
+            "vocab_size": spec.vocab,
         });
         if let Format::Affine { bits, group, .. } = spec.format {
             let mut quantization = json!({"group_size": group, "bits": bits, "mode": "affine"});

@@ -23,11 +23,11 @@ use self::{
 };
 use super::{models, terminations};
 use crate::{
-    args::{ChatArgs, Generation, Global, Settings},
+    args::{ChatArgs, Generation, Global, Settings, Thinking},
     connect::{self, Daemon},
     failure::{Failure, exit},
     load, render,
-    reply::{self, Reply, Said},
+    reply::{self, Reply, Said, Thoughts},
     term::{self, Paint},
 };
 
@@ -119,6 +119,7 @@ struct Chat<'a> {
     model: String,
     loaded: LoadResponse,
     generation: Generation,
+    thinking: Thinking,
     settings: Settings,
     show_stats: bool,
     talk: Conversation,
@@ -147,9 +148,9 @@ impl<'a> Chat<'a> {
         };
         let Ended::Whole(ready) = until_interrupt(ready, interrupt).await else { return Err(Failure::silent(exit::SIGINT)) };
         let (daemon, loaded) = ready?;
-        let ChatArgs { model, system, generation, settings, stats, .. } = args;
+        let ChatArgs { model, system, generation, thinking, settings, stats, .. } = args;
         let talk = Conversation { system, ..Conversation::default() };
-        Ok(Self { global, daemon: Some(daemon), model, loaded, generation, settings, show_stats: stats, talk, last: None })
+        Ok(Self { global, daemon: Some(daemon), model, loaded, generation, thinking, settings, show_stats: stats, talk, last: None })
     }
 
     fn greet(&self) {
@@ -254,14 +255,23 @@ impl<'a> Chat<'a> {
             ));
         }
         let mut reply = Reply::default();
-        let prompt = Prompt::Chat(reply::chat(self.talk.messages(Some(&text))));
+        let prompt = Prompt::Chat(reply::thinking_chat(self.talk.messages(Some(&text)), &self.thinking));
         let request = reply::request(&load::model_name(&self.model), prompt, &self.generation);
+        let mut thoughts = Thoughts::new(&self.thinking);
         let mut sink = |said: Said<'_>| match said {
-            Said::Text(text) => term::print(text),
+            Said::Text(text) => {
+                thoughts.close();
+                term::print(text)
+            }
+            Said::Reasoning(text) => {
+                thoughts.say(text);
+                Ok(())
+            }
             Said::Routing(_) => Ok(()),
         };
         let received = reply::receive(&daemon, request, self.global, &mut reply, &mut sink);
         let ended = until_interrupt(received, interrupt).await;
+        thoughts.close();
         if !reply.text.is_empty() && !reply.text.ends_with('\n') {
             term::print("\n")?;
         }
@@ -299,7 +309,7 @@ impl<'a> Chat<'a> {
     }
 
     async fn measure(&self, daemon: &Daemon, next: Option<&str>) -> Result<TokenizeResponse, Failure> {
-        let prompt = tokenize_request::Prompt::Chat(reply::chat(self.talk.messages(next)));
+        let prompt = tokenize_request::Prompt::Chat(reply::thinking_chat(self.talk.messages(next), &self.thinking));
         let request = TokenizeRequest { model: load::model_name(&self.model), prompt: Some(prompt) };
         let size = daemon.generate().tokenize(request).await;
         Ok(size.map_err(|status| daemon.failure(&status, "counting tokens"))?.into_inner())

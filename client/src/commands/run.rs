@@ -7,7 +7,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use flash_proto::v1::{LoadResponse, generate_request::Prompt};
+use flash_proto::v1::{Format, LoadResponse, format::Kind, generate_request::Prompt};
 
 use super::{not_text, piped_input};
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
     connect::connect,
     failure::{Failure, exit},
     json, load, render,
-    reply::{self, Reply, Said},
+    reply::{self, Reply, Said, Thoughts},
     term::{self, Paint},
 };
 
@@ -25,8 +25,8 @@ pub(crate) fn is_chat(args: &RunArgs) -> bool {
 
 impl From<RunArgs> for ChatArgs {
     fn from(run: RunArgs) -> Self {
-        let RunArgs { model, system, generation, settings, stats, .. } = run;
-        Self { model, system, generation, settings, stats, no_history: false }
+        let RunArgs { model, system, generation, thinking, settings, stats, .. } = run;
+        Self { model, system, generation, thinking, settings, stats, no_history: false }
     }
 }
 
@@ -43,22 +43,33 @@ async fn answer(args: RunArgs, global: &Global) -> Result<(), Failure> {
         Failure::new(exit::USAGE, "usage", "there is no prompt: no arguments, and nothing on standard input")
             .hint("flashctl run MODEL \"…\", or `flashctl chat` to talk in turns")
     })?;
+    let format = args.format.as_deref().map(format).transpose()?;
     let daemon = connect(global).await?;
     let loaded = load::load(&daemon, &args.model, &args.settings, global).await?;
     let prompt = if args.raw {
         Prompt::Text(prompt)
     } else {
         let system = args.system.as_deref().map(|system| reply::message("system", system));
-        Prompt::Chat(reply::chat(system.into_iter().chain([reply::message("user", &prompt)]).collect()))
+        Prompt::Chat(reply::thinking_chat(system.into_iter().chain([reply::message("user", &prompt)]).collect(), &args.thinking))
     };
-    let request = reply::request(&load::model_name(&args.model), prompt, &args.generation);
+    let mut request = reply::request(&load::model_name(&args.model), prompt, &args.generation);
+    request.format = format;
     let mut reply = Reply::default();
     let streaming = !args.no_stream && !global.json;
+    let mut thoughts = Thoughts::new(&args.thinking);
     let mut sink = |said: Said<'_>| match said {
-        Said::Text(text) if streaming => term::print(text),
+        Said::Text(text) if streaming => {
+            thoughts.close();
+            term::print(text)
+        }
+        Said::Reasoning(text) if streaming => {
+            thoughts.say(text);
+            Ok(())
+        }
         _ => Ok(()),
     };
     let outcome = reply::receive(&daemon, request, global, &mut reply, &mut sink).await;
+    thoughts.close();
     if let Err(failure) = outcome {
         // The partial answer stays; what is said about it begins on a line of its own.
         if streaming && !failure.message.is_empty() && !reply.text.is_empty() && !reply.text.ends_with('\n') {
@@ -88,6 +99,12 @@ fn finish(args: &RunArgs, reply: &Reply, loaded: &LoadResponse, global: &Global)
         }
     }
     Ok(())
+}
+
+/// `json`, or a schema that the answer keeps to the letter.
+fn format(wanted: &Path) -> Result<Format, Failure> {
+    let kind = if wanted.as_os_str() == "json" { Kind::JsonObject(true) } else { Kind::JsonSchema(read_file(wanted)?) };
+    Ok(Format { kind: Some(kind), strict: true })
 }
 
 fn read_file(path: &Path) -> Result<String, Failure> {

@@ -18,6 +18,7 @@ use flash_proto::{
         generate_event::Event,
         generate_server::{Generate, GenerateServer},
         models_server::{Models, ModelsServer},
+        text::Channel,
         *,
     },
 };
@@ -146,6 +147,10 @@ impl Generate for Script {
                     let _ = sender.send(done(prompt_tokens, 1)).await;
                 });
                 return Ok(Response::new(Box::pin(tokio_stream::iter(events).chain(ReceiverStream::new(receiver)))));
+            }
+            "think" => {
+                let thought = Text { text: "Hm.".into(), channel: Channel::Reasoning.into(), ..Text::default() };
+                events.extend([event(Event::Text(thought)), text("Yes."), done(prompt_tokens, 3)]);
             }
             _ if request.record_routing => {
                 let routing = |tokens: &[u32]| {

@@ -4,7 +4,7 @@
 
 use std::{io::Write, path::Path};
 
-use flash_engine::{Delivery, Engine, Event, Message, Options, Request, Step};
+use flash_engine::{Chat, Delivery, Engine, Event, Message, Options, Part, Request, Step};
 
 fn main() -> anyhow::Result<()> {
     let [dir, prompt, cache] = &std::env::args().skip(1).collect::<Vec<_>>()[..] else {
@@ -14,12 +14,16 @@ fn main() -> anyhow::Result<()> {
     let mut engine = Engine::load(Path::new(dir), &options, &mut |_| ())?;
     let text = engine.text();
     let message = Message { role: "user".into(), content: prompt.clone(), ..Message::default() };
-    let prompt = text.encode(&text.render(&[message], &serde_json::Map::new(), false)?)?;
+    let prompt = text.encode(&text.render(&Chat::of(vec![message]))?)?;
     engine.admit(Request { sampling: text.sampling().clone(), ..Request::greedy(prompt) })?;
     let mut outcome = None;
     while engine.step(&mut |_, event| {
         match event {
-            Event::Token { text, .. } => print!("{text}"),
+            Event::Token { parts, .. } => parts.iter().for_each(|part| {
+                if let Part::Content(text) = part {
+                    print!("{text}");
+                }
+            }),
             Event::Done(done) => outcome = Some(Ok(done)),
             Event::Failed(error) => outcome = Some(Err(error)),
             Event::Prefill { .. } | Event::Routing { .. } => {}

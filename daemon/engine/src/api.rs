@@ -1,10 +1,10 @@
 //! The engine's vocabulary: what goes in and what comes out. Plain data, no behaviour beyond parsing.
 
-use std::{collections::HashMap, fmt, path::PathBuf, str::FromStr, time::Duration};
+use std::{collections::HashMap, fmt, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
 pub use flash_experts::{Error as ExpertsError, Io, Measured, PolicyKind};
 
-use crate::{Error, Profile};
+use crate::{Error, Profile, Reply};
 
 /// A byte count.
 pub type Bytes = u64;
@@ -90,6 +90,8 @@ pub struct Options {
     pub prefix_cache: CacheBudget,
     /// Where such blocks are kept across restarts; `None` = nowhere.
     pub disk_cache: Option<DiskCache>,
+    /// Has the last word on logits; nothing that a user can set.
+    pub script: Option<Script>,
 }
 
 /// KV blocks on disk.
@@ -100,6 +102,20 @@ pub struct DiskCache {
     pub budget: Option<Bytes>,
     /// Written a day at most (UTC).
     pub daily_writes: Bytes,
+}
+
+/// Changes the logits of a request's next position: a stand-in for a model that says what a test needs, through the engine's own
+/// sampling and grammars.
+#[derive(Clone)]
+pub struct Script(pub Arc<Steer>);
+
+/// Tokens so far, how many of them are the prompt, logits.
+pub type Steer = dyn Fn(&[u32], usize, &mut [f32]) + Send + Sync;
+
+impl fmt::Debug for Script {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Script")
+    }
 }
 
 /// Whether the next layer's experts are read before they are asked for, while the disk has nothing else to do.
@@ -152,6 +168,7 @@ impl Default for Options {
             lookahead: Lookahead::default(),
             prefix_cache: CacheBudget::Auto,
             disk_cache: None,
+            script: None,
         }
     }
 }
@@ -178,6 +195,8 @@ pub struct Request {
     pub keep: usize,
     /// Fairness key: clients take turns, requests of one client queue behind each other.
     pub client: String,
+    /// How the reply is read and what it may be.
+    pub reply: Reply,
 }
 
 impl Request {
@@ -193,11 +212,12 @@ impl Request {
             record_routing: false,
             keep: 0,
             client: String::new(),
+            reply: Reply::default(),
         }
     }
 }
 
-/// Order of application: penalties → logit bias → temperature → top-k → top-p → min-p → seeded draw.
+/// Order of application: penalties → logit bias → grammar → temperature → top-k → top-p → min-p → seeded draw.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// 0 = greedy.
@@ -245,10 +265,12 @@ pub enum Event {
         done: usize,
         total: usize,
     },
-    /// Text is empty while a character or a possible stop string is held back.
+    /// No part while a character or a possible mark or stop string is held back.
     Token {
-        text: String,
+        parts: Vec<Part>,
         logprobs: Vec<TokenLogprob>,
+        /// Of the token that the log-probabilities are of.
+        channel: Channel,
     },
     /// Which experts the next tokens were routed to: ids are [tokens, MoE layers, top_k], in rank order.
     Routing {
@@ -259,6 +281,31 @@ pub enum Event {
     Done(Done),
     /// Last event: the request is gone.
     Failed(Error),
+}
+
+/// A piece of a reply.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Part {
+    Content(String),
+    /// What the model thinks, without the marks around it.
+    Reasoning(String),
+    Call(CallPart),
+}
+
+/// Calls come one after another: the first part of each has its name, the arguments of all its parts are a JSON object, unless the
+/// request ended for its length within it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallPart {
+    pub index: u32,
+    pub name: String,
+    pub arguments: String,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Channel {
+    #[default]
+    Content,
+    Reasoning,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -275,6 +322,8 @@ pub enum Finish {
     Stop(Option<String>),
     /// max_tokens or the context's end.
     Length,
+    /// At least one tool was called, and the last call is complete.
+    ToolCalls,
 }
 
 #[derive(Clone, Debug)]
@@ -283,6 +332,8 @@ pub struct Done {
     pub prompt_tokens: usize,
     /// Those of them whose keys and values were there already.
     pub cached_tokens: usize,
+    /// Generated tokens that the model spent on reasoning.
+    pub reasoning_tokens: usize,
     /// Generated ids, end-of-turn token included.
     pub token_ids: Vec<u32>,
     pub timing: Timing,

@@ -217,7 +217,7 @@ impl Engine {
         }
         let max_tokens = request.max_tokens.unwrap_or(usize::MAX).clamp(1, self.context - prompt);
         let client = request.client.clone();
-        let sequence = Sequence::new(RequestId(self.next_id), request, max_tokens);
+        let sequence = Sequence::new(RequestId(self.next_id), request, max_tokens, self.options.script.clone());
         if let Some(cap) = self.options.memory {
             let needed = kv_bytes(self.backend.kv_block_bytes(), sequence.positions());
             let left = cap.saturating_sub(self.fixed_bytes() + self.slab.bytes(self.least_slots()));
@@ -551,15 +551,18 @@ fn say(
     deliver: &mut dyn FnMut(RequestId, Event) -> Delivery,
 ) {
     let id = sequence.id;
-    let Some(said) = sequence.advance(text, logits, scratch) else {
-        sequence.suspect = true;
-        deliver(id, Event::Failed(Error::Internal("the model's logits are not finite".into())));
-        gone.insert(id);
-        return;
+    let said = match sequence.advance(text, logits, scratch) {
+        Ok(said) => said,
+        Err(error) => {
+            sequence.suspect = true;
+            deliver(id, Event::Failed(error));
+            gone.insert(id);
+            return;
+        }
     };
     let mut delivery = Delivery::Taken;
-    if said.finish.is_none() || !said.text.is_empty() || !said.logprobs.is_empty() {
-        delivery = deliver(id, Event::Token { text: said.text, logprobs: said.logprobs });
+    if said.finish.is_none() || !said.parts.is_empty() || !said.logprobs.is_empty() {
+        delivery = deliver(id, Event::Token { parts: said.parts, logprobs: said.logprobs, channel: said.channel });
     }
     if let (Some(finish), true) = (said.finish, delivery != Delivery::Gone) {
         deliver(id, Event::Done(sequence.done(finish, now)));

@@ -20,6 +20,12 @@ pub enum Error {
     Unsupported { path: PathBuf, reason: String },
     #[error("the chat template failed: {reason}")]
     Template { reason: String },
+    /// What the request asks of a reply's form cannot be enforced.
+    #[error("{param}: {reason}")]
+    Schema { param: &'static str, reason: String },
+    /// The tools of a request and what it says of them do not go together.
+    #[error("tool_choice: {reason}")]
+    Tools { reason: String },
     #[error("the tokenizer failed: {reason}")]
     Tokenizer { reason: String },
     #[error("This model's maximum context length is {limit} tokens. However, your messages resulted in {prompt} tokens.")]

@@ -31,7 +31,7 @@ pub use engine::Engine;
 pub use error::Error;
 pub use flash_experts::{Hot, replay};
 pub use kv::disk::clear_disk_cache;
-pub use model::{Message, Text, hub};
+pub use model::{Chat, Choice, Format, Message, Parameters, Reply, Text, Tool, ToolCall, ToolChoice, hub};
 pub use profile::{Profile, Stage};
 pub use storage::{StorageReport, storage_report};
 pub use trace::read_trace;

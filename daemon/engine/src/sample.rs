@@ -1,4 +1,4 @@
-//! From logits to a token: penalties → logit bias → temperature → top-k → top-p → min-p → seeded draw.
+//! From logits to a token: penalties → logit bias → grammar → temperature → top-k → top-p → min-p → seeded draw.
 //!
 //! The i-th draw of a request depends on its seed and i alone, never on what else runs.
 
@@ -8,7 +8,7 @@ use std::{
     hash::{BuildHasher, RandomState},
 };
 
-use crate::{Sampling, TokenLogprob};
+use crate::{Sampling, TokenLogprob, model::output::Mask};
 
 /// Candidates sorted at first when only top-p or min-p limits them; almost always enough.
 const HEAD: usize = 1024;
@@ -39,9 +39,13 @@ impl Sampler {
         Self { settings, seed, draws: 0, counts: HashMap::new(), weights: Vec::new(), bests: Vec::new(), candidates: Vec::new() }
     }
 
-    /// Draws the next token; `history` is prompt and completion so far. `logits` are changed. `None` if none is finite.
-    pub(crate) fn draw(&mut self, logits: &mut [f32], history: &[u32]) -> Option<u32> {
+    /// Draws the next token among those of the mask; `history` is prompt and completion so far. `logits` are changed. `None` if none is
+    /// finite.
+    pub(crate) fn draw(&mut self, logits: &mut [f32], history: &[u32], mask: Option<&Mask>) -> Option<u32> {
         self.penalize(logits, history);
+        if let Some(mask) = mask {
+            forbid(logits, mask);
+        }
         let token = if self.settings.temperature == 0.0 { greedy(logits) } else { self.pick(logits) }?;
         if self.settings.frequency_penalty != 0.0 || self.settings.presence_penalty != 0.0 {
             *self.counts.entry(token).or_default() += 1;
@@ -181,6 +185,18 @@ impl Sampler {
     }
 }
 
+/// Leaves the mask's tokens as they are, and takes all others away.
+fn forbid(logits: &mut [f32], mask: &Mask) {
+    let words = mask.as_slice().iter().copied().chain(std::iter::repeat(0));
+    for (logits, word) in logits.chunks_mut(32).zip(words).filter(|(_, word)| *word != u32::MAX) {
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            if word >> bit & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
 fn likelier(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
     b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
@@ -242,18 +258,27 @@ fn exp(x: f32) -> f32 {
     if inside { power } else { 0.0 }
 }
 
+/// What a token gets that the mask forbids.
+const FORBIDDEN: f32 = -9999.0;
+
 /// Log-softmax of the model's own logits (before penalties and temperature) at `token` and its `top` alternatives.
-pub(crate) fn logprob(logits: &[f32], token: u32, top: usize) -> TokenLogprob {
+pub(crate) fn logprob(logits: &[f32], token: u32, top: usize, mask: Option<&Mask>) -> TokenLogprob {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let total: f64 = logits.iter().map(|logit| f64::from(logit - max).exp()).sum();
-    let of = |logit: f32| (f64::from(logit - max) - total.ln()) as f32;
-    let mut ranked: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).collect();
+    let allowed = |id: u32| mask.is_none_or(|mask| (id as usize) < mask.len() && mask.is_allowed(id));
+    let of = |id: u32, logit: f32| if allowed(id) { (f64::from(logit - max) - total.ln()) as f32 } else { FORBIDDEN };
+    let known = |(id, logit): (u32, f32)| (id, if allowed(id) { logit } else { f32::NEG_INFINITY });
+    let mut ranked: Vec<(u32, f32)> = (0u32..).zip(logits.iter().copied()).map(known).collect();
     if top < ranked.len() {
         ranked.select_nth_unstable_by(top, likelier);
         ranked.truncate(top);
     }
     ranked.sort_unstable_by(likelier);
-    TokenLogprob { id: token, logprob: of(logits[token as usize]), top: ranked.into_iter().map(|(id, logit)| (id, of(logit))).collect() }
+    TokenLogprob {
+        id: token,
+        logprob: of(token, logits[token as usize]),
+        top: ranked.into_iter().map(|(id, logit)| (id, of(id, logit))).collect(),
+    }
 }
 
 #[cfg(test)]
@@ -349,7 +374,7 @@ mod tests {
                 s.temperature = 0.0;
                 change(s);
             });
-            sampler.draw(&mut logits.to_vec(), history)
+            sampler.draw(&mut logits.to_vec(), history, None)
         };
         assert_eq!(greedy(&[1.0, 3.0, 3.0], &[], |_| ()), Some(1));
         assert_eq!(greedy(&[1.0, 3.0, 2.9], &[1], |s| s.repetition_penalty = 1.5), Some(2));
@@ -359,7 +384,7 @@ mod tests {
         assert_eq!(greedy(&[f32::NAN, f32::NEG_INFINITY, -5.0], &[], |_| ()), Some(2));
         assert_eq!(greedy(&[f32::NAN; 3], &[], |_| ()), None);
         let mut sampler = sampler(|s| (s.temperature, s.presence_penalty) = (0.0, 1.0));
-        let draws: Vec<_> = (0..3).map(|_| sampler.draw(&mut [2.0, 1.5, 1.2], &[]).expect("finite")).collect();
+        let draws: Vec<_> = (0..3).map(|_| sampler.draw(&mut [2.0, 1.5, 1.2], &[], None).expect("finite")).collect();
         assert_eq!(draws, [0, 1, 2]);
     }
 
@@ -376,7 +401,7 @@ mod tests {
 
     #[test]
     fn logprobs_are_log_softmax() {
-        let got = logprob(&[0.0, 1.0, 1.0], 0, 2);
+        let got = logprob(&[0.0, 1.0, 1.0], 0, 2, None);
         let total = (1.0 + 2.0 * 1f32.exp()).ln();
         assert!((got.logprob + total).abs() < 1e-6);
         assert_eq!(got.top.iter().map(|top| top.0).collect::<Vec<_>>(), [1, 2]);

@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use crate::{
-    Done, Finish, Request, RequestId, Text, Timing,
+    Channel, Done, Error, Finish, Part, Request, RequestId, Script, Text, Timing,
     forward::Pass,
     kv::Table,
-    model::text::Decoder,
+    model::output::{Added, Output},
     sample::{Sampler, logprob},
 };
 
@@ -37,8 +37,8 @@ pub(crate) struct Sequence {
     ignore_eos: bool,
     top_logprobs: Option<usize>,
     sampler: Sampler,
-    decoder: Decoder,
-    stops: Stops,
+    script: Option<Script>,
+    output: Output,
     clock: Clock,
 }
 
@@ -62,14 +62,15 @@ pub(crate) struct Counters {
 /// What a new token adds to the reply.
 #[derive(Debug)]
 pub(crate) struct Said {
-    pub(crate) text: String,
+    pub(crate) parts: Vec<Part>,
+    pub(crate) channel: Channel,
     pub(crate) logprobs: Vec<crate::TokenLogprob>,
     pub(crate) finish: Option<Finish>,
 }
 
 impl Sequence {
     /// `max_tokens` is what is left of the context at most.
-    pub(crate) fn new(id: RequestId, request: Request, max_tokens: usize) -> Self {
+    pub(crate) fn new(id: RequestId, request: Request, max_tokens: usize, script: Option<Script>) -> Self {
         Self {
             id,
             prompt: request.prompt.len(),
@@ -86,8 +87,8 @@ impl Sequence {
             ignore_eos: request.ignore_eos,
             top_logprobs: request.top_logprobs,
             sampler: Sampler::new(request.sampling),
-            decoder: Decoder::default(),
-            stops: Stops::new(request.stop),
+            script,
+            output: Output::new(request.reply, request.stop),
             clock: Clock { admitted: Instant::now(), started: None, first_token: None, at_start: Counters::default() },
         }
     }
@@ -112,41 +113,33 @@ impl Sequence {
         &self.tokens[..if self.record { 0 } else { self.prompt - 1 }]
     }
 
-    /// Draws the next token from the logits of its last position; `None` if they are not finite.
-    pub(crate) fn advance(&mut self, text: &Text, logits: &[f32], scratch: &mut Vec<f32>) -> Option<Said> {
+    /// Draws the next token from the logits of its last position.
+    pub(crate) fn advance(&mut self, text: &Text, logits: &[f32], scratch: &mut Vec<f32>) -> Result<Said, Error> {
         scratch.clear();
         scratch.extend_from_slice(logits);
-        let token = self.sampler.draw(scratch, &self.tokens)?;
+        if let Some(Script(script)) = &self.script {
+            script(&self.tokens, self.prompt, scratch);
+        }
+        let mask = self.output.mask(text)?;
+        let token = self.sampler.draw(scratch, &self.tokens, mask);
+        let token = token.ok_or_else(|| Error::Internal("the model's logits are not finite".into()))?;
         self.clock.first_token.get_or_insert_with(Instant::now);
+        let logprobs: Vec<_> = self.top_logprobs.map(|top| logprob(logits, token, top, mask)).into_iter().collect();
         self.tokens.push(token);
-        let logprobs = self.top_logprobs.map(|top| logprob(logits, token, top)).into_iter().collect();
+        let mut added = Added::default();
         if !self.ignore_eos && text.end_ids().contains(&token) {
-            return Some(self.end(logprobs, Finish::Stop(None)));
-        }
-        let piece = self.decoder.push(text, token);
-        let (said, stop) = self.stops.push(&piece);
-        if let Some(stop) = stop {
-            return Some(Said { text: said, logprobs, finish: Some(Finish::Stop(Some(stop))) });
-        }
-        if self.tokens.len() - self.prompt >= self.max_tokens {
-            let mut last = self.end(logprobs, Finish::Length);
-            last.text.insert_str(0, &said);
-            return Some(last);
-        }
-        Some(Said { text: said, logprobs, finish: None })
-    }
-
-    /// Releases what was held back. A stop string completed by the last bytes still counts.
-    fn end(&mut self, logprobs: Vec<crate::TokenLogprob>, finish: Finish) -> Said {
-        let rest = self.decoder.finish();
-        let (mut text, stop) = self.stops.push(&rest);
-        let finish = if let Some(stop) = stop {
-            Finish::Stop(Some(stop))
+            self.output.end(&mut added, Finish::Stop(None));
+            added.channel = Some(Channel::Content);
         } else {
-            text.push_str(&self.stops.release());
-            finish
-        };
-        Said { text, logprobs, finish: Some(finish) }
+            added = self.output.push(text, token)?;
+            if added.finish.is_none() && self.tokens.len() - self.prompt >= self.max_tokens {
+                self.output.end(&mut added, Finish::Length);
+            }
+        }
+        let Added { parts, channel, finish } = added;
+        // Of tokens within calls nobody asks.
+        let (logprobs, channel) = channel.map_or_else(Default::default, |channel| (logprobs, channel));
+        Ok(Said { parts, channel, logprobs, finish })
     }
 
     pub(crate) fn done(&self, finish: Finish, now: Counters) -> Done {
@@ -164,75 +157,13 @@ impl Sequence {
             expert_misses: now.misses - clock.at_start.misses,
             ssd_bytes: now.bytes - clock.at_start.bytes,
         };
-        Done { finish, prompt_tokens: self.prompt, cached_tokens: self.reused, token_ids: self.tokens[self.prompt..].to_vec(), timing }
-    }
-}
-
-/// Looks for stop strings in the text as it comes, holding back what may be the start of one.
-#[derive(Debug)]
-struct Stops {
-    stops: Vec<String>,
-    held: String,
-}
-
-impl Stops {
-    fn new(stops: Vec<String>) -> Self {
-        Self { stops: stops.into_iter().filter(|stop| !stop.is_empty()).collect(), held: String::new() }
-    }
-
-    /// The text that may be said now, and the stop string that ends it.
-    fn push(&mut self, piece: &str) -> (String, Option<String>) {
-        if self.stops.is_empty() {
-            return (piece.to_owned(), None);
+        Done {
+            finish,
+            prompt_tokens: self.prompt,
+            cached_tokens: self.reused,
+            reasoning_tokens: self.output.reasoning_tokens(),
+            token_ids: self.tokens[self.prompt..].to_vec(),
+            timing,
         }
-        self.held.push_str(piece);
-        let found =
-            self.stops.iter().filter_map(|stop| Some((self.held.find(stop.as_str())?, stop))).min_by_key(|(at, stop)| (*at, stop.len()));
-        if let Some((at, stop)) = found {
-            let stop = stop.clone();
-            self.held.truncate(at);
-            return (std::mem::take(&mut self.held), Some(stop));
-        }
-        let may_start = |at: &usize| self.stops.iter().any(|stop| stop.starts_with(&self.held[*at..]));
-        let keep = self.held.char_indices().map(|(at, _)| at).find(may_start).unwrap_or(self.held.len());
-        let held = self.held.split_off(keep);
-        (std::mem::replace(&mut self.held, held), None)
-    }
-
-    fn release(&mut self) -> String {
-        std::mem::take(&mut self.held)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn stop_strings_may_span_pieces_and_nothing_else_is_held() {
-        let check = |stops: &[&str], pieces: &[&str], expected: &[&str], ended: Option<&str>| {
-            let mut matcher = Stops::new(stops.iter().map(ToString::to_string).collect());
-            let mut said = Vec::new();
-            for piece in pieces {
-                let (text, stop) = matcher.push(piece);
-                said.push(text);
-                if let Some(stop) = stop {
-                    assert_eq!(Some(stop.as_str()), ended);
-                    assert_eq!(said, expected);
-                    return;
-                }
-            }
-            said.push(matcher.release());
-            assert_eq!(ended, None);
-            assert_eq!(said, expected, "{stops:?} {pieces:?}");
-        };
-        check(&[], &["a", "b"], &["a", "b", ""], None);
-        check(&["END"], &["the E", "N", "D of"], &["the ", "", ""], Some("END"));
-        check(&["END"], &["the E", "N", "x"], &["the ", "", "ENx", ""], None);
-        check(&["END"], &["E"], &["", "E"], None);
-        check(&["\n\n", "é!"], &["caf", "é", "\n", "\n"], &["caf", "", "é", ""], Some("\n\n"));
-        check(&["aab"], &["aa", "ab"], &["", "a"], Some("aab"));
-        // The earliest match wins, then the shorter stop.
-        check(&["bc", "b"], &["abcd"], &["a"], Some("b"));
     }
 }

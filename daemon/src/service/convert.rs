@@ -1,5 +1,7 @@
-//! Between wire types and the engine's: the only file that names both, and the only mapping of errors to statuses.
+//! Between wire types and the engine's: the only place that names both, and the only mapping of errors to statuses.
 //! Checks ranges on the way in. Pure.
+
+mod chat;
 
 use std::{
     collections::VecDeque,
@@ -10,8 +12,8 @@ use std::{
 };
 
 use flash_engine::{
-    CacheBudget, Cleared, DiskReport, Done, ExpertsError, Finish, Message, ModelInfo, Options, PolicyKind, Report, Request, Sampling, Text,
-    TokenLogprob,
+    CacheBudget, Chat, Cleared, DiskReport, Done, ExpertsError, Finish, Format, ModelInfo, Options, PolicyKind, Reply, Report, Request,
+    Sampling, Text,
     bench::{self, BenchEvent, BenchOptions, Machine, Row, Variant},
     parse_bytes,
     replay::{ReplayPolicy, Replayed, Trace},
@@ -20,6 +22,7 @@ use flash_engine::{
 use flash_proto::{code, v1};
 use tonic::Status;
 
+pub(super) use self::chat::token;
 use super::gap;
 use crate::{
     Error,
@@ -64,6 +67,8 @@ fn engine_status(error: &flash_engine::Error, message: String) -> Status {
         E::Setting { .. } => code::status(code::INVALID_VALUE, message),
         E::Read { .. } | E::File { .. } | E::Tensor { .. } | E::Unsupported { .. } => code::status(code::MODEL_INVALID, message),
         E::Template { .. } => code::with_param(code::status(code::CHAT_TEMPLATE, message), "messages"),
+        E::Schema { param, .. } => code::with_param(code::status(code::SCHEMA_NOT_SUPPORTED, message), param),
+        E::Tools { .. } => code::with_param(code::status(code::INVALID_VALUE, message), "tool_choice"),
         E::ContextLength { .. } => code::with_param(code::status(code::CONTEXT_LENGTH, message), "messages"),
         E::EmptyPrompt | E::TokenId { .. } => code::with_param(code::status(code::INVALID_VALUE, message), "prompt"),
         E::Cancelled => code::status(code::CANCELLED, message),
@@ -85,6 +90,7 @@ fn bad(param: &'static str, reason: impl Into<String>) -> Error {
 pub(super) struct Wanted {
     pub(super) model: String,
     pub(super) prompt: Prompt,
+    pub(super) format: Option<Format>,
     pub(super) sampling: Overrides,
     pub(super) keep_alive: Option<KeepAlive>,
     pub(super) rest: Rest,
@@ -92,7 +98,7 @@ pub(super) struct Wanted {
 
 #[derive(Debug)]
 pub(super) enum Prompt {
-    Chat { messages: Vec<Message>, kwargs: serde_json::Map<String, serde_json::Value>, continue_final: bool },
+    Chat(Box<Chat>),
     Text(String),
     Tokens(Vec<u32>),
 }
@@ -114,7 +120,7 @@ pub(super) struct Rest {
 pub(super) fn generate(request: v1::GenerateRequest) -> Result<Wanted, Error> {
     use v1::generate_request::Prompt as P;
     let prompt = match request.prompt {
-        Some(P::Chat(chat)) => chat_prompt(chat)?,
+        Some(P::Chat(chat)) => Prompt::Chat(Box::new(chat::chat(chat)?)),
         Some(P::Text(text)) => Prompt::Text(text),
         Some(P::Tokens(tokens)) => Prompt::Tokens(tokens.ids),
         None => return Err(bad("prompt", "is missing")),
@@ -135,6 +141,7 @@ pub(super) fn generate(request: v1::GenerateRequest) -> Result<Wanted, Error> {
     Ok(Wanted {
         model: request.model,
         prompt,
+        format: request.format.map_or(Ok(None), |format| chat::format("response_format", format))?,
         sampling: Overrides(request.sampling.unwrap_or_default()),
         keep_alive: request.keep_alive.as_deref().map(keep_alive).transpose()?,
         rest: Rest {
@@ -152,23 +159,10 @@ pub(super) fn generate(request: v1::GenerateRequest) -> Result<Wanted, Error> {
 pub(super) fn tokenize_prompt(prompt: Option<v1::tokenize_request::Prompt>) -> Result<Prompt, Error> {
     use v1::tokenize_request::Prompt as P;
     match prompt {
-        Some(P::Chat(chat)) => chat_prompt(chat),
+        Some(P::Chat(chat)) => Ok(Prompt::Chat(Box::new(chat::chat(chat)?))),
         Some(P::Text(text)) => Ok(Prompt::Text(text)),
         None => Err(bad("prompt", "is missing")),
     }
-}
-
-fn chat_prompt(chat: v1::Chat) -> Result<Prompt, Error> {
-    if chat.messages.is_empty() {
-        return Err(bad("messages", "is empty; at least one message is needed"));
-    }
-    let kwargs = match chat.template_kwargs_json.as_str() {
-        "" => serde_json::Map::new(),
-        text => serde_json::from_str(text).map_err(|error| bad("chat_template_kwargs", format!("is not a JSON object: {error}")))?,
-    };
-    let message = |message: v1::Message| Message { role: message.role, content: message.content, name: message.name };
-    let messages = chat.messages.into_iter().map(message).collect();
-    Ok(Prompt::Chat { messages, kwargs, continue_final: chat.continue_final_message })
 }
 
 fn keep_alive(text: &str) -> Result<KeepAlive, Error> {
@@ -176,12 +170,23 @@ fn keep_alive(text: &str) -> Result<KeepAlive, Error> {
 }
 
 impl Prompt {
-    /// CPU work; for a thread that may block.
+    /// Ids alone. CPU work, as [`Prompt::prepare`]: for a thread that may block.
     pub(super) fn encode(self, text: &Text) -> Result<Vec<u32>, flash_engine::Error> {
         match self {
-            Self::Chat { messages, kwargs, continue_final } => text.encode(&text.render(&messages, &kwargs, continue_final)?),
+            Self::Chat(chat) => text.encode(&text.render(&chat)?),
             Self::Text(prompt) => text.encode(&prompt),
             Self::Tokens(ids) => Ok(ids),
+        }
+    }
+
+    /// Ids, and how the reply is to be read.
+    pub(super) fn prepare(self, format: Option<&Format>, text: &Text) -> Result<(Vec<u32>, Reply), flash_engine::Error> {
+        match self {
+            Self::Chat(chat) => {
+                let prompt = text.render(&chat)?;
+                Ok((text.encode(&prompt)?, text.reply(&chat, &prompt, format)?))
+            }
+            raw => Ok((raw.encode(text)?, text.raw_reply(format)?)),
         }
     }
 }
@@ -224,10 +229,10 @@ impl Overrides {
 }
 
 impl Rest {
-    pub(super) fn request(self, prompt: Vec<u32>, sampling: Sampling) -> Request {
+    pub(super) fn request(self, prompt: Vec<u32>, reply: Reply, sampling: Sampling) -> Request {
         let Self { stop, max_tokens, top_logprobs, ignore_eos, record_routing, cache_prompt, client } = self;
         let keep = if cache_prompt { prompt.len() } else { 0 };
-        Request { prompt, sampling, stop, max_tokens, top_logprobs, ignore_eos, record_routing, keep, client }
+        Request { prompt, sampling, stop, max_tokens, top_logprobs, ignore_eos, record_routing, keep, client, reply }
     }
 }
 
@@ -288,18 +293,6 @@ pub(super) fn progress(progress: v1::Progress) -> v1::GenerateEvent {
     event(v1::generate_event::Event::Progress(progress))
 }
 
-pub(super) fn token(text: String, logprobs: Vec<TokenLogprob>, side: &Text) -> v1::GenerateEvent {
-    let bytes = |id| side.token_bytes(id).to_vec();
-    let alternative = |(id, logprob)| v1::Alternative { id, token: bytes(id), logprob };
-    let logprob = |found: TokenLogprob| v1::TokenLogprob {
-        id: found.id,
-        token: bytes(found.id),
-        logprob: found.logprob,
-        top: found.top.into_iter().map(alternative).collect(),
-    };
-    event(v1::generate_event::Event::Text(v1::Text { text, logprobs: logprobs.into_iter().map(logprob).collect(), ..v1::Text::default() }))
-}
-
 /// In parts of a few hundred kilobytes: messages have a largest size.
 pub(super) fn routing(tokens: &[u32], layers: usize, ids: &[u16]) -> VecDeque<v1::GenerateEvent> {
     let per_token = ids.len().checked_div(tokens.len()).unwrap_or(0);
@@ -315,6 +308,7 @@ pub(super) fn done(done: Done) -> v1::GenerateEvent {
     let (finish, stop) = match done.finish {
         Finish::Stop(stop) => (v1::done::Finish::Stop, stop),
         Finish::Length => (v1::done::Finish::Length, None),
+        Finish::ToolCalls => (v1::done::Finish::ToolCalls, None),
     };
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     let timing = done.timing;
@@ -325,7 +319,7 @@ pub(super) fn done(done: Done) -> v1::GenerateEvent {
             prompt_tokens: u32(done.prompt_tokens),
             cached_tokens: u32(done.cached_tokens),
             completion_tokens: u32(done.token_ids.len()),
-            ..v1::Usage::default()
+            reasoning_tokens: u32(done.reasoning_tokens),
         }),
         timing: Some(v1::Timing {
             queue_ms: ms(timing.queue),
@@ -788,7 +782,7 @@ mod tests {
         let mut request = v1::GenerateRequest { prompt: Some(prompt), sampling: Some(v1::Sampling::default()), ..Default::default() };
         change(&mut request);
         let wanted = generate(request)?;
-        Ok((wanted.rest.request(vec![1], wanted.sampling.over(&Sampling::greedy(), 100)?), wanted.keep_alive))
+        Ok((wanted.rest.request(vec![1], Reply::default(), wanted.sampling.over(&Sampling::greedy(), 100)?), wanted.keep_alive))
     }
 
     #[test]
@@ -873,6 +867,9 @@ mod tests {
         );
         check(flash_engine::Error::ContextLength { prompt: 2, limit: 1 }.into(), code::CONTEXT_LENGTH, tonic::Code::InvalidArgument);
         check(flash_engine::Error::Template { reason: "x".into() }.into(), code::CHAT_TEMPLATE, tonic::Code::InvalidArgument);
+        let schema = flash_engine::Error::Schema { param: "tools", reason: "x".into() };
+        check(schema.into(), code::SCHEMA_NOT_SUPPORTED, tonic::Code::InvalidArgument);
+        check(flash_engine::Error::Tools { reason: "x".into() }.into(), code::INVALID_VALUE, tonic::Code::InvalidArgument);
         check(flash_engine::Error::EmptyPrompt.into(), code::INVALID_VALUE, tonic::Code::InvalidArgument);
         check(internal().into(), code::ENGINE, tonic::Code::Internal);
         check(Error::Busy("x".into()), code::BUSY, tonic::Code::FailedPrecondition);

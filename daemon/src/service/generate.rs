@@ -71,9 +71,9 @@ impl Service {
             let model = daemon.catalog.resolve(&wanted.model).await?;
             let text = daemon.text(&model).await?;
             let sampling = wanted.sampling.over(text.sampling(), text.vocab_size())?;
-            let encoding = (wanted.prompt, text.clone());
-            let prompt = daemon.catalog.encode(move || encoding.0.encode(&encoding.1)).await?;
-            Ok((wanted.rest.request(prompt, sampling), wanted.keep_alive, model, text))
+            let (asked, format, side) = (wanted.prompt, wanted.format, text.clone());
+            let (prompt, reply) = daemon.catalog.encode(move || asked.prepare(format.as_ref(), &side)).await?;
+            Ok((wanted.rest.request(prompt, reply, sampling), wanted.keep_alive, model, text))
         };
         let (request, keep_alive, model, text) = prepared.await.map_err(|error: Error| daemon.refused(&error))?;
         let prompt_tokens = convert::u32(request.prompt.len());
@@ -114,7 +114,7 @@ pub(super) struct Events {
     receiver: mpsc::Receiver<Result<Event, Error>>,
     /// Repeated while nothing else is to be said; `None` once text flows.
     progress: Option<v1::Progress>,
-    /// Parts of an event that is too large for one message.
+    /// Messages of an event that takes more than one.
     parts: VecDeque<v1::GenerateEvent>,
     heartbeat: Interval,
     text: Arc<Text>,
@@ -155,9 +155,10 @@ impl Stream for Events {
                 this.heartbeat.reset();
                 convert::progress(progress)
             }
-            Some(Ok(Event::Token { text, logprobs })) => {
+            Some(Ok(Event::Token { parts, logprobs, channel })) => {
                 this.progress = None;
-                convert::token(text, logprobs, &this.text)
+                this.parts = convert::token(parts, logprobs, channel, &this.text);
+                return self.poll_next(cx);
             }
             Some(Ok(Event::Routing { tokens, layers, ids })) => {
                 this.parts = convert::routing(&tokens, layers, &ids);

@@ -1,5 +1,5 @@
-//! Conversations as templates want them: what an assistant thought, said and called is one message, a tool's result knows
-//! its tool's name, and for templates that insist on it, system messages come first and speakers take turns.
+//! Conversations as templates want them: what an assistant thought, said and called is one message, and a tool's result knows
+//! its tool's name. What else a template insists on is the daemon's to find out.
 
 use flash_proto::v1;
 
@@ -61,39 +61,6 @@ pub(crate) fn name_results(messages: &mut [v1::Message]) {
     }
 }
 
-/// The same conversation for a template that refused it: one system message, and that first; later ones become reminders of
-/// the user's; neighbours of one role become one. Nothing if that is what it was.
-pub(crate) fn softened(chat: &v1::Chat) -> Option<v1::Chat> {
-    let joins = |last: &v1::Message, next: &v1::Message| last.role == next.role && next.role != "tool" && last.tool_calls.is_empty();
-    let hard = |pair: &[v1::Message]| pair[1].role == "system" || joins(&pair[0], &pair[1]);
-    if !chat.messages.windows(2).any(hard) {
-        return None;
-    }
-    let mut messages: Vec<v1::Message> = Vec::with_capacity(chat.messages.len());
-    for message in &chat.messages {
-        let mut message = message.clone();
-        if message.role == "system" && messages.last().is_some_and(|last| last.role != "system") {
-            message.role = "user".into();
-            message.content = format!("<system-reminder>\n{}\n</system-reminder>", message.content);
-        }
-        match messages.last_mut() {
-            Some(last) if joins(last, &message) => {
-                join(&mut last.content, &message.content);
-                last.reasoning = last.reasoning.take().or(message.reasoning);
-                last.tool_calls = message.tool_calls;
-            }
-            _ => messages.push(message),
-        }
-    }
-    Some(v1::Chat {
-        messages,
-        tools: chat.tools.clone(),
-        template_kwargs_json: chat.template_kwargs_json.clone(),
-        continue_final_message: chat.continue_final_message,
-        tool_choice: chat.tool_choice.clone(),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,26 +99,5 @@ mod tests {
         assert_eq!((messages[1].reasoning.as_deref(), messages[1].tool_calls.len()), (Some("r"), 2));
         assert_eq!((messages[2].name.as_deref(), messages[3].name.as_deref()), (Some("g"), None));
         assert_eq!(messages[6].reasoning.as_deref(), Some("s"));
-    }
-
-    #[test]
-    fn refused_conversations_are_softened_once() {
-        let check = |messages: &[(&str, &str)], wanted: Option<&[(&str, &str)]>| {
-            let mut turns = Turns::default();
-            messages.iter().for_each(|(role, text)| turns.say(role, (*text).to_owned()));
-            let chat = softened(&v1::Chat { messages: turns.messages, ..Default::default() });
-            assert_eq!(chat.as_ref().map(|chat| said(&chat.messages)).as_deref(), wanted);
-            assert!(chat.is_none_or(|chat| softened(&chat).is_none()), "{messages:?}");
-        };
-        check(&[("system", "s"), ("user", "u"), ("assistant", "a"), ("tool", "1"), ("tool", "2")], None);
-        check(
-            &[("system", "s"), ("system", "t"), ("user", "u"), ("user", "v"), ("system", "x"), ("assistant", "a"), ("system", "y")],
-            Some(&[
-                ("system", "s\nt"),
-                ("user", "u\nv\n<system-reminder>\nx\n</system-reminder>"),
-                ("assistant", "a"),
-                ("user", "<system-reminder>\ny\n</system-reminder>"),
-            ]),
-        );
     }
 }

@@ -269,6 +269,10 @@ impl Admin for Service {
         Err(Status::unimplemented("no test needs it"))
     }
 
+    async fn clear_cache(&self, _: Request<v1::ClearCacheRequest>) -> Result<Response<v1::ClearCacheResponse>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
+
     async fn replay(&self, _: Request<v1::ReplayRequest>) -> Result<Response<v1::ReplayResponse>, Status> {
         Err(Status::unimplemented("no test needs it"))
     }

@@ -113,25 +113,6 @@ async fn one_choice_that_fails_ends_them_all() {
 }
 
 #[tokio::test]
-async fn a_template_that_refuses_gets_a_softer_conversation() {
-    let fake = Fake::start();
-    let gateway = Gateway::start(&fake).await;
-    let refusal = || [Step::Refuse(code::status(code::CHAT_TEMPLATE, "system must be first"))];
-    let messages = json!([{"role": "user", "content": "a"}, {"role": "system", "content": "s"}, {"role": "user", "content": "b"}]);
-    fake.script(refusal());
-    fake.script(reply(&["ok"]));
-    assert_eq!(chat(gateway.address, &json!({"messages": messages})).await.status, 200);
-    let heard = |at: usize| match fake.requests().remove(at).prompt {
-        Some(Prompt::Chat(chat)) => chat.messages.into_iter().map(|message| message.content).collect::<Vec<_>>(),
-        _ => panic!("a chat"),
-    };
-    assert_eq!(heard(0), ["a", "s", "b"]);
-    assert_eq!(heard(1), ["a\n<system-reminder>\ns\n</system-reminder>\nb"]);
-    fake.script(refusal());
-    assert_eq!(chat(gateway.address, &body(json!({}))).await.error(), (422, "chat_template_error".to_owned()));
-}
-
-#[tokio::test]
 async fn completions_take_raw_text() {
     let fake = Fake::start();
     let gateway = Gateway::start(&fake).await;

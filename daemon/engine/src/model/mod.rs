@@ -1,10 +1,12 @@
 //! A checkpoint on disk: what it is ([`arch`]), where its bytes lie ([`weights`], [`families`]), and its text side
-//! ([`text`]). Nothing here computes; the backend gets [`Model`] and reads what it needs.
+//! ([`text`], [`chat`], [`output`]). Nothing here computes; the backend gets [`Model`] and reads what it needs.
 
 pub(crate) mod arch;
+pub(crate) mod chat;
 pub(crate) mod families;
 mod files;
 pub mod hub;
+pub(crate) mod output;
 pub(crate) mod packed;
 mod pattern;
 mod python;
@@ -17,4 +19,6 @@ pub(crate) mod text;
 mod tokenizer;
 pub(crate) mod weights;
 
-pub use text::{Message, Text};
+pub use chat::{Chat, Choice, Format, Message, Parameters, Tool, ToolCall, ToolChoice};
+pub use output::Reply;
+pub use text::Text;

@@ -15,8 +15,10 @@ use minijinja::{
 };
 use serde_json::{Map, Value as Json};
 
-use super::{python, rewrite};
-use crate::Message;
+use super::{
+    chat::{self, Chat, Message, Tool},
+    python, rewrite,
+};
 
 /// A thousand messages need some 100,000.
 const FUEL: u64 = 5_000_000;
@@ -36,6 +38,7 @@ pub(super) struct Template {
     environment: Environment<'static>,
     /// bos_token, eos_token and so on.
     special: Map<String, Json>,
+    shows_tools: bool,
 }
 
 impl fmt::Debug for Template {
@@ -70,34 +73,60 @@ impl Template {
         environment.add_function(rewrite::BOUND, bound);
         let source = rewrite::guarded(source)?;
         on_own_thread(move || match environment.add_template_owned("chat", source) {
-            Ok(()) => Ok(Self { environment, special }),
+            Ok(()) => {
+                let variables = environment.get_template("chat").map(|template| template.undeclared_variables(false));
+                let shows_tools = variables.is_ok_and(|names| names.contains("tools"));
+                Ok(Self { environment, special, shows_tools })
+            }
             Err(error) => Err(reason(&error)),
         })
     }
 
-    /// `kwargs` win over special tokens, as in transformers.
-    pub(super) fn render(&self, messages: &[Message], kwargs: &Map<String, Json>, continue_final: bool) -> Result<String, String> {
-        let mut messages = messages.to_vec();
-        let last = match messages.last_mut().filter(|_| continue_final) {
+    /// `kwargs` win over special tokens, as in transformers. Messages that the template raises at are shown to it once more as
+    /// [`chat::relaxed`] makes them.
+    pub(super) fn render(&self, chat: &Chat) -> Result<String, String> {
+        let as_it_is = self.render_messages(chat, chat.messages.clone());
+        as_it_is.or_else(|error| {
+            let mut tried = chat.messages.clone();
+            for messages in chat::relaxed(&chat.messages) {
+                if messages != tried
+                    && let Ok(text) = self.render_messages(chat, messages.clone())
+                {
+                    return Ok(text);
+                }
+                tried = messages;
+            }
+            Err(error)
+        })
+    }
+
+    fn render_messages(&self, chat: &Chat, mut messages: Vec<Message>) -> Result<String, String> {
+        let last = match messages.last_mut().filter(|_| chat.continue_final) {
             Some(last) => {
                 let content = last.content.clone();
                 last.content.push_str(CONTINUE);
                 Some(content)
             }
-            None if continue_final => return Err("there is no message to continue".into()),
+            None if chat.continue_final => return Err("there is no message to continue".into()),
             None => None,
         };
         let mut variables = self.special.clone();
-        variables.insert("messages".into(), serde_json::to_value(&messages).map_err(|error| error.to_string())?);
-        variables.insert("tools".into(), Json::Null);
+        variables.insert("messages".into(), messages.iter().map(Message::to_json).collect());
+        let tools = chat.tools.iter().filter(|tool| !tool.hidden).map(Tool::to_json).collect::<Vec<_>>();
+        variables.insert("tools".into(), if tools.is_empty() { Json::Null } else { Json::Array(tools) });
         variables.insert("documents".into(), Json::Null);
-        variables.insert("add_generation_prompt".into(), Json::Bool(!continue_final));
-        variables.extend(kwargs.clone());
+        variables.insert("add_generation_prompt".into(), Json::Bool(!chat.continue_final));
+        variables.extend(chat.kwargs.clone());
         let text = self.run(&variables)?;
         match last {
             Some(content) => cut(&text, &content),
             None => Ok(text),
         }
+    }
+
+    /// Whether it shows tools at all.
+    pub(super) fn shows_tools(&self) -> bool {
+        self.shows_tools
     }
 
     fn run(&self, variables: &Map<String, Json>) -> Result<String, String> {
@@ -332,9 +361,11 @@ mod tests {
         let mut wrong = Vec::new();
         for case in &cases {
             let messages: Vec<Message> = case["messages"].as_array().unwrap().iter().map(message).collect();
-            let kwargs = case["kwargs"].as_object().unwrap();
+            let kwargs = case["kwargs"].as_object().unwrap().clone();
             let template = Template::new(case["template"].as_str().unwrap(), special());
-            let result = template.and_then(|template| template.render(&messages, kwargs, case["continue_final"] == true));
+            // As it is: what is relaxed is ours, not transformers'.
+            let chat = Chat { kwargs, continue_final: case["continue_final"] == true, ..Chat::default() };
+            let result = template.and_then(|template| template.render_messages(&chat, messages));
             let good = match (&result, case["expected"].as_str()) {
                 (Ok(text), Some(expected)) => text == expected,
                 (Err(_), None) => true,
@@ -353,14 +384,14 @@ mod tests {
 
     fn message(value: &Json) -> Message {
         let text = |key: &str| value[key].as_str().map(str::to_owned);
-        Message { role: text("role").unwrap(), content: text("content").unwrap(), name: text("name") }
+        Message { role: text("role").unwrap(), content: text("content").unwrap(), name: text("name"), ..Message::default() }
     }
 
     #[test]
     fn hostile_templates_fail() {
         let check = |source: &str| {
-            let message = Message { role: "user".into(), content: "hello".into(), name: None };
-            let result = Template::new(source, special()).and_then(|template| template.render(&[message], &Map::new(), false));
+            let chat = Chat::of(vec![message(&json!({"role": "user", "content": "hello"}))]);
+            let result = Template::new(source, special()).and_then(|template| template.render(&chat));
             assert!(result.is_err(), "{:.80} made {} bytes", source, result.unwrap().len());
         };
         check("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}");
@@ -416,7 +447,7 @@ mod tests {
     #[test]
     fn the_clock_is_read() {
         let template = Template::new("{{ strftime_now('%d %b %Y %H:%M:%S %-d %A') }}", special()).unwrap();
-        let text = template.render(&[], &Map::new(), false).unwrap();
+        let text = template.render(&Chat::default()).unwrap();
         assert_eq!(text.split(' ').count(), 6, "{text}");
     }
 
@@ -424,8 +455,8 @@ mod tests {
     fn errors_say_what_the_template_said() {
         let template = Template::new("{% if messages %}{{ raise_exception('no ' ~ messages[0].role) }}{% endif %}", special()).unwrap();
         let message = message(&json!({ "role": "system", "content": "" }));
-        let error = template.render(&[message], &Map::new(), false).unwrap_err();
+        let error = template.render(&Chat::of(vec![message])).unwrap_err();
         assert!(error.contains("no system"), "{error}");
-        assert!(template.render(&[], &Map::new(), true).unwrap_err().contains("no message to continue"));
+        assert!(template.render(&Chat { continue_final: true, ..Chat::default() }).unwrap_err().contains("no message to continue"));
     }
 }

@@ -1,14 +1,21 @@
 //! The text side of a model: tokenizer, chat template, end-of-turn tokens, sampling defaults. Usable from any thread; no
 //! weights. The engine decodes with it, the daemon renders and encodes with it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashMap,
+    fmt,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{
     arch::Arch,
+    chat::{Chat, Choice, Format},
     files,
+    output::{Compiler, Dialect, Reply, Rules, THINK, Thinking},
     template::Template,
     tokenizer::{Tokenizer, Utf8},
 };
@@ -20,21 +27,25 @@ const TEMPLATE_MAX: u64 = 256 << 10;
 const TEMPERATURE: f32 = 0.7;
 
 /// Tokenizer, chat template and defaults of one model.
-#[derive(Debug)]
 pub struct Text {
     tokenizer: Tokenizer,
     template: Option<Template>,
+    /// Where a model has one of its own for chats with tools.
+    tool_template: Option<Template>,
+    dialect: Dialect,
+    /// Special tokens that the dialect gives a meaning, and their texts.
+    marks: HashMap<u32, &'static str>,
+    think_id: Option<u32>,
+    /// Made for the first request that needs one: it takes some megabytes.
+    compiler: OnceLock<Compiler>,
     end_ids: Vec<u32>,
     sampling: Sampling,
 }
 
-/// One chat message, as the template sees it.
-#[derive(Clone, Debug, Default, serde::Serialize)]
-pub struct Message {
-    pub role: String,
-    pub content: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
+impl fmt::Debug for Text {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Text").field("template", &self.template).field("dialect", &self.dialect).finish_non_exhaustive()
+    }
 }
 
 impl Text {
@@ -54,11 +65,15 @@ impl Text {
         end_ids.sort_unstable();
         end_ids.dedup();
 
-        let template = match config.template(dir, config_path)? {
-            Some((path, source)) => Some(Template::new(&source, special).map_err(|reason| Error::File { path, reason })?),
-            None => None,
-        };
-        Ok(Self { tokenizer, template, end_ids, sampling })
+        let sources = config.templates(dir, config_path)?;
+        let dialect = sources.last().map_or_else(Dialect::default, |(_, source)| Dialect::of(source));
+        let mut templates = sources
+            .into_iter()
+            .map(|(path, source)| Template::new(&source, special.clone()).map_err(|reason| Error::File { path, reason }));
+        let (template, tool_template) = (templates.next().transpose()?, templates.next().transpose()?);
+        let marks = dialect.marks().filter_map(|mark| Some((tokenizer.id(mark)?, mark))).collect();
+        let think_id = tokenizer.id(THINK.0).filter(|_| dialect.thinks);
+        Ok(Self { tokenizer, template, tool_template, dialect, marks, think_id, compiler: OnceLock::new(), end_ids, sampling })
     }
 
     /// Token ids of a rendered chat: special tokens written in it are recognised and none is added, as transformers does
@@ -72,10 +87,88 @@ impl Text {
         self.tokenizer.encode(text, true)
     }
 
-    /// The chat template applied; `kwargs` are extra variables; the generation prompt is added unless the last message is to be continued.
-    pub fn render(&self, messages: &[Message], kwargs: &Map<String, Value>, continue_final: bool) -> Result<String, Error> {
-        let none = || Error::Template { reason: "this model has none; send a prompt without roles instead".into() };
-        self.template.as_ref().ok_or_else(none)?.render(messages, kwargs, continue_final).map_err(|reason| Error::Template { reason })
+    /// The chat template applied; the generation prompt is added unless the last message is to be continued.
+    pub fn render(&self, chat: &Chat) -> Result<String, Error> {
+        let bad = |reason: String| Error::Template { reason };
+        let template = self.tool_template.as_ref().filter(|_| !chat.tools.is_empty()).or(self.template.as_ref());
+        let template = template.ok_or_else(|| bad("this model has none; send a prompt without roles instead".into()))?;
+        if chat.calls() && !template.shows_tools() {
+            return Err(bad("it does not show tools; use a model that can call them, or leave `tools` out".into()));
+        }
+        if chat.calls() && self.dialect.calls.is_none() {
+            return Err(bad("it has a way of calling tools that is not known here; leave `tools` out".into()));
+        }
+        template.render(chat).map_err(bad)
+    }
+
+    /// How the reply to `prompt`, which is `chat` rendered, is to be read, and what holds it to a form. Grammars are compiled here: CPU work.
+    pub fn reply(&self, chat: &Chat, prompt: &str, format: Option<&Format>) -> Result<Reply, Error> {
+        let mut reply = Reply::new(self.dialect, self.thinking(chat, prompt));
+        let tools: Vec<_> = chat.callable().filter(|_| chat.calls()).collect();
+        if let (Choice::Required, true) = (chat.choice.mode, tools.is_empty()) {
+            return Err(Error::Tools { reason: "a call is required, and there is no tool that may be called".into() });
+        }
+        let Some(calls) = self.dialect.calls.filter(|_| !tools.is_empty()) else {
+            if let Some(format) = format {
+                reply.rules = Rules::Whole(self.compiler()?.format(format, self.dialect, None)?);
+            }
+            return Ok(reply);
+        };
+        reply.schemas = std::sync::Arc::new(tools.iter().map(|tool| (tool.name.clone(), tool.schema())).collect());
+        reply.single = chat.choice.single;
+        let compiler = self.compiler()?;
+        reply.rules = match (chat.choice.mode, format) {
+            (Choice::Required, Some(_)) => {
+                return Err(Error::Tools { reason: "a call is required, so no format can be: choose one of them".into() });
+            }
+            (Choice::Required, None) => Rules::Whole(compiler.only_calls(calls, &tools, &chat.choice)?),
+            (_, Some(format)) => Rules::Whole(compiler.format(format, self.dialect, Some((calls, &tools, &chat.choice)))?),
+            (_, None) => Rules::Calls(compiler.one_call(calls, &tools)?),
+        };
+        Ok(reply)
+    }
+
+    /// The form of a reply to a prompt without roles.
+    pub fn raw_reply(&self, format: Option<&Format>) -> Result<Reply, Error> {
+        let Some(format) = format else { return Ok(Reply::default()) };
+        let rules = Rules::Whole(self.compiler()?.format(format, Dialect::default(), None)?);
+        Ok(Reply { rules, ..Reply::default() })
+    }
+
+    fn thinking(&self, chat: &Chat, prompt: &str) -> Thinking {
+        if !self.dialect.thinks {
+            return Thinking::No;
+        }
+        let begun = |text: &str| text.rfind(THINK.0) > text.rfind(THINK.1);
+        let prompt = prompt.trim_end();
+        match chat.messages.last().filter(|_| chat.continue_final) {
+            Some(last) if begun(&last.content) => Thinking::Begun,
+            Some(last) if !last.content.is_empty() => Thinking::No,
+            _ if prompt.ends_with(THINK.0) => Thinking::Begun,
+            _ if prompt.ends_with(THINK.1) => Thinking::No,
+            _ => Thinking::Possible,
+        }
+    }
+
+    fn compiler(&self) -> Result<&Compiler, Error> {
+        if let Some(compiler) = self.compiler.get() {
+            return Ok(compiler);
+        }
+        let compiler = Compiler::new(self.tokenizer.len(), |id| self.meaning(id), &self.end_ids)?;
+        Ok(self.compiler.get_or_init(|| compiler))
+    }
+
+    /// As [`Text::token_bytes`], with the text of special tokens that mark reasoning and calls.
+    fn meaning(&self, id: u32) -> &[u8] {
+        match self.token_bytes(id) {
+            [] => self.marks.get(&id).map_or(&[], |mark| mark.as_bytes()),
+            bytes => bytes,
+        }
+    }
+
+    /// The token that begins thinking.
+    pub(crate) fn think_id(&self) -> Option<u32> {
+        self.think_id
     }
 
     /// The raw bytes one token stands for (byte-level BPE undone); empty for special tokens.
@@ -108,8 +201,9 @@ pub(crate) struct Decoder {
 }
 
 impl Decoder {
-    pub(crate) fn push(&mut self, text: &Text, id: u32) -> String {
-        let mut bytes = text.token_bytes(id);
+    /// `marks`: special tokens that mark reasoning and calls are text.
+    pub(crate) fn push(&mut self, text: &Text, id: u32, marks: bool) -> String {
+        let mut bytes = if marks { text.meaning(id) } else { text.token_bytes(id) };
         if !self.begun && !bytes.is_empty() {
             self.begun = true;
             if text.tokenizer.leading_space() {
@@ -117,6 +211,11 @@ impl Decoder {
             }
         }
         self.utf8.push(bytes)
+    }
+
+    /// The beginning of a character.
+    pub(crate) fn held(&self) -> &[u8] {
+        self.utf8.held()
     }
 
     /// What is left of an unfinished character.
@@ -158,24 +257,31 @@ impl TokenizerConfig {
         special
     }
 
-    /// The chat template and the file it is from: chat_template.jinja, else this file's string or its template `default`.
-    fn template(self, dir: &Path, path: PathBuf) -> Result<Option<(PathBuf, String)>, Error> {
+    /// The chat template and the file it is from: chat_template.jinja, else this file's string or its template `default`; then that for
+    /// chats with tools, where there is one.
+    fn templates(self, dir: &Path, path: PathBuf) -> Result<Vec<(PathBuf, String)>, Error> {
         let jinja = dir.join("chat_template.jinja");
         match files::text(&jinja, TEMPLATE_MAX) {
-            Ok(source) => return Ok(Some((jinja, source))),
+            Ok(source) => return Ok(vec![(jinja, source)]),
             Err(Error::Read { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
-        let source = match self.chat_template {
-            None => return Ok(None),
-            Some(ChatTemplate::One(source)) => source,
-            Some(ChatTemplate::Named(named)) => match named.into_iter().find(|named| named.name == "default") {
-                Some(named) => named.template,
-                None => return Err(Error::File { path, reason: "chat_template has several templates and none is named `default`".into() }),
-            },
+        let sources = match self.chat_template {
+            None => Vec::new(),
+            Some(ChatTemplate::One(source)) => vec![source],
+            Some(ChatTemplate::Named(mut named)) => {
+                let mut take =
+                    |name: &str| named.iter_mut().find(|named| named.name == name).map(|named| std::mem::take(&mut named.template));
+                match take("default") {
+                    Some(default) => [Some(default), take("tool_use")].into_iter().flatten().collect(),
+                    None => {
+                        return Err(Error::File { path, reason: "chat_template has several templates and none is named `default`".into() });
+                    }
+                }
+            }
         };
-        match source.len() as u64 <= TEMPLATE_MAX {
-            true => Ok(Some((path, source))),
+        match sources.iter().all(|source| source.len() as u64 <= TEMPLATE_MAX) {
+            true => Ok(sources.into_iter().map(|source| (path.clone(), source)).collect()),
             false => Err(Error::File { path, reason: format!("chat_template is larger than {TEMPLATE_MAX} bytes") }),
         }
     }
@@ -243,10 +349,10 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::model::tests::bundled;
+    use crate::{Message, model::tests::bundled};
 
-    fn user(content: &str) -> Message {
-        Message { role: "user".into(), content: content.into(), name: None }
+    fn user(content: &str) -> Chat {
+        Chat::of(vec![Message { role: "user".into(), content: content.into(), ..Message::default() }])
     }
 
     /// The bundled model's text files, with some replaced or (`None`) left out.
@@ -277,11 +383,11 @@ mod tests {
             assert_eq!(text.encode(rendered).unwrap(), ids);
             assert_eq!(text.encode_raw(rendered).unwrap(), ids);
             if prompt["kind"] == "chat" {
-                assert_eq!(text.render(&[user(prompt["prompt"].as_str().unwrap())], &Map::new(), false).unwrap(), rendered);
+                assert_eq!(text.render(&user(prompt["prompt"].as_str().unwrap())).unwrap(), rendered);
             }
             let ids: Vec<u32> = serde_json::from_value(prompt["greedy"].clone()).unwrap();
             let mut decoder = Decoder::default();
-            let mut decoded: String = ids.iter().map(|id| decoder.push(&text, *id)).collect();
+            let mut decoded: String = ids.iter().map(|id| decoder.push(&text, *id, false)).collect();
             decoded += &decoder.finish();
             let special = |text: &str| {
                 ["<|im_start|>", "<|im_end|>", "<|endoftext|>"].iter().fold(text.to_owned(), |text, token| text.replace(token, ""))
@@ -325,7 +431,7 @@ mod tests {
     #[test]
     fn templates_come_from_either_file() {
         let check = |files: &[(&str, Option<&str>)], expected: Result<&str, &str>| {
-            let text = Text::open(changed(files).path()).unwrap().render(&[user("x")], &Map::new(), false);
+            let text = Text::open(changed(files).path()).unwrap().render(&user("x"));
             match (text, expected) {
                 (Ok(text), Ok(expected)) => assert_eq!(text, expected),
                 (Err(error), Err(expected)) => assert!(error.to_string().contains(expected), "{error}"),

@@ -189,6 +189,10 @@ impl Utf8 {
         text
     }
 
+    pub(crate) fn held(&self) -> &[u8] {
+        &self.held
+    }
+
     /// What is still held back is no character any more.
     pub(crate) fn finish(&mut self) -> String {
         let text = String::from_utf8_lossy(&self.held).into_owned();

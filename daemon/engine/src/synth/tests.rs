@@ -52,7 +52,7 @@ fn a_model_is_the_same_for_a_seed_and_generates() {
         assert_ne!(ids, generate(other.path(), sampled()));
         let text = crate::Text::open(one.path()).unwrap();
         let message = crate::Message { role: "user".into(), content: "Hé\n".into(), ..Default::default() };
-        let prompt = text.render(&[message], &Map::new(), false).unwrap();
+        let prompt = text.render(&crate::Chat::of(vec![message])).unwrap();
         let bytes: Vec<u8> = text.encode(&prompt).unwrap().iter().flat_map(|id| text.token_bytes(*id).to_vec()).collect();
         assert_eq!(String::from_utf8(bytes).unwrap(), "user\nHé\n\nassistant\n");
         assert_eq!(text.end_ids(), [258]);

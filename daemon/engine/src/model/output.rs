@@ -1,0 +1,233 @@
+//! A reply on its way: tokens in, content, reasoning and tool calls out; and which tokens may come next, where the request says what the
+//! reply must look like. A [`Reply`] is made before the request is accepted (`text.rs`), the engine follows it token by token.
+
+mod calls;
+mod formats;
+mod grammar;
+mod parse;
+mod rules;
+mod stops;
+#[cfg(test)]
+mod tests;
+
+use std::{fmt, sync::Arc};
+
+pub(crate) use formats::{Dialect, THINK};
+use grammar::Guide;
+pub(crate) use grammar::{Compiler, Grammar, Mask};
+use parse::{Begun, Parser};
+pub(crate) use parse::{Schemas, Thinking};
+use stops::Stops;
+
+use super::text::{Decoder, Text};
+use crate::{Channel, Error, Finish, Part};
+
+/// How a reply is to be read and what it may be; by default any text, all of it content.
+#[derive(Clone, Default)]
+pub struct Reply {
+    pub(super) dialect: Dialect,
+    pub(super) thinking: Thinking,
+    /// Of the tools that may be called; empty: marks of calls are content.
+    pub(super) schemas: Schemas,
+    /// End after the first call.
+    pub(super) single: bool,
+    pub(super) rules: Rules,
+}
+
+/// What holds a reply to a form.
+#[derive(Clone, Default)]
+pub(super) enum Rules {
+    #[default]
+    None,
+    /// All of it, once thinking has ended.
+    Whole(Grammar),
+    /// Each call, from its mark on.
+    Calls(Grammar),
+}
+
+impl fmt::Debug for Reply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reply").field("dialect", &self.dialect).field("thinking", &self.thinking).finish_non_exhaustive()
+    }
+}
+
+/// What one token adds.
+#[derive(Debug, Default)]
+pub(crate) struct Added {
+    pub(crate) parts: Vec<Part>,
+    /// What the token itself is part of; `None`: a call.
+    pub(crate) channel: Option<Channel>,
+    pub(crate) finish: Option<Finish>,
+}
+
+/// Reads one reply.
+pub(crate) struct Output {
+    decoder: Decoder,
+    parser: Parser,
+    stops: Stops,
+    /// Whether there is nothing to look for in the text.
+    plain: bool,
+    single: bool,
+    rules: Rules,
+    guide: Option<Guide>,
+    mask: Mask,
+    reasoning_tokens: usize,
+}
+
+impl fmt::Debug for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Output").field("parser", &self.parser).field("guided", &self.guide.is_some()).finish_non_exhaustive()
+    }
+}
+
+impl Output {
+    pub(crate) fn new(reply: Reply, stops: Vec<String>) -> Self {
+        let Reply { dialect, thinking, schemas, single, rules } = reply;
+        let plain = !dialect.harmony() && schemas.is_empty() && thinking == Thinking::No;
+        let parser = Parser::new(dialect, schemas, thinking);
+        let guide = match &rules {
+            Rules::Whole(grammar) if !parser.reasons() => Some(grammar.begin()),
+            _ => None,
+        };
+        let decoder = Decoder::default();
+        Self { decoder, parser, stops: Stops::new(stops), plain, single, rules, guide, mask: Mask::new(), reasoning_tokens: 0 }
+    }
+
+    /// The tokens that may come next; `None`: all.
+    pub(crate) fn mask(&mut self, text: &Text) -> Result<Option<&Mask>, Error> {
+        let Some(guide) = &mut self.guide else { return Ok(None) };
+        self.mask = guide.mask()?;
+        if let Some(think) = text.think_id().filter(|_| self.parser.may_think()) {
+            self.mask.allow_token(think);
+        }
+        Ok(Some(&self.mask))
+    }
+
+    pub(crate) fn reasoning_tokens(&self) -> usize {
+        self.reasoning_tokens
+    }
+
+    /// One more token, which does not end the turn.
+    pub(crate) fn push(&mut self, text: &Text, token: u32) -> Result<Added, Error> {
+        let thinks = text.think_id() == Some(token) && self.parser.may_think();
+        let mut guided = false;
+        if let Some(guide) = self.guide.as_mut().filter(|_| !thinks) {
+            guide.take(token)?;
+            guided = true;
+        }
+        if thinks {
+            self.guide = None;
+        }
+        let piece = self.decoder.push(text, token, !self.plain);
+        let mut added = Added { channel: Some(Channel::Content), ..Added::default() };
+        if self.plain {
+            let (said, stop) = self.stops.push(&piece);
+            added.finish = stop.map(|stop| Finish::Stop(Some(stop)));
+            added.parts.extend((!said.is_empty()).then_some(Part::Content(said)));
+        } else {
+            let before = self.channel();
+            self.parse(&piece, &mut added)?;
+            added.channel = join(before, self.channel());
+            self.reasoning_tokens += usize::from(added.channel == Some(Channel::Reasoning));
+        }
+        let ended = guided && self.guide.as_ref().is_some_and(Guide::ended);
+        if ended || !self.parser.in_call() {
+            let whole = matches!(self.rules, Rules::Whole(_));
+            if ended && whole && added.finish.is_none() {
+                self.end(&mut added, Finish::Stop(None));
+            }
+            self.guide.take_if(|_| !whole);
+        }
+        if self.single && self.parser.complete() > 0 && added.finish.is_none() {
+            self.end(&mut added, Finish::Stop(None));
+        }
+        Ok(added)
+    }
+
+    /// Feeds the parser; grammars begin where it says so.
+    fn parse(&mut self, piece: &str, added: &mut Added) -> Result<(), Error> {
+        let Self { parser, rules, guide, decoder, .. } = self;
+        let mut strayed = false;
+        let mut found = Vec::new();
+        let whole = matches!(rules, Rules::Whole(_));
+        parser.push(piece, &mut found, &mut |begun, rest| {
+            let grammar = match (begun, &*rules) {
+                (Begun::Call, Rules::Calls(grammar)) | (Begun::Content, Rules::Whole(grammar)) if guide.is_none() => grammar,
+                _ => return whole && guide.is_some(),
+            };
+            let mut next = grammar.begin();
+            // Space behind the marks of thinking is no part of the content.
+            let rest = if begun == Begun::Content { rest.trim_start() } else { rest };
+            let follows = next.take_bytes(&[rest.as_bytes(), decoder.held()].concat());
+            strayed |= !follows && whole;
+            *guide = follows.then_some(next);
+            follows
+        });
+        if strayed {
+            return Err(Error::Internal("one token ends the reasoning and begins what the format does not allow".into()));
+        }
+        self.say(found, added);
+        Ok(())
+    }
+
+    /// Looks for stop strings in the content among `parts`.
+    fn say(&mut self, parts: Vec<Part>, added: &mut Added) {
+        for part in parts {
+            let Part::Content(text) = part else {
+                // No stop string goes on across this.
+                added.parts.extend(Some(self.stops.release()).filter(|held| !held.is_empty()).map(Part::Content));
+                added.parts.push(part);
+                continue;
+            };
+            let (said, stop) = self.stops.push(&text);
+            added.parts.extend((!said.is_empty()).then_some(Part::Content(said)));
+            if stop.is_some() {
+                added.finish = Some(Finish::Stop(stop));
+                return;
+            }
+        }
+    }
+
+    /// Releases what was held back. A stop string completed by the last bytes still counts.
+    pub(crate) fn end(&mut self, added: &mut Added, finish: Finish) {
+        let rest = self.decoder.finish();
+        let mut found = Vec::new();
+        if self.plain {
+            found.push(Part::Content(rest));
+        } else {
+            self.parser.push(&rest, &mut found, &mut |_, _| false);
+            self.parser.finish(finish == Finish::Length, &mut found);
+        }
+        self.say(found, added);
+        if added.finish.is_some() {
+            return;
+        }
+        added.parts.extend(Some(self.stops.release()).filter(|held| !held.is_empty()).map(Part::Content));
+        added.finish = Some(match finish {
+            Finish::Stop(None) if self.parser.complete() > 0 => Finish::ToolCalls,
+            finish => finish,
+        });
+    }
+
+    fn channel(&self) -> Option<Channel> {
+        match &self.parser {
+            parser if parser.in_call() => None,
+            parser if parser.reasons() => Some(Channel::Reasoning),
+            _ => Some(Channel::Content),
+        }
+    }
+}
+
+/// A mark belongs to what it opens or closes.
+fn join(before: Option<Channel>, after: Option<Channel>) -> Option<Channel> {
+    match (before?, after?) {
+        (Channel::Content, Channel::Content) => Some(Channel::Content),
+        _ => Some(Channel::Reasoning),
+    }
+}
+
+impl Reply {
+    pub(super) fn new(dialect: Dialect, thinking: Thinking) -> Self {
+        Self { dialect, thinking, schemas: Arc::default(), single: false, rules: Rules::None }
+    }
+}

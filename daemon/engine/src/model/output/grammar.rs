@@ -1,0 +1,191 @@
+//! What a reply may be, as a grammar, and which tokens may come next: llguidance behind three types. A [`Compiler`] is made once for a
+//! tokenizer, a [`Grammar`] once for a request, before it is accepted; a [`Guide`] follows one reply.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use llguidance::{
+    Matcher, ParserFactory,
+    api::TopLevelGrammar,
+    toktrie::{ApproximateTokEnv, INVALID_TOKEN, InferenceCapabilities, SimpleVob, TokRxInfo, TokTrie},
+};
+use serde_json::{Value, json};
+
+use super::{
+    formats::{Calls, Dialect, Style},
+    rules::{self, Form, inline, plainer},
+};
+use crate::{Error, Format, Tool, model::chat::ToolChoice};
+
+/// Longer tokens do not fit into a trie, and no grammar misses them.
+const TOKEN_BYTES_MAX: usize = 512;
+/// Grammars that are kept for the next request: an agent's turns all have the same tools.
+const KEPT: usize = 8;
+
+/// Compiles grammars for one tokenizer.
+pub(crate) struct Compiler {
+    factory: ParserFactory,
+    kept: Mutex<Vec<(String, Matcher)>>,
+}
+
+/// A compiled grammar at its beginning.
+#[derive(Clone)]
+pub(crate) struct Grammar(Matcher);
+
+/// A grammar that follows a reply.
+pub(crate) struct Guide(Matcher);
+
+/// Which tokens may come next.
+pub(crate) type Mask = SimpleVob;
+
+impl Compiler {
+    /// `bytes`: what a token stands for, nothing where it stands for no text.
+    pub(crate) fn new<'a>(vocab: usize, bytes: impl Fn(u32) -> &'a [u8], ends: &[u32]) -> Result<Self, Error> {
+        let fits = |bytes: &'a [u8]| if bytes.len() <= TOKEN_BYTES_MAX { bytes.to_vec() } else { Vec::new() };
+        let words: Vec<Vec<u8>> = (0..vocab as u32).map(|id| fits(bytes(id))).collect();
+        let ends: Vec<u32> = ends.iter().copied().filter(|id| (*id as usize) < vocab).collect();
+        let trie = TokTrie::from(&TokRxInfo::new(vocab as u32, ends.first().copied().unwrap_or(INVALID_TOKEN)), &words);
+        let trie = if ends.is_empty() { trie } else { trie.with_eos_tokens(&ends) };
+        let env: llguidance::toktrie::TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+        let slices = llguidance::earley::SlicedBiasComputer::general_slices();
+        let mut factory = ParserFactory::new(&env, InferenceCapabilities::default(), &slices)
+            .map_err(|error| Error::Internal(format!("no grammar can be made for this tokenizer: {error}")))?;
+        factory.quiet();
+        factory.limits_mut().verbose_errors = false;
+        Ok(Self { factory, kept: Mutex::default() })
+    }
+
+    /// Compiles a Lark grammar, or takes it from the last few; the error is one line. What llguidance learns while it follows a reply stays
+    /// with the request: a copy that is kept would grow without end.
+    fn lark(&self, lark: &str) -> Result<Grammar, String> {
+        {
+            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(at) = kept.iter().position(|(known, _)| known == lark) {
+                let found = kept.remove(at);
+                let copy = found.1.deep_clone();
+                kept.push(found);
+                return Ok(Grammar(copy));
+            }
+        }
+        let matcher = Matcher::new(self.factory.create_parser(TopLevelGrammar::from_lark(lark.to_owned())));
+        if let Some(error) = matcher.get_error() {
+            return Err(first_line(&error));
+        }
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() == KEPT {
+            kept.remove(0);
+        }
+        kept.push((lark.to_owned(), matcher.deep_clone()));
+        Ok(Grammar(matcher))
+    }
+
+    /// A grammar for all of a reply's content: the format, or calls where they may take its place.
+    pub(crate) fn format(
+        &self,
+        format: &Format,
+        dialect: Dialect,
+        calls: Option<(&'static Calls, &[&Tool], &ToolChoice)>,
+    ) -> Result<Grammar, Error> {
+        let (before, thought) = if dialect.harmony() { ("thought? \"<|channel|>final<|message|>\" ", rules::THOUGHT) } else { ("", "") };
+        let lenient = matches!(format, Format::JsonSchema { strict: false, .. });
+        let whole = |written: String| match calls {
+            None => self.lark(&format!("start: {before}format\nformat: {written}\n{thought}")).map_err(refused),
+            Some((style, tools, choice)) => self.with_tools(&|form| {
+                let thinking = if dialect.harmony() { "thought? " } else { "" };
+                let calls = rules::calls(style, tools, choice, form)?;
+                Ok(format!("start: {before}format | {thinking}calls\nformat: {written}\n{calls}{thought}"))
+            }),
+        };
+        match format {
+            Format::JsonObject => whole(inline(&json!({"type": "object"}), false)),
+            Format::JsonSchema { schema, .. } => whole(inline(schema, lenient))
+                .or_else(|error| if lenient { whole(inline(&plainer(schema), true)).map_err(|_| error) } else { Err(error) }),
+            Format::Regex(pattern) => whole(format!("/{}/", llguidance::regex_to_lark(pattern, ""))),
+            Format::Lark(grammar) if calls.is_none() && !dialect.harmony() => self.lark(grammar).map_err(refused),
+            Format::Lark(grammar) => whole(format!("%lark {{\n{grammar}\n}}")),
+        }
+    }
+
+    /// A grammar for a reply that is calls and nothing else.
+    pub(crate) fn only_calls(&self, calls: &'static Calls, tools: &[&Tool], choice: &ToolChoice) -> Result<Grammar, Error> {
+        self.with_tools(&|form| {
+            let rules = rules::calls(calls, tools, choice, form)?;
+            Ok(match calls.style {
+                Style::Harmony => format!("start: thought? calls\n{rules}{}", rules::THOUGHT),
+                _ => format!("start: calls\n{rules}"),
+            })
+        })
+    }
+
+    /// A grammar for what stands between a call's mark and the end of its own mark.
+    pub(crate) fn one_call(&self, calls: &'static Calls, tools: &[&Tool]) -> Result<Grammar, Error> {
+        if calls.style == Style::Harmony {
+            // The message's head has named the tool, which is not known yet.
+            return self.lark(&format!("start: {}\n", inline(&json!({"type": "object"}), true))).map_err(refused);
+        }
+        self.with_tools(&|form| Ok(format!("start: body\n{}", rules::bodies(calls, tools, form)?)))
+    }
+
+    /// At first as if every schema could be enforced; one by one only if that fails.
+    fn with_tools(&self, make: &dyn Fn(Form) -> Result<String, Error>) -> Result<Grammar, Error> {
+        let quick = make(&|tool, schema| Ok(inline(schema, !tool.strict)))?;
+        self.lark(&quick).or_else(|_| self.lark(&make(&|tool, schema| self.enforceable(tool, schema))?).map_err(refused))
+    }
+
+    /// The strictest form of a tool's schema that compiles.
+    fn enforceable(&self, tool: &Tool, schema: &Value) -> Result<String, Error> {
+        let compiles = |form: &str| match self.factory.create_parser(TopLevelGrammar::from_lark(format!("start: {form}\n"))) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(first_line(&error.to_string())),
+        };
+        if tool.strict {
+            let form = inline(schema, false);
+            let refuse = |reason| Error::Schema { param: "tools", reason: format!("{}: {reason}", tool.name) };
+            return compiles(&form).map(|()| form).map_err(refuse);
+        }
+        let forms = [inline(schema, true), inline(&plainer(schema), true)];
+        Ok(forms.into_iter().find(|form| compiles(form).is_ok()).unwrap_or_else(|| inline(&json!({}), true)))
+    }
+}
+
+impl Grammar {
+    pub(crate) fn begin(&self) -> Guide {
+        Guide(self.0.clone())
+    }
+}
+
+impl Guide {
+    pub(crate) fn mask(&mut self) -> Result<Mask, Error> {
+        self.0.compute_mask().map_err(too_complex)
+    }
+
+    pub(crate) fn take(&mut self, token: u32) -> Result<(), Error> {
+        self.0.consume_token(token).map_err(too_complex)
+    }
+
+    /// Takes bytes that no mask has seen; whether they keep to the grammar.
+    pub(crate) fn take_bytes(&mut self, bytes: &[u8]) -> bool {
+        let Ok(env) = self.0.tok_env() else { return false };
+        let tokens = env.tok_trie().greedy_tokenize(bytes);
+        self.0.try_consume_tokens(&tokens).is_ok_and(|taken| taken == tokens.len()) && env.tok_trie().decode(&tokens) == bytes
+    }
+
+    /// Complete, and nothing may follow.
+    pub(crate) fn ended(&self) -> bool {
+        self.0.is_stopped()
+    }
+}
+
+fn too_complex(error: impl std::fmt::Display) -> Error {
+    Error::Internal(format!("the grammar cannot be followed any further: {}", first_line(&error.to_string())))
+}
+
+/// Tools are to blame only where [`Compiler::enforceable`] says so.
+fn refused(reason: String) -> Error {
+    Error::Schema { param: "response_format", reason }
+}
+
+/// Without the place in a grammar that the caller may not have written.
+fn first_line(error: &str) -> String {
+    let line = error.lines().next().unwrap_or_default();
+    line.strip_prefix("at ").and_then(|line| line.split_once("): ")).map_or(line, |(_, reason)| reason).to_owned()
+}

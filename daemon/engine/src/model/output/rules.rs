@@ -1,0 +1,126 @@
+//! Tools and formats as rules of a Lark grammar, in the way a model writes them. Texts only: `grammar.rs` compiles them.
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    calls::is_string,
+    formats::{Calls, Style},
+};
+use crate::{Error, Tool, model::chat::ToolChoice};
+
+/// Calls of one reply, where nothing else may follow.
+const CALLS_MAX: usize = 16;
+
+/// In Harmony thinking is a message like any other.
+pub(super) const THOUGHT: &str =
+    "thought: \"<|channel|>analysis<|message|>\" musing \"<|start|>assistant\"\nmusing[suffix=\"<|end|>\"]: /(.|\\n)*/\n";
+/// A parameter's text and what ends it.
+const XML_TEXT: &str = "text[suffix=\"\\n</parameter>\\n\"]: /(.|\\n)*/\n";
+
+/// Writes a tool's schema, or a part of it, as a rule's body.
+pub(super) type Form<'a> = &'a dyn Fn(&Tool, &Value) -> Result<String, Error>;
+
+/// Rules for `calls`: one or more of the tools' calls.
+pub(super) fn calls(calls: &Calls, tools: &[&Tool], choice: &ToolChoice, form: Form) -> Result<String, Error> {
+    let rules = bodies(calls, tools, form)?;
+    let (open, more) = (quoted(calls.open), CALLS_MAX - 1);
+    Ok(match calls.style {
+        Style::Harmony => format!("calls: body\n{rules}"),
+        _ if choice.single => format!("calls: {open} body\n{rules}"),
+        _ => format!("calls: call (\"\\n\" call){{0,{more}}}\ncall: {open} body\n{rules}"),
+    })
+}
+
+/// Rules for `body`: what stands between a call's mark and the end of its own mark.
+pub(super) fn bodies(calls: &Calls, tools: &[&Tool], form: Form) -> Result<String, Error> {
+    let bodies = (0..tools.len()).map(|index| format!("t{index}")).collect::<Vec<_>>().join(" | ");
+    let mut rules = format!("body: {bodies}\n");
+    for (index, tool) in tools.iter().enumerate() {
+        let name = &tool.name;
+        let (before, after) = match calls.style {
+            Style::Xml => {
+                rules += &xml(index, tool, form)?;
+                continue;
+            }
+            Style::Harmony => (format!("<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"), String::new()),
+            Style::Json => (format!("\n{{\"name\": \"{name}\", \"arguments\": "), quoted(&format!("}}\n{}", calls.close))),
+        };
+        rules += &format!("t{index}: {} a{index} {after}\na{index}: {}\n", quoted(&before), form(tool, &tool.schema())?);
+    }
+    if calls.style == Style::Xml {
+        rules += XML_TEXT;
+    }
+    Ok(rules)
+}
+
+/// Parameters in the schema's order, those that are not required may be left out; without properties any may come.
+fn xml(index: usize, tool: &Tool, form: Form) -> Result<String, Error> {
+    let (whole, none) = (tool.schema(), Map::new());
+    let properties = whole.get("properties").and_then(Value::as_object).unwrap_or(&none);
+    let required = |key: &str| whole.get("required").and_then(Value::as_array).is_some_and(|keys| keys.iter().any(|known| known == key));
+    let (mut parts, mut rules) = (String::new(), String::new());
+    // A key that XML cannot hold is left out.
+    for (number, (key, schema)) in properties.iter().filter(|(key, _)| !key.contains(['>', '<', '\n'])).enumerate() {
+        let value = if is_string(Some(schema)) {
+            "text".into()
+        } else {
+            let mut schema = schema.clone();
+            for definitions in ["$defs", "definitions"] {
+                if let (Some(schema), Some(found)) = (schema.as_object_mut(), whole.get(definitions)) {
+                    schema.insert(definitions.into(), found.clone());
+                }
+            }
+            format!("{} {}", form(tool, &schema)?, quoted("\n</parameter>\n"))
+        };
+        parts += &format!(" p{index}_{number}{}", if required(key) { "" } else { "?" });
+        rules += &format!("p{index}_{number}: {} {value}\n", quoted(&format!("<parameter={key}>\n")));
+    }
+    if properties.is_empty() && whole.get("properties").is_none() && whole.get("additionalProperties") != Some(&Value::Bool(false)) {
+        parts = format!(" q{index}*");
+        rules = format!("q{index}: \"<parameter=\" /[^<>\\n]+/ \">\\n\" text\n");
+    }
+    let (head, tail) = (quoted(&format!("\n<function={}>\n", tool.name)), quoted("</function>\n</tool_call>"));
+    Ok(format!("t{index}: {head}{parts} {tail}\n{rules}"))
+}
+
+/// A literal.
+fn quoted(text: &str) -> String {
+    Value::from(text).to_string()
+}
+
+/// A JSON schema. At most one space or line break between two tokens: else a model may write them without end.
+pub(super) fn inline(schema: &Value, lenient: bool) -> String {
+    let mut schema = match schema {
+        Value::Bool(true) => json!({}),
+        schema => schema.clone(),
+    };
+    if let Some(schema) = schema.as_object_mut() {
+        schema.insert("x-guidance".into(), json!({"whitespace_pattern": "[ \\n]", "lenient": lenient}));
+    }
+    format!("%json {schema}")
+}
+
+/// A schema without what most often is beyond us, for callers who do not insist.
+pub(super) fn plainer(schema: &Value) -> Value {
+    const BEYOND: [&str; 8] =
+        ["pattern", "format", "patternProperties", "minProperties", "maxProperties", "multipleOf", "propertyNames", "not"];
+    match schema {
+        Value::Object(map) => {
+            let keep = |(key, _): &(&String, &Value)| !BEYOND.contains(&key.as_str());
+            // Names of properties are no keywords.
+            let inner = |(key, value): (&String, &Value)| {
+                let value = match (key.as_str(), value) {
+                    ("properties" | "$defs" | "definitions", Value::Object(named)) => {
+                        named.iter().map(|(name, value)| (name.clone(), plainer(value))).collect::<Map<_, _>>().into()
+                    }
+                    ("enum" | "const" | "default" | "examples", value) => value.clone(),
+                    (_, value) => plainer(value),
+                };
+                (key.clone(), value)
+            };
+            map.iter().filter(keep).map(inner).collect::<Map<_, _>>().into()
+        }
+        Value::Array(items) => items.iter().map(plainer).collect(),
+        other => other.clone(),
+    }
+}
