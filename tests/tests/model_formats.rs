@@ -2,7 +2,7 @@
 //! decoder, the tokenizer and the chat template.
 
 use anyhow::Result;
-use flash_engine::{CacheBudget, Chat, Engine, Kernels, Message, Options};
+use flash_engine::{CacheBudget, Engine, Kernels, Message, Options};
 use flash_tests::{
     drive::{SERVING, greedy, ids, options, run},
     reference,
@@ -88,7 +88,7 @@ fn text_goes_in_and_out_unchanged() -> Result<()> {
         assert_eq!(ids.iter().flat_map(|&id| text.token_bytes(id).to_vec()).collect::<Vec<_>>(), sample.as_bytes());
     }
     let message = Message { role: "user".into(), content: "Hi".into(), ..Message::default() };
-    let rendered = text.render(&Chat::of(vec![message]))?;
+    let rendered = text.render(&flash_engine::Chat::of(vec![message]))?;
     assert_eq!(rendered, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
     let ids = text.encode(&rendered)?;
     assert_eq!((ids[0], ids.iter().filter(|&&id| id == IM_START).count()), (IM_START, 2));

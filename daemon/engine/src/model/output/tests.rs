@@ -317,6 +317,8 @@ fn calls_are_forced_named_and_typed() {
     }
 }
 
+const HARMONY_CHAT: &str = "{{ tools | tojson }}{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}<|start|>assistant{# <|channel|> #}";
+
 /// Says what a text's tokens say, then ends the turn.
 fn scripted(text: &Arc<Text>, says: &'static str) -> crate::Script {
     let ids = text.encode(says).unwrap();
@@ -360,6 +362,21 @@ fn grammars_begin_where_they_should() {
     let colour = Format::JsonSchema { schema: json!({"enum": ["red"]}), strict: true };
     let said = say(THINKING_CHAT, "Is it {blue}?\n</think>\n\n\"red\" or so", |_| (), Some(&colour));
     assert_eq!((said.parts, said.finish), (vec![reasoning("Is it {blue}?"), content("\"red\"")], Finish::Stop(None)));
+    // In XML, where values are typed; and in Harmony, where thinking and calls are messages.
+    let text = json!({"type": "object", "properties": {"n": {"type": "integer"}, "s": {"type": "string"}}, "required": ["s"]});
+    let mixed = |chat: &mut Chat| chat.tools = vec![tool("f", text.clone())];
+    let says = "Well.\n<tool_call>\n<function=f>\n<parameter=n>\n5\n</parameter>\n<parameter=s>\n<b>\n</b>\n</parameter>\n</function>\n</tool_call>";
+    let said = say(CODER_CHAT, says, mixed, None);
+    let expected = vec![content("Well."), call(0, "f", "{\"n\":5,\"s\":\"<b>\\n</b>\"}")];
+    assert_eq!((said.parts, said.finish), (expected, Finish::ToolCalls));
+    let says = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{\"n\": 5}";
+    let forced = |chat: &mut Chat| (chat.tools, chat.choice.mode) = (f(), Choice::Required);
+    for change in [&forced as &dyn Fn(&mut Chat), &|chat: &mut Chat| chat.tools = f()] {
+        let said = say(HARMONY_CHAT, says, change, None);
+        assert_eq!((said.parts, said.finish), (vec![reasoning("Hm."), call(0, "f", "{\"n\": 5}")], Finish::ToolCalls));
+    }
+    let said = say(HARMONY_CHAT, "<|channel|>final<|message|>\"red\" or so", |_| (), Some(&colour));
+    assert_eq!((said.parts, said.finish), (vec![content("\"red\"")], Finish::Stop(None)));
     // What the grammar forbids has no probability.
     let said = say(CHATML, "blue", |_| (), Some(&colour));
     assert_eq!(said.parts, [content("\"red\"")]);
