@@ -173,6 +173,32 @@ impl<'a> Object<'a> {
     }
 }
 
+/// Calls `read` with `body` once for everything in it, that put into something else: none of them may panic.
+#[cfg(test)]
+pub(crate) fn mutate(body: &Value, read: impl Fn(&Value)) {
+    fn pointers(value: &Value, at: &str, found: &mut Vec<String>) {
+        found.push(at.to_owned());
+        match value {
+            Value::Array(items) => {
+                items.iter().enumerate().for_each(|(index, item)| pointers(item, &format!("{at}/{index}"), found));
+            }
+            Value::Object(fields) => {
+                fields.iter().for_each(|(key, field)| pointers(field, &format!("{at}/{}", key.replace('/', "~1")), found));
+            }
+            _ => {}
+        }
+    }
+    let mut found = Vec::new();
+    pointers(body, "", &mut found);
+    for pointer in found {
+        for other in ["null", "true", "-1", "1e300", "\"\"", "\"x\"", "[]", "[null]", "[[1]]", "{}", "{\"type\": \"x\"}"] {
+            let mut body = body.clone();
+            *body.pointer_mut(&pointer).expect("found above") = serde_json::from_str(other).expect("JSON");
+            read(&body);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
