@@ -75,7 +75,7 @@ struct Raw {
     head_dim: Option<usize>,
     vocab_size: Option<usize>,
     rms_norm_eps: Option<f32>,
-    rope_theta: Option<f32>,
+    rope_theta: Option<f64>,
     rope_scaling: Option<Map<String, Value>>,
     /// The spelling of transformers 5: rope_theta and rope_type in one object.
     rope_parameters: Option<Map<String, Value>>,
@@ -145,7 +145,7 @@ impl Raw {
             head_dim,
             vocab: number(self.vocab_size, "vocab_size", VOCAB_MAX)?,
             rms_eps: positive(self.rms_norm_eps.unwrap_or(1e-6), "rms_norm_eps")?,
-            rope_theta: positive(theta.map(|theta| theta as f32).or(self.rope_theta).unwrap_or(10_000.0), "rope_theta")?,
+            rope_theta: positive(theta.or(self.rope_theta).unwrap_or(10_000.0) as f32, "rope_theta")?,
             context_max: number(self.max_position_embeddings, "max_position_embeddings", CONTEXT_MAX)?,
             tied_head: self.tie_word_embeddings.unwrap_or(false),
             layers: self.layers(path, layer_count)?,
