@@ -49,7 +49,7 @@ pub enum ReasoningField {
     ReasoningContent,
     Reasoning,
     Both,
-    /// In the text, between <think> marks
+    /// In the text, between think marks
     Inline,
 }
 
