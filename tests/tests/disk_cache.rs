@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, OpenOptions},
-    os::unix::fs::{FileExt, PermissionsExt, symlink},
+    os::unix::fs::{FileExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -223,7 +223,7 @@ fn a_full_disk_ends_the_writing_and_nothing_else() -> Result<()> {
     let subject = Subject::new()?;
     let mut engine = subject.engine()?;
     subject.ask(&mut engine)?;
-    symlink("/dev/full", subject.cache.dir.join("block.part"))?;
+    std::os::unix::fs::symlink("/dev/full", subject.cache.dir.join("block.part"))?;
     assert_eq!(subject.ask(&mut engine)?, BLOCKS);
     let disk = engine.report().prefix.disk.context("a disk")?;
     assert!(disk.failed_writes > 0 && disk.failed_writes < BLOCKS as u64, "no more is tried for a while: {disk:?}");
