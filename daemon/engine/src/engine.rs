@@ -554,7 +554,6 @@ fn say(
     let said = match sequence.advance(text, logits, scratch) {
         Ok(said) => said,
         Err(error) => {
-            sequence.suspect = true;
             deliver(id, Event::Failed(error));
             gone.insert(id);
             return;

@@ -122,6 +122,7 @@ impl Sequence {
         }
         let mask = self.output.mask(text)?;
         let token = self.sampler.draw(scratch, &self.tokens, mask);
+        self.suspect |= token.is_none();
         let token = token.ok_or_else(|| Error::Internal("the model's logits are not finite".into()))?;
         self.clock.first_token.get_or_insert_with(Instant::now);
         let logprobs: Vec<_> = self.top_logprobs.map(|top| logprob(logits, token, top, mask)).into_iter().collect();
