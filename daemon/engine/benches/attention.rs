@@ -1,12 +1,13 @@
 //! Attention alone, on heads as Qwen3-30B-A3B has them: what a decoded token reads of the KV cache a second, beside a plain sum
 //! of memory in the same run, and what a long prompt takes. Not the speed of a model: `flashctl bench` measures that.
-//! `cargo bench -p flash-engine --bench attention`; arguments replace the contexts.
+//! `cargo bench -p flash-engine --bench attention`; arguments replace the contexts, without prompts.
 
 use flash_engine::bench::Attention;
 
 fn main() {
     let asked: Vec<usize> = std::env::args().filter_map(|arg| arg.parse().ok()).collect();
-    let contexts = if asked.is_empty() { vec![1 << 10, 8 << 10, 32 << 10] } else { asked };
+    let prompts = asked.is_empty();
+    let contexts = if prompts { vec![1 << 10, 8 << 10, 32 << 10] } else { asked };
     let shape = |threads| Attention { heads: 32, kv_heads: 4, head_dim: 128, threads };
     println!("threads  positions   decode: median   GB/s    best   of memory's");
     for threads in [1, 2] {
@@ -16,6 +17,9 @@ fn main() {
             let (ms, memory) = (1e3 * decoded.median_s, decoded.memory_bytes_s / 1e9);
             println!("{threads:>7} {context:>10} {ms:>11.3} ms {median:>6.1} {best:>7.1} {memory:>7.1} ({:.0}%)", 100.0 * best / memory);
         }
+    }
+    if !prompts {
+        return;
     }
     println!("threads     prompt  seconds a layer   GFLOP/s");
     for (threads, prompt) in [(1, 2 << 10), (2, 2 << 10), (2, 8 << 10)] {

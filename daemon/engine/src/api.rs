@@ -25,8 +25,10 @@ pub enum CacheBudget {
 pub enum Kernels {
     /// Portable code, f32 activations, f32 KV cache: what the others are measured against.
     Reference,
-    /// The fastest this CPU has, KV cache in f16.
+    /// The fastest this CPU has among those that keep what the model says.
     Cpu,
+    /// Activations in 8 bits where that is faster: some tokens change. As `Cpu` where the CPU has no such kernels.
+    FastMath,
     /// MLX: in f32 on its CPU device, in the model's own type on Metal. Needs the feature `mlx`.
     Mlx,
     /// MLX on a Mac where it was built in, else the CPU.
@@ -35,8 +37,11 @@ pub enum Kernels {
 
 impl Kernels {
     /// What [`Kernels::from_str`] takes.
-    pub const CHOICES: &str =
-        if cfg!(feature = "mlx") { "auto, cpu, mlx or reference" } else { "auto, cpu or reference (MLX is not built in)" };
+    pub const CHOICES: &str = if cfg!(feature = "mlx") {
+        "auto, cpu, fast-math, mlx or reference"
+    } else {
+        "auto, cpu, fast-math or reference (MLX is not built in)"
+    };
 
     pub(crate) fn or_default(self) -> Self {
         match self {
@@ -54,6 +59,7 @@ impl FromStr for Kernels {
         match text {
             "auto" => Ok(Self::Auto),
             "cpu" => Ok(Self::Cpu),
+            "fast-math" => Ok(Self::FastMath),
             "mlx" if cfg!(feature = "mlx") => Ok(Self::Mlx),
             "reference" => Ok(Self::Reference),
             _ => Err(Error::Setting { value: text.into(), wants: Self::CHOICES }),

@@ -6,6 +6,7 @@
 mod attention;
 mod blocks;
 mod experts;
+mod fixed_kv;
 mod linear;
 mod matrix;
 mod norm;
@@ -17,7 +18,6 @@ mod speed;
 use std::{ops::Range, time::Instant};
 
 use attention::{Kv, Queries};
-use blocks::Blocks;
 use experts::{Buffers, Work, Works};
 use flash_experts::{ExpertId, Slice};
 use linear::{Linear, linear};
@@ -172,7 +172,7 @@ impl Cpu {
     /// Reads the trunk (everything but routed experts); `progress` hears the share read so far.
     pub(crate) fn load(model: &Model, kernels: Kernels, progress: &mut dyn FnMut(f64)) -> Result<Self, Error> {
         let (arch, weights) = (&model.arch, &model.weights);
-        let isa = if kernels == Kernels::Reference { Isa::PORTABLE } else { Isa::available()[0] };
+        let isa = Isa::of(kernels);
         let mut trunk = Arena::default();
         let embed = Owned::read(weights, &model.embed, &mut trunk)?;
         let head = model.head.as_ref().map(|head| Owned::read(weights, head, &mut trunk)).transpose()?;
@@ -195,7 +195,7 @@ impl Cpu {
         let half = arch.head_dim / 2;
         let inverse_frequencies = (0..half).map(|i| arch.rope_theta.powf(-((2 * i) as f32) / arch.head_dim as f32)).collect();
         let scratch = Scratch::new(&shape, &layers, arch);
-        let kv = if kernels == Kernels::Reference { Kv::F32(Blocks::default()) } else { Kv::F16(Blocks::default()) };
+        let kv = Kv::new(kernels, &isa);
         let pool = Pool::new(1).expect("a pool of the calling thread alone starts nothing");
         let norm = weights.read_vector(&model.norm)?;
         Ok(Self { isa, pool, shape, trunk, embed, head, norm, layers, inverse_frequencies, kv, scratch, profile: Profile::default() })

@@ -6,6 +6,7 @@ use half::f16;
 
 use super::{
     attention::{Partial, SPAN, Tile},
+    blocks::Stored,
     matrix::{Acts, Matrix, fold, sum},
     simd::TOKENS_MAX,
 };
@@ -40,8 +41,8 @@ fn accumulate(lanes: &mut [f32; 8], w: &[f32], x: &[f32]) {
     }
 }
 
-/// What a KV cache holds.
-pub(crate) trait Number: Copy + Into<f32> {}
+/// What a KV cache holds as it is.
+pub(super) trait Number: Stored + Into<f32> {}
 impl Number for f32 {}
 impl Number for f16 {}
 

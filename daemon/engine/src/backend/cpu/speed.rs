@@ -8,14 +8,13 @@ use flash_experts::Pages;
 use super::{
     Kv, PIECE_MAX, Shape,
     attention::{Queries, UNITS, Work},
-    blocks::Blocks,
     linear::{Linear, linear},
     matrix::{Matrix, Prepared},
     pool::{Cells, Pool},
     simd::Isa,
 };
 use crate::{
-    Bytes,
+    Bytes, Kernels,
     backend::Row,
     kv::{BlockId, Table},
     machine::memory_bandwidth,
@@ -89,7 +88,8 @@ impl Bench {
             top_k: 0,
             experts: 0,
         };
-        let (mut kv, mut next) = (Kv::F16(Blocks::default()), noise());
+        let (isa, mut next) = (Isa::available()[0], noise());
+        let mut kv = Kv::new(Kernels::Auto, &isa);
         let table: Table = (0..context.div_ceil(crate::kv::BLOCK) as u32).map(BlockId).collect();
         let mut numbers = || (0..shape.kv_heads * shape.head_dim).map(|_| next()).collect::<Vec<f32>>();
         let some: Vec<[Vec<f32>; 2]> = (0..64).map(|_| [numbers(), numbers()]).collect();
@@ -101,7 +101,7 @@ impl Bench {
         }
         let pool = Pool::new(of.threads).expect("threads");
         let work = Work::new(&shape, UNITS * of.threads);
-        Self { isa: Isa::available()[0], pool, shape, kv, table, work }
+        Self { isa, pool, shape, kv, table, work }
     }
 
     /// Seconds of one layer's attention for some rows.
@@ -149,7 +149,7 @@ pub struct Multiplied {
 }
 
 impl Products {
-    /// Every kind of kernels that this CPU has, the portable ones apart, some `rounds` times in turn.
+    /// Every kind of kernels that this CPU has, fast-math too, the portable ones apart, some `rounds` times in turn.
     pub fn measure(&self, rounds: usize) -> Vec<Multiplied> {
         let Self { bits, group, rows: of_one, cols, tokens, threads } = *self;
         let memory_bytes_s = memory_bandwidth(threads, None);
@@ -174,6 +174,7 @@ impl Products {
         let pool = Pool::new(threads).expect("threads");
         let mut sets = Isa::available();
         sets.pop();
+        sets.extend(Isa::fast_math());
         let mut times = vec![Vec::new(); sets.len()];
         for _ in 0..rounds {
             for (isa, times) in sets.iter().zip(&mut times) {

@@ -238,7 +238,7 @@ macro_rules! attention {
         /// place at most). NaN stays NaN.
         #[inline]
         #[target_feature(enable = $features)]
-        fn exp(x: V) -> V {
+        pub(super) fn exp(x: V) -> V {
             let x = max(splat(-88.0), x);
             let shifted = fma(x, splat(std::f32::consts::LOG2_E), splat(MAGIC));
             let n = sub(shifted, splat(MAGIC));

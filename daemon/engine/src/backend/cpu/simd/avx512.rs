@@ -87,14 +87,14 @@ fn max(a: V, b: V) -> V {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
-fn highest(v: V) -> f32 {
+pub(super) fn highest(v: V) -> f32 {
     _mm512_reduce_max_ps(v)
 }
 
 /// The first `count` lanes of `v`, the rest of `other`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,fma,f16c")]
-fn keep(v: V, count: usize, other: V) -> V {
+pub(super) fn keep(v: V, count: usize, other: V) -> V {
     let mask = if count < LANES { (1u16 << count) - 1 } else { u16::MAX };
     _mm512_mask_blend_ps(mask, other, v)
 }

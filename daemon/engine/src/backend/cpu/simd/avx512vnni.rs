@@ -8,7 +8,7 @@
 
 use std::{arch::x86_64::*, ops::Range};
 
-use super::{Bf16, F16, F32, FIXED_MAX, Isa, PREFETCH_ROWS, ahead, avx512, by_kind, fixed_point};
+use super::{Bf16, F16, F32, FIXED_MAX, Isa, PREFETCH_ROWS, ahead, avx512, avx512attend, by_kind, fixed_point};
 use crate::{
     backend::cpu::matrix::{Acts, Fixed, FixedRow, Matrix},
     model::weights::Float,
@@ -16,21 +16,33 @@ use crate::{
 
 pub(super) const ISA: Isa = Isa {
     name: "avx512-vnni",
-    rows,
+    rows: rows::<true>,
     fixed: Some(|x, fixed| {
         // SAFETY: here and below, `Isa::available` hands this table out only where the features were detected.
-        unsafe { to_fixed(x, fixed) }
+        unsafe { to_fixed::<true>(x, fixed) }
     }),
+    attend_fixed: Some(avx512attend::attend),
     ..avx512::ISA
+};
+
+/// The same with activations of 8 bits: half the dots, and a rounding of 2⁻⁸ of the group's largest, which changes what a model says.
+pub(super) const FAST_MATH: Isa = Isa {
+    name: "avx512-vnni-int8",
+    rows: rows::<false>,
+    fixed: Some(|x, fixed| {
+        // SAFETY: as above.
+        unsafe { to_fixed::<false>(x, fixed) }
+    }),
+    ..ISA
 };
 
 /// Tokens of a tile: with two rows, their sums fill the registers.
 const TOKENS: usize = 6;
 
-fn rows(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
+fn rows<const EXACT: bool>(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
     let Some(kind) = fixed_point(w, &range, x, tokens, out) else { return (avx512::ISA.rows)(w, range, x, tokens, out) };
     // SAFETY: the features were detected (see ISA) and every access of the tiles lies inside what `fixed_point` asserted.
-    unsafe { by_kind!(kind, product, (w, range, x, tokens, out)) }
+    unsafe { by_kind!(kind, product, (w, range, x, tokens, out), EXACT) }
 }
 
 /// Sixteen scales or biases as floats.
@@ -70,18 +82,24 @@ impl Wide for Bf16 {
 
 /// Token tiles outside, rows inside: a tile's activations stay in the first cache for all rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn product<const BITS: usize, P: Wide>(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
+unsafe fn product<const EXACT: bool, const BITS: usize, P: Wide>(
+    w: &Matrix<'_>,
+    range: Range<usize>,
+    x: &Acts<'_>,
+    tokens: &[u32],
+    out: &mut [f32],
+) {
     for (index, tile) in tokens.chunks(TOKENS).enumerate() {
         let to = (index * TOKENS, tokens.len());
         // SAFETY: `rows` checked the lengths.
         unsafe {
             match *tile {
-                [a] => column::<BITS, P, 4, 1>(w, range.clone(), x, [a], out, to),
-                [a, b] => column::<BITS, P, 2, 2>(w, range.clone(), x, [a, b], out, to),
-                [a, b, c] => column::<BITS, P, 2, 3>(w, range.clone(), x, [a, b, c], out, to),
-                [a, b, c, d] => column::<BITS, P, 2, 4>(w, range.clone(), x, [a, b, c, d], out, to),
-                [a, b, c, d, e] => column::<BITS, P, 2, 5>(w, range.clone(), x, [a, b, c, d, e], out, to),
-                [a, b, c, d, e, f, ..] => column::<BITS, P, 2, TOKENS>(w, range.clone(), x, [a, b, c, d, e, f], out, to),
+                [a] => column::<EXACT, BITS, P, 4, 1>(w, range.clone(), x, [a], out, to),
+                [a, b] => column::<EXACT, BITS, P, 2, 2>(w, range.clone(), x, [a, b], out, to),
+                [a, b, c] => column::<EXACT, BITS, P, 2, 3>(w, range.clone(), x, [a, b, c], out, to),
+                [a, b, c, d] => column::<EXACT, BITS, P, 2, 4>(w, range.clone(), x, [a, b, c, d], out, to),
+                [a, b, c, d, e] => column::<EXACT, BITS, P, 2, 5>(w, range.clone(), x, [a, b, c, d, e], out, to),
+                [a, b, c, d, e, f, ..] => column::<EXACT, BITS, P, 2, TOKENS>(w, range.clone(), x, [a, b, c, d, e, f], out, to),
                 [] => {}
             }
         }
@@ -90,7 +108,7 @@ unsafe fn product<const BITS: usize, P: Wide>(w: &Matrix<'_>, range: Range<usize
 
 /// All rows for one tile of tokens, R at a time. `to` = (the tile's first column of `out`, columns of `out`).
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn column<const BITS: usize, P: Wide, const R: usize, const T: usize>(
+unsafe fn column<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, const T: usize>(
     w: &Matrix<'_>,
     range: Range<usize>,
     x: &Acts<'_>,
@@ -104,10 +122,10 @@ unsafe fn column<const BITS: usize, P: Wide, const R: usize, const T: usize>(
         // SAFETY: `rows` checked the lengths.
         unsafe {
             if row + R <= range.end {
-                tile::<BITS, P, R, T>(w, row, x, tokens, out, to.1);
+                tile::<EXACT, BITS, P, R, T>(w, row, x, tokens, out, to.1);
                 row += R;
             } else {
-                tile::<BITS, P, 1, T>(w, row, x, tokens, out, to.1);
+                tile::<EXACT, BITS, P, 1, T>(w, row, x, tokens, out, to.1);
                 row += 1;
             }
         }
@@ -119,7 +137,7 @@ unsafe fn column<const BITS: usize, P: Wide, const R: usize, const T: usize>(
 /// A block is 64 bytes of codes, and 32 / BITS columns of it belong to each lane of 32 bits.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn tile<const BITS: usize, P: Wide, const R: usize, const T: usize>(
+unsafe fn tile<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, const T: usize>(
     w: &Matrix<'_>,
     row: usize,
     x: &Acts<'_>,
@@ -190,13 +208,17 @@ unsafe fn tile<const BITS: usize, P: Wide, const R: usize, const T: usize>(
                         if BITS == 4 {
                             dots = _mm512_dpbusd_epi32(dots, w_of[r][0], _mm512_loadu_si512(from));
                             dots = _mm512_dpbusd_epi32(dots, w_of[r][1], _mm512_loadu_si512(from.add(1)));
-                            dots = _mm512_slli_epi32(dots, 8);
-                            dots = _mm512_dpbusd_epi32(dots, w_of[r][0], _mm512_loadu_si512(from.add(2)));
-                            dots = _mm512_dpbusd_epi32(dots, w_of[r][1], _mm512_loadu_si512(from.add(3)));
+                            if EXACT {
+                                dots = _mm512_slli_epi32(dots, 8);
+                                dots = _mm512_dpbusd_epi32(dots, w_of[r][0], _mm512_loadu_si512(from.add(2)));
+                                dots = _mm512_dpbusd_epi32(dots, w_of[r][1], _mm512_loadu_si512(from.add(3)));
+                            }
                         } else {
                             dots = _mm512_dpbusd_epi32(dots, w_of[r][0], _mm512_loadu_si512(from));
-                            dots = _mm512_slli_epi32(dots, 8);
-                            dots = _mm512_dpbusd_epi32(dots, w_of[r][0], _mm512_loadu_si512(from.add(1)));
+                            if EXACT {
+                                dots = _mm512_slli_epi32(dots, 8);
+                                dots = _mm512_dpbusd_epi32(dots, w_of[r][0], _mm512_loadu_si512(from.add(1)));
+                            }
                         }
                         total[r][t] = _mm512_fmadd_ps(_mm512_permutexvar_ps(lanes, scales[r][t]), _mm512_cvtepi32_ps(dots), total[r][t]);
                     }
@@ -211,10 +233,11 @@ unsafe fn tile<const BITS: usize, P: Wide, const R: usize, const T: usize>(
     }
 }
 
-/// One row. For 4-bit codes a block of 128 columns is [high, low][even, odd columns][64], as their nibbles lie; for 8 bits a block
+/// One row; if it need not be exact, the low bytes are never read. For 4-bit codes a block of 128 columns is [high, low][even, odd columns][64], as their nibbles lie; for 8 bits a block
 /// of 64 columns is [high, low][64].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn to_fixed(x: &[f32], fixed: FixedRow<'_>) {
+unsafe fn to_fixed<const EXACT: bool>(x: &[f32], fixed: FixedRow<'_>) {
+    let max = if EXACT { FIXED_MAX } else { 127.0 };
     fixed.check(x);
     let FixedRow { bits, group, scales, bytes } = fixed;
     let columns = 512 / usize::from(bits);
@@ -225,8 +248,8 @@ unsafe fn to_fixed(x: &[f32], fixed: FixedRow<'_>) {
             most = _mm512_max_ps(most, _mm512_abs_ps(unsafe { _mm512_loadu_ps(x.as_ptr()) }));
         }
         let most = _mm512_reduce_max_ps(most);
-        *scale = most / FIXED_MAX;
-        let inverse = _mm512_set1_ps(if most > 0.0 { FIXED_MAX / most } else { 0.0 });
+        *scale = most / max;
+        let inverse = _mm512_set1_ps(if most > 0.0 { max / most } else { 0.0 });
         for (i, x) in x.chunks_exact(32).enumerate() {
             // SAFETY: 32 floats; 64 bytes at `at`, and as many in each of the block's planes, lie inside the row's.
             unsafe {
@@ -234,7 +257,7 @@ unsafe fn to_fixed(x: &[f32], fixed: FixedRow<'_>) {
                     |at: usize| _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x.as_ptr().add(at)), inverse)));
                 let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(rounded(0)), rounded(16));
                 let low = _mm512_srai_epi16(_mm512_slli_epi16(both, 8), 8);
-                let high = _mm512_srai_epi16(_mm512_sub_epi16(both, low), 8);
+                let high = if EXACT { _mm512_srai_epi16(_mm512_sub_epi16(both, low), 8) } else { both };
                 let column = g * group + 32 * i;
                 let block = bytes.as_mut_ptr().add(column / columns * columns * 2);
                 if bits == 4 {

@@ -14,7 +14,10 @@ use super::{
     matrix::{Acts, Fixed, FixedRow, Matrix},
     norm, portable,
 };
-use crate::model::weights::{Float, Format};
+use crate::{
+    Kernels,
+    model::weights::{Float, Format},
+};
 
 mod attend;
 #[cfg(target_arch = "x86_64")]
@@ -23,6 +26,8 @@ mod avx2;
 mod avx2fixed;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512attend;
 #[cfg(target_arch = "x86_64")]
 mod avx512vnni;
 #[cfg(target_arch = "aarch64")]
@@ -47,6 +52,8 @@ pub(crate) struct Isa {
     /// Attention of some query heads over one span; portable where the head's size is not whole vectors.
     pub(crate) attend: fn(&Tile<'_, f32>, Partial<'_>),
     pub(crate) attend_f16: fn(&Tile<'_, f16>, Partial<'_>),
+    /// The same with keys and values in 16-bit fixed point, where that is faster.
+    pub(crate) attend_fixed: Option<fn(&Tile<'_, i16>, Partial<'_>)>,
 }
 
 impl Isa {
@@ -57,7 +64,26 @@ impl Isa {
         swiglu: norm::swiglu,
         attend: portable::attend,
         attend_f16: portable::attend,
+        attend_fixed: None,
     };
+
+    /// The set for a choice of kernels.
+    pub(crate) fn of(kernels: Kernels) -> Self {
+        match kernels {
+            Kernels::Reference => Self::PORTABLE,
+            Kernels::FastMath => Self::fast_math().unwrap_or(Self::available()[0]),
+            _ => Self::available()[0],
+        }
+    }
+
+    /// That which rounds activations further than it must.
+    pub(crate) fn fast_math() -> Option<Self> {
+        match Self::available()[0].name {
+            #[cfg(target_arch = "x86_64")]
+            "avx512-vnni" => Some(avx512vnni::FAST_MATH),
+            _ => None,
+        }
+    }
 
     /// The sets this CPU has, best first; never empty.
     pub(crate) fn available() -> Vec<Self> {
@@ -196,7 +222,7 @@ macro_rules! kernels {
         };
         use crate::model::weights::{Float, Format};
 
-        pub(super) const ISA: Isa = Isa { name: $name, rows, fixed: None, swiglu, attend, attend_f16: attend };
+        pub(super) const ISA: Isa = Isa { name: $name, rows, fixed: None, swiglu, attend, attend_f16: attend, attend_fixed: None };
 
         fn rows(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
             assert!(range.end <= w.rows && w.weight.len() >= w.rows * w.row_bytes() && x.cols == w.cols);

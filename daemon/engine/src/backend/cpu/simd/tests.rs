@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::{
-    super::{matrix::Prepared, pool::Pool},
+    super::{blocks::Stored, fixed_kv, matrix::Prepared, pool::Pool},
     *,
 };
 use crate::backend::cpu::attention::SPAN;
@@ -157,8 +157,87 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn attention_in_fixed_point_agrees_with_portable_and_does_not_depend_on_the_tile(
+        lanes in 1usize..10, odd in prop_oneof![3 => Just(0usize), 1 => Just(4)], shared in 1usize..12, rows in 1usize..6, seed: u64,
+    ) {
+        let (d, mut next) = (lanes * 16 + odd, noise(seed));
+        let mut counts: Vec<usize> = (0..rows).map(|_| 1 + (next() * SPAN as f32) as usize).collect();
+        counts.sort_unstable();
+        let blocks = counts[rows - 1].div_ceil(BLOCK);
+        // Tokens of very different size, some of them 0; what lies behind the last one is another's leavings.
+        let mut run = |put: fn(&mut [i16], usize, &[f32]), block: usize| {
+            let mut run = vec![-1i16; BLOCK * d + <i16 as Stored>::BESIDE];
+            for token in 0..BLOCK.min(counts[rows - 1] - block * BLOCK) {
+                let size = [0.0, 1e-3, 1.0, 30.0][(next() * 4.0) as usize];
+                put(&mut run, token, &(0..d).map(|_| (next() - 0.5) * size).collect::<Vec<f32>>());
+            }
+            run
+        };
+        let (keys, values): (Vec<Vec<i16>>, Vec<Vec<i16>>) = (0..blocks).map(|i| (run(i16::put_key, i), run(i16::put_value, i))).unzip();
+        let (keys, values): (Vec<&[i16]>, Vec<&[i16]>) = keys.iter().zip(&values).map(|(k, v)| (&k[..], &v[..])).unzip();
+        let queries: Vec<f32> = (0..rows * shared * d).map(|_| (next() - 0.5) * 2.0).collect();
+        let (queries, counts, scale) = (&queries[..], &counts[..], 1.0 / (d as f32).sqrt());
+        let tile = Tile { keys: &keys, values: &values, queries, width: shared * d, head_dim: d, shared, counts, scale };
+        let expected = attended(fixed_kv::attend, &tile);
+        for (name, kernel) in Isa::available().iter().filter_map(|isa| Some((isa.name, isa.attend_fixed?))) {
+            let got = attended(kernel, &tile);
+            for (got, expected) in got.iter().zip(&expected) {
+                prop_assert!((got - expected).abs() <= 2e-3 * (1.0 + expected.abs()), "{name}: {got} for {expected}");
+            }
+            for pair in 0..tile.pairs() {
+                let counts = &[tile.count(pair)];
+                let alone = attended(kernel, &Tile { queries: tile.query(pair), shared: 1, counts, ..tile });
+                let same = alone.iter().zip(&got[pair * (d + 2)..]).all(|(a, b)| a.to_bits() == b.to_bits());
+                prop_assert!(same, "{name}: the tile changes bits");
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_in_fixed_point_hides_no_number_that_is_not_finite() {
+    let (d, mut next) = (32, noise(3));
+    let mut numbers = || (0..d).map(|_| next() - 0.5).collect::<Vec<f32>>();
+    let (mut keys, mut values) = (vec![0i16; BLOCK * d + <i16 as Stored>::BESIDE], vec![0i16; BLOCK * d + <i16 as Stored>::BESIDE]);
+    for token in 0..BLOCK {
+        i16::put_key(&mut keys, token, &numbers());
+        i16::put_value(&mut values, token, &numbers());
+    }
+    let queries = [numbers(), numbers(), numbers()].concat();
+    for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
+        let spoilt = |put: fn(&mut [i16], usize, &[f32]), run: &[i16]| {
+            let (mut run, mut numbers) = (run.to_vec(), vec![0.5; d]);
+            numbers[7] = bad;
+            put(&mut run, 9, &numbers);
+            run
+        };
+        let (bad_key, bad_value) = (spoilt(i16::put_key, &keys), spoilt(i16::put_value, &values));
+        let mut bad_query = queries.clone();
+        bad_query[2 * d + 7] = bad;
+        let kernels = Isa::available()
+            .iter()
+            .filter_map(|isa| isa.attend_fixed)
+            .chain([fixed_kv::attend as fn(&Tile<'_, i16>, Partial<'_>)])
+            .collect::<Vec<_>>();
+        for kernel in kernels {
+            for (keys, values, queries) in [(&bad_key, &values, &queries), (&keys, &bad_value, &queries), (&keys, &values, &bad_query)] {
+                // The last row sees position 9 and has the bad query; the others have nothing to do with either.
+                let tile =
+                    Tile { keys: &[keys], values: &[values], queries, width: d, head_dim: d, shared: 1, counts: &[3, 9, 20], scale: 0.2 };
+                let finite: Vec<bool> =
+                    attended(kernel, &tile).chunks(d + 2).map(|pair| pair[2..].iter().all(|acc| (acc / pair[1]).is_finite())).collect();
+                assert_eq!(finite, [true, true, false], "{bad}");
+            }
+        }
+    }
+}
+
 /// [pairs, max and sum and head_dim]
-fn attended<N>(kernel: fn(&Tile<'_, N>, Partial<'_>), tile: &Tile<'_, N>) -> Vec<f32> {
+fn attended<N: Stored>(kernel: fn(&Tile<'_, N>, Partial<'_>), tile: &Tile<'_, N>) -> Vec<f32> {
     let (pairs, d) = (tile.pairs(), tile.head_dim);
     let (mut max, mut sum, mut acc) = (vec![0.0; pairs], vec![0.0; pairs], vec![f32::NAN; pairs * d]);
     kernel(tile, Partial { max: &mut max, sum: &mut sum, acc: &mut acc });
