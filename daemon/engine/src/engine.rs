@@ -68,6 +68,8 @@ pub struct Engine {
     /// Slots per layer that the setting asks for; fixed when it is set, because `auto` looks at memory that the slab
     /// itself will take.
     wanted: usize,
+    /// Why there are fewer: the backend had no memory for them when they were asked for.
+    refused: Option<Error>,
     /// Pressure's limit on the slab.
     ceiling: Option<Bytes>,
     /// Whose KV blocks are, and which prefixes they hold.
@@ -144,6 +146,7 @@ impl Engine {
             context,
             options: options.clone(),
             wanted: 1,
+            refused: None,
             ceiling: None,
             reuse,
             running: Vec::new(),
@@ -158,8 +161,11 @@ impl Engine {
         if let Some(cap) = options.memory.filter(|cap| *cap < least) {
             return Err(Error::Memory { what: "weights, scratch and one expert a layer", needed: least, left: cap });
         }
-        engine.backend.set_slots(&mut engine.experts, 1);
+        engine.backend.set_slots(&mut engine.experts, 1)?;
         engine.set_cache(options.expert_cache);
+        if let Some(refused) = engine.refused.take() {
+            return Err(refused);
+        }
         // Last, because it pins this thread and the loaders' threads inherit that.
         engine.backend.start(threads)?;
         Ok(engine)
@@ -190,7 +196,7 @@ impl Engine {
     /// What the user should know about the settings, one sentence each.
     pub fn warnings(&self) -> Vec<String> {
         let (slots, top_k) = (self.experts.slots(), self.info.top_k);
-        let mut warnings = Vec::new();
+        let mut warnings: Vec<String> = self.refused.iter().map(|refused| format!("{refused}; {slots} stay")).collect();
         if slots < top_k {
             warnings.push(format!(
                 "the expert cache holds {slots} experts a layer, fewer than the {top_k} a token needs ({} for one token's working set): every layer runs in several waves",
@@ -249,6 +255,7 @@ impl Engine {
     pub fn set_cache(&mut self, budget: CacheBudget) {
         let available = self.options.available.or_else(available).unwrap_or(AVAILABLE_UNKNOWN);
         self.wanted = self.slab.wanted(budget, available);
+        self.refused = None;
         self.settle();
     }
 

@@ -1,5 +1,8 @@
 //! The decoder on one page: a pass through the layers, which may stop between pieces and be taken up again.
 
+#[cfg(feature = "mlx")]
+mod ahead;
+
 use std::{ops::Range, sync::Arc, time::Instant};
 
 use flash_experts::{Arrival, ExpertId, Experts, LayerId};
@@ -23,6 +26,8 @@ pub(crate) struct Forward {
     /// Replaces the routers' choices, for measurements.
     pub(crate) forced: Option<Arc<Forced>>,
     pub(crate) foresight: Foresight,
+    #[cfg(feature = "mlx")]
+    odds: ahead::Odds,
 }
 
 /// Some rows on their way through the layers. A long one stops between pieces, so that others get their turn.
@@ -109,13 +114,20 @@ impl Pass {
 impl Forward {
     pub(crate) fn new(router: Router, moe: impl Iterator<Item = bool>) -> Self {
         let mut next = 0;
-        let moe_layers = moe
+        let moe_layers: Vec<_> = moe
             .map(|moe| {
                 next += u16::from(moe);
                 moe.then(|| LayerId(next - 1))
             })
             .collect();
-        Self { router, moe_layers, forced: None, foresight: Foresight::default() }
+        Self {
+            router,
+            forced: None,
+            foresight: Foresight::default(),
+            #[cfg(feature = "mlx")]
+            odds: ahead::Odds::new(moe_layers.len()),
+            moe_layers,
+        }
     }
 
     pub(crate) fn layers(&self) -> usize {
@@ -124,6 +136,10 @@ impl Forward {
 
     /// From embedding to the last layer; [`Backend::logits`] reads the result.
     pub(crate) fn run(&mut self, backend: &mut Backend, experts: &mut Experts, pass: &mut Pass) {
+        #[cfg(feature = "mlx")]
+        if backend.runs_ahead(pass.batch.rows.len()) {
+            return self.run_ahead(backend, experts, pass);
+        }
         let done = self.advance(backend, experts, pass, &mut Cut { piece: PIECE_MAX, enough: &mut || false });
         debug_assert!(done, "nothing stops it");
     }
@@ -274,9 +290,14 @@ pub(crate) struct Foresight {
 
 impl Foresight {
     fn rank(&mut self, layer: usize, logits: &[f32], router: Router) -> &[ExpertId] {
-        self.layer = layer;
         self.favourites.clear();
         logits.chunks_exact(router.experts).for_each(|logits| most_likely(logits, router.top_k, &mut self.favourites));
+        self.merge(layer, router)
+    }
+
+    /// Every row's favourites as one list.
+    fn merge(&mut self, layer: usize, router: Router) -> &[ExpertId] {
+        self.layer = layer;
         self.ranked.clear();
         for rank in 0..router.top_k {
             for row in self.favourites.chunks_exact(router.top_k) {

@@ -90,6 +90,12 @@ impl Experts {
         self.shared.cache.prefetch(layer, ranked);
     }
 
+    /// Fills `into` with the slot of every expert in memory, [layers, experts]. With `hold` all of them stay there until the next
+    /// fetch or [`Experts::release`]: for a backend that computes before it says with which of them.
+    pub fn survey(&self, hold: bool, into: &mut Vec<Option<Slot>>) {
+        self.shared.cache.survey(hold, into);
+    }
+
     /// What has been learned and what is in memory, to be kept for the next run.
     pub fn hot(&self) -> Hot {
         self.shared.cache.hot()
@@ -134,7 +140,8 @@ impl Experts {
 
     /// As [`Experts::set_slots`], for a slab of banks: `make` gets memory for that many slots of each layer and calls what it is
     /// given with the address of the first, which brings over what stays; then the layer's old memory may go. Waits for
-    /// loads that run. After an error the layers that had their turn have the new size, and nothing may be fetched.
+    /// loads that run. After an error the layers that had their turn have the new size, and nothing may be fetched before
+    /// [`Experts::clear`] and another call.
     pub fn set_banks<E>(
         &mut self,
         per_layer: usize,
@@ -154,7 +161,7 @@ impl Experts {
         self.shared.cache.want(per_layer);
     }
 
-    /// Unpins what the last fetch holds since [`Fetch::hold`].
+    /// Unpins what the last fetch holds since [`Fetch::hold`], and what [`Experts::survey`] holds.
     pub fn release(&mut self) {
         self.pins.clear();
         self.shared.cache.end();

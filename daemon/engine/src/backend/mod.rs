@@ -4,7 +4,7 @@
 
 pub(crate) mod cpu;
 #[cfg(feature = "mlx")]
-mod mlx;
+pub(crate) mod mlx;
 mod record;
 
 use std::{ops::Range, time::Instant};
@@ -70,7 +70,7 @@ pub(crate) struct Batch {
 pub(crate) struct Activations {
     cpu: cpu::Activations,
     #[cfg(feature = "mlx")]
-    mlx: mlx::Activations,
+    pub(crate) mlx: mlx::Activations,
 }
 
 /// The same on either backend.
@@ -114,19 +114,26 @@ impl Backend {
         }
     }
 
-    /// Sets the slots of every layer, between passes.
-    pub(crate) fn set_slots(&mut self, experts: &mut Experts, per_layer: usize) {
+    /// Sets the slots of every layer, between passes. After an error they are as many as before.
+    pub(crate) fn set_slots(&mut self, experts: &mut Experts, per_layer: usize) -> Result<(), Error> {
         match self {
             Self::Cpu(_) => experts.set_slots(per_layer),
             #[cfg(feature = "mlx")]
-            Self::Mlx(mlx) => must(mlx.set_slots(experts, per_layer)),
+            Self::Mlx(mlx) => mlx.set_slots(experts, per_layer)?,
         }
+        Ok(())
     }
 
     /// Whether results are computed when they are asked for: what an expert's slot holds is then read after
     /// [`Backend::experts`], until [`Backend::settle`] or something that builds on the result.
     pub(crate) fn lazy(&self) -> bool {
         !matches!(self, Self::Cpu(_))
+    }
+
+    /// Whether a pass of so many rows may be computed before the host knows its routing.
+    #[cfg(feature = "mlx")]
+    pub(crate) fn runs_ahead(&self, rows: usize) -> bool {
+        matches!(self, Self::Mlx(_)) && Mlx::runs_ahead(rows)
     }
 
     /// Waits for the experts that were started: from here on nothing reads their slots.

@@ -20,8 +20,13 @@ impl Engine {
         let limit = left.into_iter().chain(ceiling).min();
         let slots = limit.map_or(wanted, |bytes| wanted.min(self.slab.slots_in(bytes))).max(1);
         self.experts.set_wanted(wanted);
-        if slots != self.experts.slots() {
-            self.backend.set_slots(&mut self.experts, slots);
+        if slots != self.experts.slots()
+            && let Err(refused) = self.backend.set_slots(&mut self.experts, slots)
+        {
+            tracing::error!(%refused, slots, "the expert cache keeps its size");
+            // Not asked for again until somebody sets another size.
+            self.wanted = self.experts.slots();
+            self.refused = Some(refused);
         }
     }
 

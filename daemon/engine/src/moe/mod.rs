@@ -74,6 +74,15 @@ impl Plan {
         }
     }
 
+    /// Takes all rows' routing, [rows, top_k] in rank order, from where it was computed.
+    #[cfg(feature = "mlx")]
+    pub(crate) fn take(&mut self, chosen: &[u32], weights: &[f32], alive: &[bool]) {
+        self.alive.extend_from_slice(alive);
+        self.chosen.extend(chosen.iter().map(|expert| ExpertId(*expert as u16)));
+        self.weights.extend_from_slice(weights);
+        self.group();
+    }
+
     /// softmax over all experts, the k most likely (lower id first on ties), optionally scaled to sum to 1.
     fn route_row(&mut self, logits: &[f32], forced: Option<&[ExpertId]>) {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);

@@ -183,6 +183,8 @@ pub(crate) struct Core {
     touched: usize,
     /// Loads that run for a prefetch or a warm start.
     background: usize,
+    /// Somebody reads everything that is in memory: see [`Core::survey`].
+    held: bool,
     /// One loader at most populates, so that the others are there for demand.
     populating: bool,
     /// The layer whose slot is populated next.
@@ -225,6 +227,7 @@ impl Core {
             warm: Vec::new(),
             touched: 0,
             background: 0,
+            held: false,
             populating: false,
             cursor: 0,
             asked: vec![0; shape.experts],
@@ -333,6 +336,7 @@ impl Core {
 
     /// Ends the fetch: unpins what it holds and takes its waiting loads back. Loads that run go on, for nobody.
     pub(crate) fn end(&mut self) {
+        self.held = false;
         let Some(layer_id) = self.demand.layer.take() else { return };
         while let Some(slot) = self.queue.pop_front() {
             let State::Queued(expert) = self.slots[slot.index()].state else { unreachable!("queued slots are in state Queued") };

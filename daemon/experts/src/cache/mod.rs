@@ -143,6 +143,10 @@ impl Cache {
         self.wake(inner);
     }
 
+    pub(crate) fn survey(&self, hold: bool, into: &mut Vec<Option<Slot>>) {
+        self.lock().core.survey(hold, into);
+    }
+
     pub(crate) fn warm(&self, hot: &Hot) {
         let mut inner = self.lock();
         inner.core.warm(hot);

@@ -308,6 +308,13 @@ mod tests {
         check(&mut experts, 0, 3, false);
         check(&mut experts, 0, 0, false);
         check(&mut experts, 1, 0, true);
+        // Memory for one of two layers: what there is counts for nothing, and everything starts over.
+        let one = |layer: LayerId, _: usize, _: &mut dyn FnMut(BankPtr)| if layer.0 == 0 { Ok(()) } else { Err(()) };
+        experts.set_banks(3, one).unwrap_err();
+        experts.clear();
+        set(&mut experts, 4);
+        check(&mut experts, 0, 0, false);
+        check(&mut experts, 1, 0, false);
     }
 
     /// How many pages of a slab's slots are in memory, from the kernel's page table.

@@ -66,6 +66,7 @@ impl Kv {
         let scale = 1.0 / (self.head_dim as f32).sqrt();
         let [keys, values] = self.append(layer, run, end, [keys, values])?;
         let up_to = |array: &Array| array.try_index((Ellipsis, 0..end as i32, ..));
+        tracing::trace!(target: super::TRACE, queries = ?queries.shape(), positions = end, "attend");
         let mask = (run.rows.len() > 1).then_some(Mask::Causal);
         scaled_dot_product_attention(queries, up_to(keys)?, up_to(values)?, scale, mask, None)
     }

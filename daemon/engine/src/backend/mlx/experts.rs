@@ -4,7 +4,7 @@
 
 use std::ptr::NonNull;
 
-use flash_experts::ExpertId;
+use flash_experts::{ExpertId, Slot};
 use mlx_rs::{
     Array, Dtype,
     error::Exception,
@@ -30,6 +30,16 @@ pub(super) struct Bank {
     down: Stack,
     /// Whose scales and biases are widened, by slot.
     widened: Vec<Option<ExpertId>>,
+    table: Option<Table>,
+}
+
+/// Where the device finds an expert.
+#[derive(Debug)]
+struct Table {
+    /// Per expert, slots of all layers; what `slots` was made of.
+    found: Vec<Option<Slot>>,
+    /// Per expert, rows of the bank.
+    slots: Array,
 }
 
 /// One matrix of every slot.
@@ -58,13 +68,15 @@ struct Views<'a> {
 impl Bank {
     /// Zeroed memory for `slots` records, `stride` bytes apart, and where the first begins.
     pub(super) fn new(record: &Record, slots: usize, stride: usize, dtype: Dtype) -> Result<(Self, NonNull<u8>)> {
-        let memory = ops::zeros::<u32>(&super::shape(&[(slots * stride + PAGE) / 4])?)?;
+        // Two dimensions, because MLX counts each in i32, and their product not.
+        let pages = slots.checked_mul(stride).ok_or_else(|| Exception::custom("more bytes than can be addressed"))?.div_ceil(PAGE) + 1;
+        let memory = ops::zeros::<u32>(&super::shape(&[pages, PAGE / 4])?)?;
         let start = memory.try_as_slice::<u32>().map_err(|error| super::exception(&error))?.as_ptr().cast::<u8>().cast_mut();
         let skip = start.align_offset(PAGE);
         let views = Views { memory: &memory, slots, stride, skip, dtype };
         let (gate, up, down) = (views.stack(&record.gate)?, views.stack(&record.up)?, views.stack(&record.down)?);
         let first = NonNull::new(start.wrapping_add(skip)).expect("a slice has an address");
-        Ok((Self { gate, up, down, widened: vec![None; slots] }, first))
+        Ok((Self { gate, up, down, widened: vec![None; slots], table: None }, first))
     }
 
     /// A slot holds this expert now.
@@ -80,6 +92,20 @@ impl Bank {
             }
         }
         Ok(())
+    }
+
+    /// Slots [experts] in the bank, `layers` apart where `found` has them. Of experts that are not in memory it says another
+    /// one's, which can be computed with and means nothing. `None`: there is nothing to compute with.
+    pub(super) fn slots(&mut self, found: &[Option<Slot>], layers: u32) -> Result<Option<&Array>> {
+        let Some(any) = found.iter().flatten().next() else { return Ok(None) };
+        if self.table.as_ref().is_none_or(|table| table.found != found) {
+            for (expert, slot) in (0..).zip(found) {
+                slot.map_or(Ok(()), |slot| self.widen(ExpertId(expert), slot.0 / layers))?;
+            }
+            let slots = super::indices(found.iter().map(|slot| slot.unwrap_or(*any).0 / layers));
+            self.table = Some(Table { found: found.to_vec(), slots });
+        }
+        Ok(self.table.as_ref().map(|table| &table.slots))
     }
 
     /// down · (silu(gate · x) ⊙ up · x) for products of rows `x[lhs[i]]`, [rows, hidden], with the experts in slots `rhs[i]`.
@@ -136,6 +162,7 @@ impl Stack {
     /// Never told that the indices are sorted: MLX then chooses its kernel by the number of slots, and tokens would depend
     /// on the size of the cache.
     fn product(&self, x: &Array, lhs: Option<&Array>, rhs: &Array) -> Result<Array> {
+        tracing::trace!(target: super::TRACE, x = ?x.shape(), experts = ?rhs.shape(), weight = ?&self.weight.shape()[1..], "gather");
         match (self.format, self.wide.as_ref().or(self.affine.as_ref())) {
             (Format::Affine { bits, group, .. }, Some([scales, biases])) => {
                 ops::gather_qmm(x, &self.weight, scales, biases, lhs, rhs, true, group as i32, i32::from(bits), false)
@@ -245,6 +272,15 @@ mod tests {
             let apart = [many.bits(&x, &[0, 2], &[7, 7]), many.bits(&x, &[1], &[2]), many.bits(&x, &[0], &[2])].concat();
             assert_eq!(apart, together, "{params:?}");
         }
+    }
+
+    #[test]
+    fn a_bank_that_cannot_be_is_an_error() {
+        let record = record(Float::F32);
+        let refused = |slots: usize, stride| Bank::new(&record, slots, stride, Dtype::Float32).map(|_| ()).unwrap_err().to_string();
+        assert!(refused(1 << 20, 1 << 26).contains("allocate"), "{}", refused(1 << 20, 1 << 26));
+        assert!(refused(usize::MAX, 1 << 26).contains("addressed"));
+        assert!(refused(1 << 30, 1 << 31).contains("too large"));
     }
 
     /// Loads are seen through arrays made before them, and by graphs that wait: why pins last until a result was read.

@@ -1,16 +1,19 @@
 //! The MLX backend, by mlx-rs: Metal on a Mac, MLX's CPU library elsewhere. MLX builds a graph and computes it when somebody
-//! asks for a value; a layer asks once, for its router's logits. The engine's thread owns every array: MLX's evaluation has
-//! raced across threads (oxiglade/mlx-rs#349). Loader threads write into slots, by address, and nothing else.
+//! asks for a value: a layer of a prompt asks once, for its router's logits, a decode step for as many layers as it hopes to
+//! find in memory (`ahead.rs`). The engine's thread owns every array: MLX's evaluation has raced across threads
+//! (oxiglade/mlx-rs#349). Loader threads write into slots, by address, and nothing else.
 //!
 //! What MLX computes must not depend on what is resident, down to the bits, so no shape does and no choice between kernels:
 //! an expert is computed for the same rows in one product, whenever it arrives.
 
+pub(crate) mod ahead;
 mod attention;
 mod experts;
 mod weights;
 
 use std::ops::Range;
 
+use ahead::Routed;
 use attention::{Kv, Run};
 use experts::Bank;
 use flash_experts::{BankPtr, ExpertId, Experts, Slice, Slot};
@@ -43,6 +46,9 @@ type Result<T> = std::result::Result<T, Exception>;
 
 /// Passes of more rows run an expert's rows together; fewer, each row's experts.
 const GATHER_ROWS: usize = 16;
+
+/// Of the events that say which products a layer asks MLX for.
+const TRACE: &str = "flash_engine::mlx";
 
 /// What MLX may keep of freed memory.
 const CACHE: usize = 32 << 20;
@@ -108,6 +114,11 @@ pub(crate) struct Activations {
     /// Experts' results [places, hidden], and which places they are.
     outs: Vec<Array>,
     places: Vec<u32>,
+    /// Of a decode step, what was computed ahead: layers from `first` on, and logits if it came as far.
+    first: usize,
+    routed: Vec<Option<Routed>>,
+    foreseen: Option<Array>,
+    logits: Option<Array>,
 }
 
 impl Mlx {
@@ -178,20 +189,40 @@ impl Mlx {
         self.layers[layer].record()?.slices(ffn)
     }
 
-    /// Gives every layer memory for that many experts; what stays is copied to it, a layer at a time.
-    pub(crate) fn set_slots(&mut self, experts: &mut Experts, per_layer: usize) -> Result<()> {
+    /// Gives every layer memory for that many experts; what stays is copied to it, a layer at a time. If there is not as much,
+    /// all keep the number that they had, with nothing in memory.
+    pub(crate) fn set_slots(&mut self, experts: &mut Experts, per_layer: usize) -> std::result::Result<(), Error> {
+        let before = experts.slots();
+        let Err(refused) = self.set_banks(experts, per_layer) else { return Ok(()) };
+        if self.banks().any(|bank| bank.is_some()) {
+            self.banks().for_each(|bank| *bank = None);
+            experts.clear();
+            must(memory::clear_cache().and_then(|()| self.set_banks(experts, before)));
+        }
+        let bytes = (per_layer * self.moe_layers * self.stride) as u64;
+        let source =
+            std::io::Error::other(format!("MLX has no memory for {per_layer} experts a layer ({refused}); ask for a smaller cache"));
+        Err(std::sync::Arc::new(flash_experts::Error::Slab { bytes, source }).into())
+    }
+
+    fn set_banks(&mut self, experts: &mut Experts, per_layer: usize) -> Result<()> {
+        let (stride, dtype) = (self.stride, self.dtype);
         let ffns = self.layers.iter_mut().map(|layer| &mut layer.ffn);
         let mut moe = ffns.filter_map(|ffn| if let LayerFfn::Moe { record, bank, .. } = ffn { Some((&*record, bank)) } else { None });
         experts.set_banks(per_layer, |_, slots, copy| {
             let (record, bank) = moe.next().expect("as many banks as layers with experts");
-            let (new, first) = Bank::new(record, slots, self.stride, self.dtype)?;
+            let (new, first) = Bank::new(record, slots, stride, dtype)?;
             // SAFETY: zeroed slots, which stay until they are replaced below another time; the engine drops its experts before
             // its backend. MLX writes no array that has been evaluated, and reads a bank when it computes `Mlx::experts`,
-            // which says how long that can be.
+            // which says how long that can be. A bank that `set_slots` drops is replaced before anything is fetched.
             copy(unsafe { BankPtr::new(first) });
             *bank = Some(new);
             Ok(())
         })
+    }
+
+    fn banks(&mut self) -> impl Iterator<Item = &mut Option<Bank>> {
+        self.layers.iter_mut().filter_map(|layer| if let LayerFfn::Moe { bank, .. } = &mut layer.ffn { Some(bank) } else { None })
     }
 
     pub(crate) fn kernels(&self) -> &str {
@@ -266,6 +297,7 @@ impl Mlx {
         alive: &[bool],
         piece: Range<usize>,
     ) -> Result<()> {
+        tracing::trace!(target: TRACE, layer, "attention");
         let l = &self.layers[layer];
         let (rows, d, eps) = (piece.len() as i32, self.arch.head_dim as i32, self.arch.rms_eps);
         if piece.start == 0 {
@@ -406,10 +438,20 @@ impl Mlx {
 
     /// Logits [rows.len(), vocab] of some rows of a finished pass.
     pub(crate) fn logits(&mut self, act: &mut Activations, rows: Range<usize>) -> Result<&[f32]> {
+        if let Some(logits) = &act.logits {
+            self.read = logits.clone();
+            let (all, vocab) = (self.read.try_as_slice().map_err(|error| exception(&error))?, self.read.dim(1) as usize);
+            return Ok(&all[rows.start * vocab..rows.end * vocab]);
+        }
         let hidden = whole(&mut act.hidden)?.take_axis(indices(rows.map(|row| row as u32)), 0)?;
-        let normed = fast::rms_norm(&hidden, Some(&self.norm), self.arch.rms_eps)?;
-        let logits = self.head.as_ref().unwrap_or(&self.embed).product(&normed)?;
-        self.read(logits.as_dtype(Dtype::Float32)?)
+        let logits = self.head(&hidden)?;
+        self.read(logits)
+    }
+
+    fn head(&self, hidden: &Array) -> Result<Array> {
+        tracing::trace!(target: TRACE, "head");
+        let normed = fast::rms_norm(hidden, Some(&self.norm), self.arch.rms_eps)?;
+        self.head.as_ref().unwrap_or(&self.embed).product(&normed)?.as_dtype(Dtype::Float32)
     }
 
     /// Waits for a result, and with it for what was foreseen.
@@ -525,7 +567,7 @@ fn name_of(dtype: Dtype) -> &'static str {
 }
 
 /// MLX's errors are ours: shapes that do not fit, or memory that was not there. A step that panics fails its requests.
-pub(super) fn must<T>(result: Result<T>) -> T {
+pub(crate) fn must<T>(result: Result<T>) -> T {
     result.unwrap_or_else(|exception| panic!("MLX: {exception}"))
 }
 

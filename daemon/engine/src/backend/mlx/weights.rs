@@ -48,6 +48,7 @@ impl Matrix {
 
     /// x · wᵀ
     pub(super) fn product(&self, x: &Array) -> Result<Array> {
+        tracing::trace!(target: super::TRACE, x = ?x.shape(), weight = ?self.weight.shape(), "product");
         match (self.format, &self.affine) {
             (Format::Affine { bits, group, .. }, Some((scales, biases))) => {
                 ops::quantized_matmul(x, &self.weight, scales, biases, true, group as i32, i32::from(bits))

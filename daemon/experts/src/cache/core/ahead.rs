@@ -48,6 +48,15 @@ impl Core {
         Hot { experts: self.shape.experts, layers }
     }
 
+    /// Where every expert in memory is, [layers, experts]. `hold`: and stays until the next fetch begins or this one ends, so
+    /// that no wish takes its slot.
+    pub(crate) fn survey(&mut self, hold: bool, into: &mut Vec<Option<Slot>>) {
+        self.held |= hold;
+        into.clear();
+        let resident = |slot: Slot| matches!(self.slots[slot.index()].state, State::Resident { .. });
+        into.extend(self.layers.iter().flat_map(|layer| &layer.slot_of).map(|slot| slot.filter(|slot| resident(*slot))));
+    }
+
     /// The next load of the wish.
     pub(super) fn start_wish(&mut self) -> Option<Load> {
         if self.background >= self.shape.quota() {
@@ -60,6 +69,10 @@ impl Core {
                 continue; // a warm start was quicker
             }
             let free = layer.free.pop().or_else(|| layer.fresh.pop_first());
+            if free.is_none() && self.held {
+                self.wish.1.push(expert);
+                return None;
+            }
             let victim = layer.idle.lowest().filter(|(key, _)| *key < f64::INFINITY);
             let Some(slot) = free.or_else(|| victim.map(|(_, victim)| self.evict(layer_id, victim))) else {
                 self.wish.1.clear(); // nothing is left but what is expected too
@@ -94,5 +107,44 @@ impl Core {
         layer.slot_of[expert.index()] = Some(slot);
         layer.busy += 1;
         self.load(slot, expert, for_whom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{
+        Routing,
+        cache::core::{Shape, Taken},
+    };
+
+    #[test]
+    fn a_wish_takes_no_slot_that_a_survey_holds() {
+        let mut core = Core::new(Shape { layers: 2, experts: 4, places: 2, loaders: 4 }, PolicyKind::Lru);
+        core.resize(2);
+        core.begin(LayerId(0), &Routing::token(&[ExpertId(2), ExpertId(0)]));
+        while let Some(load) = core.start() {
+            core.loaded(load, Ok(1), Duration::ZERO);
+        }
+        let mut found = Vec::new();
+        assert_eq!(core.take(&mut found), Taken::Found);
+        core.end();
+        let mut slots = Vec::new();
+        core.survey(false, &mut slots);
+        let (some, none) = (|slot| Some(Slot(slot)), None);
+        assert_eq!(slots, [some(2), none, some(0), none, none, none, none, none]);
+        core.survey(true, &mut slots);
+        core.prefetch(LayerId(0), &[ExpertId(1)]);
+        assert!(core.start().is_none(), "both slots of the layer are held");
+        core.prefetch(LayerId(1), &[ExpertId(3)]);
+        assert!(core.start().is_some(), "a free one is not");
+        core.prefetch(LayerId(0), &[ExpertId(1)]);
+        core.end();
+        let load = core.start().expect("the wish is still there");
+        core.survey(true, &mut slots);
+        assert_eq!(slots.iter().flatten().count(), 1, "what loads is not in memory yet: {slots:?}");
+        core.loaded(load, Ok(1), Duration::ZERO);
     }
 }
