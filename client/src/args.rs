@@ -39,6 +39,7 @@ Measuring:
 
 Serving:
   serve        Run the OpenAI-compatible gateway in the foreground
+  launch       Start Claude Code, Codex or Continue on this daemon
   daemon       Start, stop and inspect the daemon, read its log
   service      Keep daemon and gateway running with launchd or systemd
 
@@ -57,10 +58,11 @@ Examples:
   git diff | flashctl run local \"Write a commit message\" > message.txt
   flashctl chat
   flashctl ps --json | jq -r '.models[] | select(.state == \"ready\").name'
+  flashctl launch claude
   flashctl stats --watch
 
 `local` is the default model. The daemon starts by itself when it is needed.
-Environment: FLASH_HOME, FLASH_SOCKET, FLASH_MODELS, FLASH_API_KEY, NO_COLOR.
+Environment: FLASH_HOME, FLASH_SOCKET, FLASH_MODELS, FLASH_HOST, FLASH_API_KEY, NO_COLOR.
 Exit codes: 0 ok, 1 failed, 2 usage, 64 bad value, 66 no such input file, 69 no daemon,
   73 cannot write, 75 busy, 77 permission, 78 configuration, 124 --timeout, 130 Ctrl-C.";
 
@@ -113,6 +115,7 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Trace(TraceCommand),
     Serve(ServeArgs),
+    Launch(LaunchArgs),
     /// Start, stop and inspect the daemon
     #[command(subcommand)]
     Daemon(DaemonCommand),

@@ -1,5 +1,7 @@
 //! The arguments of what runs in the background, or serves.
 
+use std::ffi::OsString;
+
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::Settings;
@@ -36,6 +38,45 @@ pub(crate) struct ServeArgs {
     pub(crate) settings: Settings,
 }
 
+/// Start a coding agent that uses this daemon
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Uses the gateway on FLASH_HOST (default 127.0.0.1:8080) if one listens there; else one is started, and ends with the \
+agent. The agent's own settings stay as they are; with --print-env Codex has its own folder (CODEX_HOME). FLASH_API_KEY is \
+the gateway's key.
+
+Examples:
+  flashctl launch claude
+  flashctl launch codex --model big-moe -- exec \"Explain this repository\"
+  eval \"$(flashctl launch claude --print-env)\" && claude -p \"Explain this repository\"
+  flashctl launch continue --print-config > flash.yaml")]
+pub(crate) struct LaunchArgs {
+    /// Claude Code, Codex, or Continue (cn)
+    #[arg(value_name = "claude|codex|continue", hide_possible_values = true)]
+    pub(crate) agent: Agent,
+    /// Name from `flashctl models`, `local` for the default one, or the path of a checkpoint
+    #[arg(short, long, value_name = "MODEL", default_value = "local")]
+    pub(crate) model: String,
+    /// Print variables for `eval` instead of starting it
+    #[arg(long, conflicts_with = "print_config")]
+    pub(crate) print_env: bool,
+    /// Print its configuration (JSON, TOML or YAML, as it reads it) instead of starting it
+    #[arg(long)]
+    pub(crate) print_config: bool,
+    /// For the agent
+    #[arg(last = true, conflicts_with_all = ["print_env", "print_config"])]
+    pub(crate) args: Vec<OsString>,
+    #[command(flatten)]
+    pub(crate) settings: Settings,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Agent {
+    Claude,
+    Codex,
+    Continue,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum DaemonCommand {
     /// Start the daemon if none runs
@@ -68,8 +109,8 @@ pub(crate) enum DaemonCommand {
 /// Keep daemon and gateway running with launchd (macOS) or systemd (Linux), as this user
 #[derive(Args, Debug)]
 #[command(after_help = "\
-On macOS the agents are ~/Library/LaunchAgents/dev.flash.{flashd,gateway}.plist, on Linux the units are
-~/.config/systemd/user/{flashd,flash-gateway}.service. FLASH_* settings of this shell are written into them, except
+On macOS the agents are ~/Library/LaunchAgents/dev.flash.{flashd,gateway}.plist, on Linux the units are \
+~/.config/systemd/user/{flashd,flash-gateway}.service. FLASH_* settings of this shell are written into them, except \
 FLASH_API_KEY. On a Linux server, `loginctl enable-linger` keeps user services running without a login.")]
 pub(crate) struct ServiceArgs {
     pub(crate) action: ServiceAction,

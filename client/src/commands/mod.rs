@@ -7,6 +7,7 @@ mod completions;
 mod convert;
 mod daemon;
 mod doctor;
+mod launch;
 mod load;
 mod models;
 mod ps;
@@ -35,10 +36,11 @@ use crate::{
 
 pub(crate) async fn dispatch(cli: Cli) -> Result<(), Failure> {
     let Cli { global, command } = cli;
-    // These two have their own idea of Ctrl-C.
+    // These have their own idea of Ctrl-C.
     let command = match command {
         Command::Chat(args) => return chat::run(args, &global).await,
         Command::Serve(args) => return serve::run(args, &global).await,
+        Command::Launch(args) => return launch::run(args, &global).await,
         Command::Run(args) if run::is_chat(&args) => return chat::run(args.into(), &global).await,
         other => other,
     };
@@ -62,7 +64,7 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<(), Failure> {
             Command::Doctor => doctor::run(&global).await,
             Command::Completions { shell } => completions::run(shell),
             Command::Version => version::run(&global).await,
-            Command::Chat(_) | Command::Serve(_) => unreachable!("answered above"),
+            Command::Chat(_) | Command::Serve(_) | Command::Launch(_) => unreachable!("answered above"),
         }
     })
     .await
@@ -74,7 +76,9 @@ fn left_behind(command: &Command) -> Option<String> {
         Command::Convert(args) if args.in_place => {
             Some(format!("cancelled; `flashctl convert --in-place {}` goes on where this stopped", args.model))
         }
-        Command::Bench(BenchArgs { synth: Some(_), .. }) | Command::Convert(_) => Some("cancelled; nothing is left behind".into()),
+        Command::Bench(BenchArgs { synth: Some(_), .. }) | Command::Convert(_) => {
+            Some("cancelled; nothing is left behind".into())
+        }
         Command::Trace(TraceCommand::Record(args)) => Some(format!("cancelled; {} holds the tokens until now", args.out.display())),
         _ => None,
     }

@@ -4,6 +4,7 @@
 #![allow(missing_debug_implementations, unreachable_pub, reason = "test support")]
 
 mod fake;
+mod launch;
 mod models;
 mod serving;
 mod talk;
@@ -144,6 +145,7 @@ fn help_is_as_written() {
         "trace record",
         "trace replay",
         "serve",
+        "launch",
         "daemon",
         "service",
         "doctor",
