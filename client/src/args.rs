@@ -25,6 +25,9 @@ Talk to a model:
 
 Models:
   models       List what is installed (ls, list)
+  show         Show one model: experts, memory, template
+  cp           Copy a model
+  rm           Delete a model
   load         Load a model, or change the settings of the loaded one
   ps           Show what is loaded
   stop         Unload a model and give its memory back
@@ -44,6 +47,7 @@ Serving:
   service      Keep daemon and gateway running with launchd or systemd
 
 Help:
+  config       Read and change the settings in flash.toml
   doctor       Check this installation, show settings and where they come from
   completions  Write a completion script for a shell
   version      Show versions of flashctl and the daemon
@@ -100,6 +104,9 @@ pub(crate) enum Command {
     /// List installed models
     #[command(visible_aliases = ["ls", "list"])]
     Models,
+    Show(ShowArgs),
+    Cp(CpArgs),
+    Rm(RmArgs),
     Load(LoadArgs),
     /// Show what is loaded
     Ps,
@@ -120,6 +127,9 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Daemon(DaemonCommand),
     Service(ServiceArgs),
+    /// Read and change the settings in flash.toml
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Check this installation, show settings and where they come from
     #[command(after_help = "Exits 1 if a check failed. Starts the daemon if none runs, which is one of the checks.")]
     Doctor,

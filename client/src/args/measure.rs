@@ -11,7 +11,7 @@ use super::Generation;
 #[command(
     args_conflicts_with_subcommands = true,
     after_help = "\
-Unloads the loaded model; is refused while requests run. Several values of --io, --policy or --lookahead are compared
+Unloads the loaded model; is refused while requests run. Several values of --io, --policy or --lookahead are compared \
 in one interleaved run. Bounds: what the memory and disk speeds of this run allow, overlapped and one after the other.
 
 Examples:
@@ -96,7 +96,7 @@ pub(crate) enum TraceCommand {
 /// Answer one prompt and write which experts each token used
 #[derive(Args, Debug)]
 #[command(after_help = "\
-FILE gets a header line, then {\"tok\": …, \"layers\": [[ids], …]} for each token, the
+FILE gets a header line, then {\"tok\": …, \"layers\": [[ids], …]} for each token, the \
 prompt's included.
 
 Example: flashctl trace record local \"Once upon a time\" --raw -n 1024 --ignore-eos --out pip.jsonl")]

@@ -14,6 +14,40 @@ pub(crate) struct LoadArgs {
     pub(crate) settings: Settings,
 }
 
+/// Show one model: size, experts, memory it wants, template
+#[derive(Args, Debug)]
+pub(crate) struct ShowArgs {
+    /// Name, `local`, or the path of a checkpoint
+    #[arg(default_value = "local")]
+    pub(crate) model: String,
+    /// Print its chat template and nothing else
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) template: bool,
+}
+
+/// Copy a model's folder under another name
+#[derive(Args, Debug)]
+#[command(after_help = "The copy goes to $FLASH_HOME/models; it shares disk space with the first one where the file system can.")]
+pub(crate) struct CpArgs {
+    /// Name, `local`, or the path of a checkpoint
+    pub(crate) model: String,
+    /// Name of the copy
+    pub(crate) name: String,
+}
+
+/// Delete a model's folder
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Asks first; without a terminal it needs --yes (exit 64). Models in another program's folders (Hugging Face's cache, LM \
+Studio's) and loaded ones are left alone.")]
+pub(crate) struct RmArgs {
+    /// Name exactly as in `flashctl models`
+    pub(crate) model: String,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(crate) yes: bool,
+}
+
 /// Unload a model and give its memory back
 #[derive(Args, Debug)]
 pub(crate) struct StopArgs {
@@ -39,7 +73,7 @@ pub(crate) struct StatsArgs {
 /// Pack a model's experts into records that are read in one piece
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Writes experts.flash beside the checkpoint: one aligned, checksummed record per expert. The checkpoint stays as it is
+Writes experts.flash beside the checkpoint: one aligned, checksummed record per expert. The checkpoint stays as it is \
 unless --in-place. `flashctl doctor` says whether packing is faster on this disk.")]
 pub(crate) struct ConvertArgs {
     /// Name from `flashctl models`, `local` for the default one, or the path of a checkpoint
@@ -61,8 +95,8 @@ pub(crate) struct VerifyArgs {
 pub(crate) enum CacheCommand {
     /// Delete them, in memory and on disk, of all models
     #[command(after_help = "\
-Beginnings of prompts are kept so that a request that begins alike need not read them again: in
-memory, and on disk those that came twice. `flashctl stats` shows how much. flashd --no-disk-cache
+Beginnings of prompts are kept so that a request that begins alike need not read them again: in \
+memory, and on disk those that came twice. `flashctl stats` shows how much. flashd --no-disk-cache \
 keeps none on disk, --prefix-cache 0 none at all.")]
     Clear,
 }

@@ -38,6 +38,36 @@ pub(crate) struct ServeArgs {
     pub(crate) settings: Settings,
 }
 
+/// Read and change the settings in flash.toml
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Print the settings, or the value of one
+    #[command(after_help = "These are the values that hold, wherever they come from; they start the daemon if none runs.")]
+    Get {
+        /// expert_cache, memory, ctx …
+        name: Option<String>,
+    },
+    /// Set one in flash.toml
+    #[command(after_help = "\
+A value that cannot be one is refused. Comments in the file stay. Flags and FLASH_* variables win over the file.
+
+Example: flashctl config set expert_cache 25% && flashctl daemon restart")]
+    Set {
+        /// expert_cache, memory, ctx …
+        name: String,
+        /// Its value; a list is written ['/a', '/b']
+        #[arg(allow_hyphen_values = true)]
+        value: String,
+    },
+    /// Take one out of flash.toml, so that the default holds
+    Unset {
+        /// expert_cache, memory, ctx …
+        name: String,
+    },
+    /// Print where flash.toml is
+    Path,
+}
+
 /// Start a coding agent that uses this daemon
 #[derive(Args, Debug)]
 #[command(after_help = "\

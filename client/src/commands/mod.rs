@@ -4,16 +4,20 @@ mod bench;
 mod cache;
 mod chat;
 mod completions;
+mod config;
 mod convert;
+mod cp;
 mod daemon;
 mod doctor;
 mod launch;
 mod load;
 mod models;
 mod ps;
+mod rm;
 mod run;
 mod serve;
 mod service;
+mod show;
 mod stats;
 mod stop;
 mod tokenize;
@@ -50,6 +54,10 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<(), Failure> {
             Command::Run(args) => run::run(args, &global).await,
             Command::Tokenize(args) => tokenize::run(args, &global).await,
             Command::Models => models::run(&global).await,
+            Command::Show(args) => show::run(args, &global).await,
+            Command::Cp(args) => cp::run(args, &global).await,
+            Command::Rm(args) => rm::run(args, &global).await,
+            Command::Config(command) => config::run(command, &global).await,
             Command::Load(args) => load::run(args, &global).await,
             Command::Ps => ps::run(&global).await,
             Command::Stop(args) => stop::run(args, &global).await,
@@ -76,7 +84,7 @@ fn left_behind(command: &Command) -> Option<String> {
         Command::Convert(args) if args.in_place => {
             Some(format!("cancelled; `flashctl convert --in-place {}` goes on where this stopped", args.model))
         }
-        Command::Bench(BenchArgs { synth: Some(_), .. }) | Command::Convert(_) => {
+        Command::Bench(BenchArgs { synth: Some(_), .. }) | Command::Convert(_) | Command::Cp(_) => {
             Some("cancelled; nothing is left behind".into())
         }
         Command::Trace(TraceCommand::Record(args)) => Some(format!("cancelled; {} holds the tokens until now", args.out.display())),

@@ -41,6 +41,10 @@ fn listings_have_json_and_tables() {
         "tiny loaded in 12 ms · expert cache 25% = 16 of 64 slots/layer, 128.0 kB\n",
         "",
     );
+    home.run(&["show", "tiny", "--template"]).expect(0, "{{ messages }}\n", "");
+    home.run(&["show", "nope"]).expect(1, "", "hint: `flashctl models`");
+    let shown = home.run(&["show", "--json"]).json();
+    assert_eq!((&shown["name"], &shown["thinks"], &shown["chat_template"]), (&"tiny".into(), &true.into(), &"{{ messages }}\n".into()));
     home.run(&["tokenize", "local", "three short words"]).expect(0, "0 1 2\n", "3 tokens of 40");
     assert_eq!(home.run(&["daemon", "start", "--json"]).json()["status"], "running");
 }
@@ -133,4 +137,18 @@ fn watching_without_a_terminal_is_a_line_each() {
     }
     send(&child, Signal::INT);
     assert_eq!(child.wait().expect("flashctl ends").code(), Some(130));
+}
+
+#[test]
+fn models_are_copied_and_deleted() {
+    let home = Home::new();
+    let daemon = home.daemon();
+    home.run(&["cp", "tiny", "tiny-2"]).expect(0, "copied tiny to /m/experts.flash, 4.0 kB\n", "copying 100%");
+    home.run(&["cp", "tiny", "bad/name"]).expect(64, "", "no name for a model");
+    home.run(&["rm", "tiny"]).expect(64, "", "hint: --yes");
+    home.run(&["rm", "TINY", "-y"]).expect(1, "", "hint: installed: tiny, broken");
+    home.run(&["rm", "local", "--yes"]).expect(1, "", "no model is named exactly `local`");
+    assert!(daemon.seen.removed.lock().expect("no panic").is_empty(), "nothing is deleted unasked or by half a name");
+    home.run(&["rm", "tiny", "-y"]).expect(0, "deleted tiny, 53.0 MB\n", "");
+    assert_eq!(*daemon.seen.removed.lock().expect("no panic"), ["/m/tiny"]);
 }

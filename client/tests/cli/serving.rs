@@ -107,3 +107,30 @@ fn doctor_says_what_is_wrong() {
     let report = Ran::of(home.command(&flashctl, &["doctor", "--json"]).output().expect("flashctl runs")).json();
     assert_eq!((&report["ok"], &report["settings"][0]["origin"]), (&Value::Bool(false), &"default".into()));
 }
+
+#[test]
+fn settings_are_changed_in_a_file_that_stays_good() {
+    let home = Home::new();
+    let _daemon = home.daemon();
+    // As flashd does, as far as this test goes.
+    let flashd = "[ \"$1\" = --check-config ] || exit 1; grep -q memroy \"$2\" && { echo \"flashd: $2: no such setting: memroy\" >&2; exit 78; }; exit 0";
+    let flashctl = home.install(&[("flashd", flashd)]);
+    let run = |args: &[&str]| Ran::of(home.command(&flashctl, args).output().expect("flashctl runs"));
+    let file = home.path("home/flash.toml");
+    run(&["config", "path"]).expect(0, &format!("{}\n", file.display()), "");
+    run(&["config", "set", "ctx", "4096", "-q"]).expect(0, "", "");
+    fs::write(&file, "# mine\nctx = 4096 # tokens\n").expect("written");
+    run(&["config", "set", "expert-cache", "25%"]).expect(0, "", "hint: the running daemon");
+    run(&["config", "set", "ctx", "8192", "-q"]).expect(0, "", "");
+    run(&["config", "set", "memroy", "1GiB"]).expect(64, "", &format!("{}: no such setting: memroy", file.display()));
+    assert_eq!(fs::read_to_string(&file).expect("a file"), "# mine\nctx = 8192\nexpert_cache = \"25%\"\n");
+    run(&["config", "unset", "ctx", "-q"]).expect(0, "", "");
+    run(&["config", "unset", "ctx"]).expect(64, "", "does not set ctx");
+    fs::write(&file, "ctx = = 1\n").expect("written");
+    run(&["config", "set", "ctx", "1"]).expect(78, "", "hint: mend it");
+    assert_eq!(fs::read_to_string(&file).expect("a file"), "ctx = = 1\n");
+    assert_eq!(fs::read_dir(home.path("home")).expect("a folder").count(), 1, "no draft is left");
+    run(&["config", "get", "memory"]).expect(0, "auto\n", "");
+    run(&["config", "get", "memroy"]).expect(64, "", "hint: there are memory");
+    assert_eq!(run(&["config", "get", "--json"]).json()["settings"][0]["origin"], "default");
+}
