@@ -3,6 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::Args;
+use serde::{Deserialize, Serialize};
 
 /// Answer one prompt and exit; without a prompt, at a terminal, talk in turns
 #[derive(Args, Debug)]
@@ -27,6 +28,9 @@ pub(crate) struct RunArgs {
     /// Continue the text as it is, without the chat template
     #[arg(long, conflicts_with = "system")]
     pub(crate) raw: bool,
+    /// Write what stands between the prompt and this text, with a model that can
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["system", "raw"])]
+    pub(crate) suffix: Option<String>,
     /// Print speed and cache figures to standard error afterwards (at a terminal they always are)
     #[arg(long)]
     pub(crate) stats: bool,
@@ -50,19 +54,29 @@ pub(crate) struct RunArgs {
 /// Talk to a model in turns
 #[derive(Args, Debug)]
 #[command(after_help = "\
-In the chat, /help lists the commands, \"\"\" begins and ends a message of several lines, Ctrl-C stops an answer,
-Ctrl-D leaves. The conversation is kept by flashctl and never shortened without being asked to.")]
+In the chat, /help lists the commands, \"\"\" begins and ends a message of several lines, Ctrl-C stops an answer, \
+Ctrl-D leaves. The conversation is kept in $FLASH_HOME/sessions, where only you can read it, and never shortened \
+without being asked to; of those without a name the latest 100 are kept.")]
 pub(crate) struct ChatArgs {
-    /// Name from `flashctl models`, `local` for the default one, or the path of a checkpoint
-    #[arg(default_value = "local")]
-    pub(crate) model: String,
+    /// Name from `flashctl models`, `local` for the default one, or the path of a checkpoint [default: local, or the one
+    /// that the conversation had]
+    pub(crate) model: Option<String>,
+    /// Go on with the conversation used last
+    #[arg(short = 'c', long = "continue", conflicts_with = "session")]
+    pub(crate) resume: bool,
+    /// Go on with the conversation of this name, or begin it
+    #[arg(long, value_name = "NAME")]
+    pub(crate) session: Option<String>,
     /// System prompt
     #[arg(short, long, value_name = "TEXT")]
     pub(crate) system: Option<String>,
+    /// What each answer must be: `json` for any JSON object, or a file with a JSON schema
+    #[arg(long, value_name = "json|SCHEMA.json")]
+    pub(crate) format: Option<PathBuf>,
     /// Print speed and cache figures after each answer
     #[arg(long)]
     pub(crate) stats: bool,
-    /// Neither read nor write the history of what was typed
+    /// Keep neither what is typed nor the conversation, unless that has a name
     #[arg(long)]
     pub(crate) no_history: bool,
     #[command(flatten)]
@@ -74,7 +88,8 @@ pub(crate) struct ChatArgs {
 }
 
 /// Absent values are the model's own.
-#[derive(Args, Clone, Debug, Default, PartialEq)]
+#[derive(Args, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 #[command(next_help_heading = "Sampling")]
 pub(crate) struct Generation {
     /// Randomness; 0 always takes the most likely token
@@ -109,8 +124,27 @@ pub(crate) struct Generation {
     pub(crate) stop: Vec<String>,
 }
 
+impl Generation {
+    /// These, and `other`'s where they are absent.
+    pub(crate) fn or(self, other: Self) -> Self {
+        Self {
+            temperature: self.temperature.or(other.temperature),
+            top_p: self.top_p.or(other.top_p),
+            top_k: self.top_k.or(other.top_k),
+            min_p: self.min_p.or(other.min_p),
+            repeat_penalty: self.repeat_penalty.or(other.repeat_penalty),
+            frequency_penalty: self.frequency_penalty.or(other.frequency_penalty),
+            presence_penalty: self.presence_penalty.or(other.presence_penalty),
+            seed: self.seed.or(other.seed),
+            max_tokens: self.max_tokens.or(other.max_tokens),
+            stop: if self.stop.is_empty() { other.stop } else { self.stop },
+        }
+    }
+}
+
 /// For models that think before they answer.
-#[derive(Args, Clone, Debug, Default, PartialEq)]
+#[derive(Args, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 #[command(next_help_heading = "Thinking")]
 pub(crate) struct Thinking {
     /// Let the model think first, with this effort if it knows efforts: low, medium or high

@@ -1,8 +1,8 @@
 //! One prompt, one answer: what goes out, what comes back, and every way it may end.
 
-use std::{fs, io::Write, process::Stdio, sync::atomic::Ordering::SeqCst};
+use std::{fs, io::Write, os::unix::fs::PermissionsExt, process::Stdio, sync::atomic::Ordering::SeqCst};
 
-use flash_proto::v1::{Format, format, generate_request};
+use flash_proto::v1::{Format, Infill, format, generate_request};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -23,6 +23,7 @@ fn one_prompt_one_answer() {
     home.run(&["run", "local", "hi", "--expert-cache", "1%", "-q"]).expect(0, "Once upon a time.\n", "");
     home.run_with(&["run", "local", "Shorten:", "-s", "Be brief."], "a diff\n").expect(0, "Once upon a time.\n", "");
     home.run_with(&["run", "local", "--raw"], "once\n").expect(0, "Once upon a time.\n", "");
+    home.run(&["run", "local", "int f(", "--suffix", "}"]).expect(0, "Once upon a time.\n", "");
     let chat = home.run(&["run", "local", "hi", "--json"]).json();
     assert_eq!(chat["choices"][0]["message"]["content"], "Once upon a time.");
     assert_eq!(chat["usage"]["total_tokens"], 5);
@@ -42,6 +43,8 @@ fn one_prompt_one_answer() {
     assert_eq!(requests[0].sampling.as_ref().and_then(|sampling| sampling.temperature), Some(0.0));
     assert_eq!(said(5), [pair("system", "Be brief."), pair("user", "Shorten:\n\na diff\n")]);
     assert_eq!(said(6), [pair("raw", "once\n")]);
+    let gap = Infill { prefix: "int f(".into(), suffix: "}".into() };
+    assert_eq!(requests[7].prompt, Some(generate_request::Prompt::Infill(gap)));
 }
 
 #[test]
@@ -179,4 +182,90 @@ fn a_chat_keeps_the_conversation_and_never_shortens_it_unasked() {
     assert_eq!(said[2].last().map(String::as_str), Some("/slash"));
     assert_eq!(said[3], ["Be brief.", "two\nlines", answer, "last"], "the oldest turn was dropped, the undone one is gone");
     assert_eq!(requests[3].sampling.as_ref().and_then(|sampling| sampling.temperature), Some(0.5));
+}
+
+#[test]
+fn a_conversation_goes_on_where_it_was_left() {
+    let home = Home::new();
+    let daemon = home.daemon();
+    home.run(&["chat", "-c"]).expect(66, "", "hint: `flashctl chat` begins one");
+    home.run(&["chat", "--session", "../x"]).expect(64, "", "no name for a conversation");
+    let begun = ["chat", "--session", "pip", "-s", "Be brief.", "-t", "0.5"];
+    home.run_with(&begun, "one\nfail\n").expect(0, "Once upon a time.\nOnce\n", "read failed");
+    let file = |name: &str| home.path(&format!("home/sessions/{name}.json"));
+    let users = |name: &str| {
+        let saved: Value = serde_json::from_str(&fs::read_to_string(file(name)).expect("a session")).expect("JSON");
+        let turns = saved["turns"].as_array().expect("turns").iter().map(|turn| turn["user"].as_str().expect("text").to_owned());
+        (turns.collect::<Vec<_>>().join(" "), saved["unsent"].as_str().map(str::to_owned))
+    };
+    assert_eq!(fs::metadata(file("pip")).expect("a file").permissions().mode() & 0o777, 0o600);
+    assert_eq!(users("pip"), ("one".into(), Some("fail".into())), "what was not answered waits to be sent again");
+    let on = home.run_with(&["chat", "-c"], "/undo\ntwo\n/save pip-2\nthree\n/load pip\n/load nobody\n/load\n/save pip-2\n");
+    assert!(on.code == Some(0) && on.stdout.contains("LAST USED"), "{on:?}");
+    for told in
+        ["forgot: fail", "kept as pip-2;", "pip: 2 turns, the last: two", "no conversation nobody", "there is a conversation pip-2 already"]
+    {
+        assert!(on.stderr.contains(told), "{told} is not in {on:?}");
+    }
+    assert_eq!((users("pip"), users("pip-2")), (("one two".into(), None), ("one two three".into(), None)));
+    home.run_with(&["chat"], "nothing is kept of a script's\n").expect(0, "Once upon a time.\n", "/40 tokens]");
+    assert_eq!(fs::read_dir(home.path("home/sessions")).expect("a folder").count(), 2);
+    fs::write(file("bad"), "{").expect("written");
+    home.run(&["chat", "--session", "bad"]).expect(64, "", "bad.json is no conversation");
+
+    let requests = daemon.seen.generate.lock().expect("no panic");
+    let Some(generate_request::Prompt::Chat(chat)) = &requests[2].prompt else { panic!("a chat") };
+    let said: Vec<&str> = chat.messages.iter().map(|message| message.content.as_str()).collect();
+    assert_eq!(said, ["Be brief.", "one", "Once upon a time.", "two"]);
+    assert_eq!(requests[2].sampling.as_ref().and_then(|sampling| sampling.temperature), Some(0.5));
+}
+
+#[test]
+fn a_chat_has_ways_to_say_more() {
+    let home = Home::new();
+    let daemon = home.daemon();
+    fs::write(home.path("notes.txt"), "a note\n").expect("written");
+    fs::write(home.path("schema.json"), "{}").expect("written");
+    let typed = "/file ~/notes.txt\nRead this\n/think high\n/format ~/schema.json\nnext\n/format off\n/think off\n/think\n/edit\n/file missing\n/model\n\
+                 /show params\n/show template\n/copy\n/set ctx\n/think maybe\n";
+    home.install(&[("fix", "[ \"$1\" = --now ] && sed s/next/edited/ \"$2\" > \"$2.new\" && mv \"$2.new\" \"$2\"")]);
+    let mut command = home.flashctl(&["chat"]);
+    // A command line, as in every other program.
+    command
+        .env("EDITOR", format!("{} --now", home.path("bin/fix").display()))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().expect("flashctl starts");
+    child.stdin.take().expect("piped").write_all(typed.as_bytes()).expect("written");
+    let ran = Ran::of(child.wait_with_output().expect("flashctl ends"));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    for told in [
+        "~/notes.txt (7 B) goes with the next message",
+        "thinking: high",
+        "answers keep to the schema",
+        "answers may be anything",
+        "thinking: off",
+        "cannot read missing",
+        "no clipboard",
+        "/set ctx takes a value",
+        "/think takes one of on, off",
+    ] {
+        assert!(ran.stderr.contains(told), "{told} is not in {ran:?}");
+    }
+    assert!(ran.stdout.contains("tiny · 4-bit g64") && ran.stdout.contains("{{ messages }}") && ran.stdout.contains("top_k"), "{ran:?}");
+    let requests = daemon.seen.generate.lock().expect("no panic");
+    let sent: Vec<_> = requests
+        .iter()
+        .map(|request| match &request.prompt {
+            Some(generate_request::Prompt::Chat(chat)) => {
+                (chat.messages.last().expect("a message").content.as_str(), chat.template_kwargs_json.as_str(), request.format.is_some())
+            }
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    let high = r#"{"enable_thinking":true,"reasoning_effort":"high"}"#;
+    let off = r#"{"enable_thinking":false}"#;
+    assert_eq!(sent, [("Read this\n\na note\n", "", false), ("next", high, true), ("edited", off, false)]);
+    assert_eq!(fs::read_dir(home.path("home")).expect("a folder").count(), 0, "the edited draft is gone");
 }
