@@ -13,7 +13,9 @@ use std::{
 use anyhow::{Context, Result};
 use rustix::{
     fs::{Mode, OFlags},
+    process::{Signal, kill_process_group},
     pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
+    termios::{LocalModes, Winsize, tcgetattr, tcgetpgrp, tcsetwinsize},
 };
 
 use crate::daemon::{Process, wait_until};
@@ -37,8 +39,8 @@ impl Terminal {
         grantpt(&controller)?;
         unlockpt(&controller)?;
         let name = ptsname(&controller, Vec::new())?;
-        let size = rustix::termios::Winsize { ws_row: 24, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
-        rustix::termios::tcsetwinsize(&controller, size)?;
+        let size = Winsize { ws_row: 24, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&controller, size)?;
         let terminal = File::from(rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?);
         // Taking a terminal takes a call between fork and exec, which this program makes for us.
         let mut session = Command::new("setsid");
@@ -85,11 +87,14 @@ impl Terminal {
         self.screen.lock().expect("no panic").clone()
     }
 
-    /// Kills what runs at the terminal, as nothing in it can foresee.
-    pub fn kill(&mut self) -> Result<()> {
-        let group = rustix::termios::tcgetpgrp(&self.keyboard)?;
-        rustix::process::kill_process_group(group, rustix::process::Signal::KILL)?;
-        self.process.code()?;
-        Ok(())
+    /// To what runs at the terminal; its exit code, if it ended with one.
+    pub fn end_by(&mut self, signal: Signal) -> Result<Option<i32>> {
+        kill_process_group(tcgetpgrp(&self.keyboard)?, signal)?;
+        self.process.code()
+    }
+
+    /// It hands over whole lines, as a shell expects.
+    pub fn is_cooked(&self) -> Result<bool> {
+        Ok(tcgetattr(&self.keyboard)?.local_modes.contains(LocalModes::ICANON | LocalModes::ECHO))
     }
 }

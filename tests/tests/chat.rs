@@ -10,6 +10,7 @@ use flash_tests::{
     terminal::{CTRL_C, CTRL_D, Terminal},
     tiny_model::{Spec, TinyModel},
 };
+use rustix::process::Signal;
 use serde_json::Value;
 
 /// A home whose only model is one that talks until it is stopped.
@@ -120,6 +121,17 @@ fn ctrl_c_ends_a_run_with_its_last_line_ended() -> Result<()> {
     wait_until("the newline is seen", || run.screen().ends_with('\n'))
 }
 
+#[test]
+fn a_chat_that_is_told_to_end_leaves_the_terminal_as_it_was() -> Result<()> {
+    let home = Home::new()?;
+    let mut chat = start(&home, &["chat", "local"])?;
+    chat.expect(">>>")?;
+    wait_until("it reads keys", || chat.is_cooked().is_ok_and(|cooked| !cooked))?;
+    assert_eq!(chat.end_by(Signal::TERM)?, Some(143));
+    assert!(chat.is_cooked()?);
+    Ok(())
+}
+
 /// Killed between two turns, then within an answer: the next chat has what was said.
 #[test]
 fn a_killed_chat_goes_on() -> Result<()> {
@@ -128,14 +140,14 @@ fn a_killed_chat_goes_on() -> Result<()> {
     chat.expect(">>>")?;
     chat.press("one\r")?;
     chat.expect("/32768")?;
-    chat.kill()?;
+    chat.end_by(Signal::KILL)?;
     assert_eq!(kept(&home, "chat-1")?, (vec!["one".into()], None));
     let mut chat = start(&home, &["chat", "-c", "-n", "30000"])?;
     chat.expect("chat-1: 1 turn, the last: one")?;
     chat.expect(">>>")?;
     chat.press("two\r")?;
     wait_until("the answer is on its way", || is_answering(&home))?;
-    chat.kill()?;
+    chat.end_by(Signal::KILL)?;
     assert_eq!(kept(&home, "chat-1")?, (vec!["one".into()], Some("two".into())));
     let mut chat = start(&home, &["chat", "-c", "-n", "3"])?;
     chat.expect("the last: two (not answered; /retry sends it)")?;

@@ -46,12 +46,10 @@ pub(crate) async fn run(args: ChatArgs, global: &Global) -> Result<(), Failure> 
     }
     let mut terminate = terminations()?;
     let mut lines = Lines::open(!args.no_history)?;
-    let outcome = tokio::select! {
+    tokio::select! {
         outcome = converse(args, global, &mut lines) => outcome,
         _ = terminate.recv() => Err(Failure::silent(exit::SIGTERM)),
-    };
-    lines.restore_terminal();
-    outcome
+    }
 }
 
 async fn converse(args: ChatArgs, global: &Global, lines: &mut Lines) -> Result<(), Failure> {

@@ -121,7 +121,7 @@ async fn tell(path: &Path, name: &str, global: &Global) -> Result<(), Failure> {
         return term::print_json(&json!({"path": path.display().to_string(), "name": name, "restart_needed": running}));
     }
     if running && !global.quiet {
-        term::note("hint: the running daemon has read it already; `flashctl daemon restart` makes it read it again");
+        term::note("hint: it takes effect with `flashctl daemon restart`");
     }
     Ok(())
 }

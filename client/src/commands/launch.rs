@@ -48,7 +48,7 @@ pub(crate) async fn run(args: LaunchArgs, global: &Global) -> Result<(), Failure
             None => {
                 let daemon = connect::connect(global).await?;
                 let (model, context) = prepared(&daemon, &args, global).await?;
-                term::note(&format!("hint: nothing listens on {url} yet; `flashctl serve` or `flashctl service install --now` does"));
+                term::note(&format!("hint: no gateway listens on {url} yet; `flashctl serve` or `flashctl service install --now` does"));
                 print(&args, &Endpoint { base: url.to_string(), key, model, context: Some(context) })
             }
         };

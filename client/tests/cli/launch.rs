@@ -148,7 +148,7 @@ trap 'echo gone >> \"$HOME/gateway\"; exit 0' TERM; while :; do sleep 0.02; done
     assert!(fs::read_to_string(launch.home.path("home/log/gateway.log")).expect("a log").contains("a line of its log"));
     assert_eq!(daemon.seen.load.lock().expect("no panic")[0].context_length, Some(40));
     let printed = launch.run(&["claude", "--print-env"]);
-    printed.expect(0, &printed.stdout, "hint: nothing listens on http://127.0.0.1:1 yet");
+    printed.expect(0, &printed.stdout, "hint: no gateway listens on http://127.0.0.1:1 yet");
     assert!(printed.stdout.contains("CLAUDE_CODE_MAX_CONTEXT_TOKENS='40'\n"), "{printed:?}");
 }
 

@@ -120,7 +120,7 @@ fn settings_are_changed_in_a_file_that_stays_good() {
     run(&["config", "path"]).expect(0, &format!("{}\n", file.display()), "");
     run(&["config", "set", "ctx", "4096", "-q"]).expect(0, "", "");
     fs::write(&file, "# mine\nctx = 4096 # tokens\n").expect("written");
-    run(&["config", "set", "expert-cache", "25%"]).expect(0, "", "hint: the running daemon");
+    run(&["config", "set", "expert-cache", "25%"]).expect(0, "", "hint: it takes effect");
     run(&["config", "set", "ctx", "8192", "-q"]).expect(0, "", "");
     run(&["config", "set", "memroy", "1GiB"]).expect(64, "", &format!("{}: no such setting: memroy", file.display()));
     assert_eq!(fs::read_to_string(&file).expect("a file"), "# mine\nctx = 8192\nexpert_cache = \"25%\"\n");

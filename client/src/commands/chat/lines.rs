@@ -92,9 +92,11 @@ impl Lines {
             let _ = editor.append_history(path);
         }
     }
+}
 
-    /// Undoes raw mode when the reading thread is left behind.
-    pub(super) fn restore_terminal(&self) {
+/// Undoes raw mode when the reading thread is left behind, and when something panics.
+impl Drop for Lines {
+    fn drop(&mut self) {
         if let Some(terminal) = &self.terminal {
             let _ = tcsetattr(std::io::stdin(), OptionalActions::Now, terminal);
         }
