@@ -102,13 +102,19 @@ pub(crate) fn socket_path(global: &Global) -> Result<PathBuf, Failure> {
 /// A program of ours: beside this executable, else on PATH.
 pub(crate) fn program(name: &str) -> Result<PathBuf, Failure> {
     let beside = env::current_exe().and_then(|exe| exe.canonicalize()).ok().and_then(|exe| Some(exe.parent()?.join(name)));
-    let path = env::var_os("PATH").unwrap_or_default();
-    let candidates = beside.into_iter().chain(env::split_paths(&path).map(|folder| folder.join(name)));
-    let executable = |path: &PathBuf| path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok();
-    candidates.into_iter().find(executable).ok_or_else(|| {
+    beside.filter(|path| is_executable(path)).or_else(|| on_path(name)).ok_or_else(|| {
         let message = format!("{name} is neither beside flashctl nor on PATH");
         Failure::new(exit::UNAVAILABLE, "program_not_found", message).hint(format!("build or install {name} next to flashctl"))
     })
+}
+
+pub(crate) fn on_path(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).map(|folder| folder.join(name)).find(|path| is_executable(path))
+}
+
+fn is_executable(path: &Path) -> bool {
+    path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok()
 }
 
 fn socket_failure(error: &socket::Error) -> Failure {

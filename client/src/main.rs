@@ -5,6 +5,7 @@ mod args;
 mod commands;
 mod connect;
 mod failure;
+mod files;
 mod job;
 mod json;
 mod load;

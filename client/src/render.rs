@@ -57,6 +57,11 @@ pub(crate) fn seconds(s: f64) -> String {
     }
 }
 
+/// A word that a shell reads as exactly this text.
+pub(crate) fn shell_word(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
 /// How long ago, in one unit: "5 minutes ago".
 pub(crate) fn ago(then: u64, now: u64) -> String {
     let s = now.saturating_sub(then);
@@ -320,6 +325,7 @@ mod tests {
         check(ago(200, 100), "just now");
         assert_eq!(ratio(0, 0), None);
         assert_eq!(ratio(1, 3), Some(0.25));
+        check(shell_word("it's $x"), r"'it'\''s $x'");
         check(grouped(999), "999");
         check(grouped(1_234_005), "1,234,005");
         assert_eq!([bar(0.0), bar(0.5), bar(1.0), bar(9.0)], ['▁', '▅', '█', '█']);

@@ -158,12 +158,27 @@ impl Config {
             None => (socket::home()?, "default"),
         };
         let path = home.join("flash.toml");
-        let mut sources = Sources { file: read_file(&path)?, flags, env: &env, path, settings: Vec::new() };
+        Self::settle(flags, path, (home, home_origin), &env)
+    }
+
+    /// Whether every setting in this file can be one, whatever the environment would put in its place.
+    pub fn check(path: &Path, env: &dyn Fn(&str) -> Option<OsString>) -> Result<(), Error> {
+        let env = |name: &str| env(name).filter(|_| !name.starts_with("FLASH_"));
+        Self::settle(RawConfig::default(), path.into(), (PathBuf::from("."), "default"), &env).map(|_| ())
+    }
+
+    fn settle(
+        flags: RawConfig,
+        path: PathBuf,
+        (home, home_origin): (PathBuf, &str),
+        env: &dyn Fn(&str) -> Option<OsString>,
+    ) -> Result<Self, Error> {
+        let mut sources = Sources { file: read_file(&path)?, flags, env, path, settings: Vec::new() };
         sources.note("home", home.display().to_string(), home_origin.into());
         let socket = match sources.text("socket", |raw| raw.socket.as_ref())? {
             Some((path, origin)) => {
                 sources.note("socket", path.clone(), origin);
-                expand(Path::new(&path), &env)
+                expand(Path::new(&path), env)
             }
             None => {
                 let path = socket::default_path()?;

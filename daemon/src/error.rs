@@ -14,6 +14,8 @@ pub enum Error {
     Socket(#[from] flash_proto::socket::Error),
     #[error("cannot {what} {path}: {source}")]
     Create { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("{needed} bytes are needed on the disk of {path}, and {free} are free")]
+    NoSpace { path: PathBuf, needed: u64, free: u64 },
     #[error("cannot listen: {0}")]
     Listen(io::Error),
     #[error("the gRPC server failed: {0}")]

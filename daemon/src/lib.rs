@@ -4,6 +4,7 @@
 mod catalog;
 mod config;
 mod error;
+mod folders;
 mod hot;
 mod jobs;
 mod pressure;

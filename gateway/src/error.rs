@@ -70,7 +70,7 @@ impl Code {
             Self::SchemaNotSupported => (code::SCHEMA_NOT_SUPPORTED, 422, INVALID),
             Self::UnsupportedModality => ("unsupported_modality", 422, INVALID),
             Self::EmbeddingsNotSupported => ("embeddings_not_supported", 422, INVALID),
-            Self::FimNotSupported => ("fim_not_supported", 422, INVALID),
+            Self::FimNotSupported => (code::FIM_NOT_SUPPORTED, 422, INVALID),
             Self::ModelInvalid => (code::MODEL_INVALID, 422, INVALID),
             Self::QueueFull => (code::QUEUE_FULL, 429, "rate_limit_error"),
             Self::Engine => (code::ENGINE, 500, SERVER),
@@ -94,6 +94,7 @@ impl Code {
             code::INVALID_VALUE => Self::InvalidValue,
             code::CHAT_TEMPLATE => Self::ChatTemplate,
             code::SCHEMA_NOT_SUPPORTED => Self::SchemaNotSupported,
+            code::FIM_NOT_SUPPORTED => Self::FimNotSupported,
             code::QUEUE_FULL => Self::QueueFull,
             code::INSUFFICIENT_MEMORY => Self::InsufficientMemory,
             code::DRAINING => Self::Draining,
@@ -293,6 +294,7 @@ mod tests {
         check(coded(code::MODEL_LOADING), 503, "model_loading", None, Some(5));
         check(coded(code::DRAINING), 503, "draining", None, Some(2));
         check(coded(code::SCHEMA_NOT_SUPPORTED), 422, "schema_not_supported", None, None);
+        check(coded(code::FIM_NOT_SUPPORTED), 422, "fim_not_supported", None, None);
         check(coded(code::ENGINE), 500, "engine_error", None, None);
         check(Status::unavailable("connection refused"), 503, "daemon_unavailable", None, Some(2));
         check(Status::unknown("h2 protocol error"), 503, "daemon_unavailable", None, Some(2));

@@ -10,6 +10,8 @@ pub const CONTEXT_LENGTH: &str = "context_length_exceeded";
 pub const INVALID_VALUE: &str = "invalid_value";
 pub const CHAT_TEMPLATE: &str = "chat_template_error";
 pub const SCHEMA_NOT_SUPPORTED: &str = "schema_not_supported";
+/// The tokenizer has no tokens that frame a gap.
+pub const FIM_NOT_SUPPORTED: &str = "fim_not_supported";
 pub const QUEUE_FULL: &str = "queue_full";
 pub const INSUFFICIENT_MEMORY: &str = "insufficient_memory";
 pub const DRAINING: &str = "draining";
@@ -25,7 +27,7 @@ pub fn status(code: &'static str, message: impl Into<String>) -> Status {
     let grpc = match code {
         MODEL_NOT_FOUND => Code::NotFound,
         MODEL_INVALID | INSUFFICIENT_MEMORY | BUSY | NO_SPACE => Code::FailedPrecondition,
-        CONTEXT_LENGTH | INVALID_VALUE | CHAT_TEMPLATE | SCHEMA_NOT_SUPPORTED => Code::InvalidArgument,
+        CONTEXT_LENGTH | INVALID_VALUE | CHAT_TEMPLATE | SCHEMA_NOT_SUPPORTED | FIM_NOT_SUPPORTED => Code::InvalidArgument,
         QUEUE_FULL => Code::ResourceExhausted,
         MODEL_LOADING | DRAINING => Code::Unavailable,
         CANCELLED => Code::Cancelled,

@@ -1,5 +1,5 @@
 //! Shared ground of the tests that cross a boundary: a generated model with an obviously correct decoder, storage that
-//! fails on purpose, a model that says what it is told, an engine driven step by step, real processes in a temporary home, HTTP as bytes. Not a test itself;
+//! fails on purpose, a model that says what it is told, an engine driven step by step, real processes in a temporary home and at a terminal, HTTP as bytes. Not a test itself;
 //! the binaries in `tests/` use it.
 
 use std::time::Duration;
@@ -12,6 +12,8 @@ pub mod http;
 pub mod reference;
 pub mod rng;
 pub mod scripted;
+#[cfg(target_os = "linux")]
+pub mod terminal;
 pub mod tiny_model;
 
 /// How long a condition may take to come true before a test gives up. Generous: machines are busy, and nothing is

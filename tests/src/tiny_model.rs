@@ -13,6 +13,8 @@ use crate::rng::Rng;
 pub const END_OF_TEXT: u32 = 256;
 pub const IM_START: u32 = 257;
 pub const IM_END: u32 = 258;
+/// Before what precedes a gap, what follows it, what fills it; and padding. Of models with `infill`.
+pub const FIM: [u32; 4] = [259, 260, 261, 262];
 /// More rows than the tokenizer has tokens, as real checkpoints pad theirs.
 pub const VOCAB: usize = 264;
 pub const HEADS: usize = 4;
@@ -77,6 +79,8 @@ pub struct Spec {
     pub context: usize,
     /// Rows of the embedding; another number than [`VOCAB`] goes with a tokenizer of the caller's own.
     pub vocab: usize,
+    /// The tokenizer has tokens that frame a gap, [`FIM`].
+    pub infill: bool,
 }
 
 impl Default for Spec {
@@ -95,6 +99,7 @@ impl Default for Spec {
             norm_topk_prob: true,
             context: 32_768,
             vocab: VOCAB,
+            infill: false,
         }
     }
 }
@@ -297,7 +302,7 @@ impl TinyModel {
     pub fn write(&self, dir: &Path) -> Result<()> {
         fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
         write_json(&dir.join("config.json"), &self.config())?;
-        write_json(&dir.join("tokenizer.json"), &tokenizer())?;
+        write_json(&dir.join("tokenizer.json"), &tokenizer(self.spec.infill))?;
         write_json(
             &dir.join("tokenizer_config.json"),
             &json!({
@@ -422,15 +427,20 @@ fn quantise(raw: &[f32], cols: usize, bits: u8, group: usize, params: Float) -> 
 }
 
 /// Byte-level BPE without merges: token n is byte n; the three specials follow.
-fn tokenizer() -> Value {
+fn tokenizer(infill: bool) -> Value {
     let vocab: Map<String, Value> = (0..=255u8).map(|byte| (byte_char(byte).to_string(), json!(byte))).collect();
     let special = |id: u32, content: &str| json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
+    let mut added = vec![special(END_OF_TEXT, "<|endoftext|>"), special(IM_START, "<|im_start|>"), special(IM_END, "<|im_end|>")];
+    if infill {
+        let names = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>"];
+        added.extend(FIM.into_iter().zip(names).map(|(id, name)| special(id, name)));
+    }
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
     json!({
         "version": "1.0",
         "truncation": null,
         "padding": null,
-        "added_tokens": [special(END_OF_TEXT, "<|endoftext|>"), special(IM_START, "<|im_start|>"), special(IM_END, "<|im_end|>")],
+        "added_tokens": added,
         "normalizer": null,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": "\\p{N}| ?\\p{L}+|\\s+|[^\\s\\p{L}\\p{N}]+"}, "behavior": "Isolated", "invert": false},

@@ -1,9 +1,9 @@
-//! flashctl as a user runs it: at a prompt, in a pipe, when the daemon dies, in a terminal. Every test has a home of its
+//! flashctl as a user runs it: at a prompt, in a pipe, when the daemon dies; chat.rs has the terminal. Every test has a home of its
 //! own and lets flashctl start the daemon.
 
 use std::{
     fs::File,
-    io::{Read, Write},
+    io::Read,
     os::unix::process::CommandExt,
     process::{Command, Stdio},
 };
@@ -191,116 +191,6 @@ fn endless(home: &Home, stdout: Stdio) -> Result<Process> {
     command.args(["run", "tiny", "Hello", "-t", "0"]);
     command.process_group(0).stdin(Stdio::null()).stdout(stdout).stderr(File::create(&stderr)?);
     Ok(Process::adopt(command.spawn()?, stderr))
-}
-
-#[cfg(target_os = "linux")]
-mod terminal {
-    use std::{
-        sync::{Arc, Mutex},
-        thread,
-    };
-
-    use flash_tests::daemon::wait_until;
-    use rustix::{
-        fs::{Mode, OFlags},
-        pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
-    };
-
-    use super::*;
-
-    /// A command with a terminal, and everything it wrote there.
-    struct Terminal {
-        process: Process,
-        keyboard: File,
-        screen: Arc<Mutex<String>>,
-        /// Up to here the screen has been looked at.
-        seen: usize,
-    }
-
-    impl Terminal {
-        fn start(mut command: Command) -> Result<Self> {
-            let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
-            grantpt(&controller)?;
-            unlockpt(&controller)?;
-            let name = ptsname(&controller, Vec::new())?;
-            let size = rustix::termios::Winsize { ws_row: 24, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
-            rustix::termios::tcsetwinsize(&controller, size)?;
-            let terminal = File::from(rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty())?);
-            command.env("TERM", "xterm").process_group(0);
-            command.stdin(terminal.try_clone()?).stdout(terminal.try_clone()?).stderr(terminal);
-            let child = command.spawn()?;
-            // Its handles on the terminal go with it, so that the end of the child is the end of the screen.
-            drop(command);
-            let keyboard = File::from(controller);
-            let screen = Arc::new(Mutex::new(String::new()));
-            let (mut reader, shared) = (keyboard.try_clone()?, Arc::clone(&screen));
-            thread::spawn(move || {
-                let mut bytes = [0; 4096];
-                // An error is the end: the last handle of the other side is closed.
-                while let Ok(count @ 1..) = reader.read(&mut bytes) {
-                    shared.lock().expect("no panic").push_str(&String::from_utf8_lossy(&bytes[..count]));
-                }
-            });
-            Ok(Self { process: Process::adopt(child, "".into()), keyboard, screen, seen: 0 })
-        }
-
-        fn press(&mut self, keys: &str) -> Result<()> {
-            Ok(self.keyboard.write_all(keys.as_bytes())?)
-        }
-
-        /// Waits for `text` after what was waited for last.
-        fn expect(&mut self, text: &str) -> Result<()> {
-            let (screen, seen) = (Arc::clone(&self.screen), self.seen);
-            let found = move || screen.lock().expect("no panic")[seen..].find(text).map(|at| seen + at + text.len());
-            wait_until(text, || found().is_some()).with_context(|| self.screen.lock().expect("no panic").clone())?;
-            self.seen = found().context("still there")?;
-            Ok(())
-        }
-    }
-
-    fn chat(home: &Home, args: &[&str]) -> Result<Terminal> {
-        let mut command = home.command("flashctl");
-        command.arg("chat").args(args);
-        Terminal::start(command)
-    }
-
-    #[test]
-    fn a_conversation() -> Result<()> {
-        let home = Home::new()?;
-        let mut chat = chat(&home, &["local", "-t", "0", "-n", "12"])?;
-        chat.expect(">")?;
-        chat.press("/help\r")?;
-        chat.expect("/clear")?;
-        chat.press("/nonsense\r")?;
-        chat.expect("nonsense")?;
-        chat.press("What is the name of the dog?\r")?;
-        chat.expect("/2048")?;
-        chat.press("/bye\r")?;
-        assert_eq!(chat.process.code()?, Some(0));
-        let history = home.path().join("history");
-        assert!(std::fs::read_to_string(&history)?.contains("name of the dog"));
-        Ok(())
-    }
-
-    #[test]
-    fn an_interrupt_stops_the_answer_and_not_the_chat() -> Result<()> {
-        let home = home()?;
-        let mut chat = chat(&home, &["tiny", "-t", "0"])?;
-        chat.expect(">")?;
-        chat.press("Talk\r")?;
-        let running = || {
-            let stats = home.ctl(&["stats", "--json", "--no-autostart"]).ok();
-            stats.and_then(|stats| serde_json::from_str::<Value>(&stats.stdout).ok()).is_some_and(|stats| stats["requests"]["running"] == 1)
-        };
-        wait_until("the answer is on its way", running)?;
-        chat.process.signal(Signal::INT)?;
-        chat.expect("/32768")?;
-        // Ctrl-D at an empty prompt leaves.
-        chat.expect(">")?;
-        chat.press("\u{4}")?;
-        assert_eq!(chat.process.code()?, Some(0));
-        Ok(())
-    }
 }
 
 /// The completions that a shell would load.

@@ -224,3 +224,44 @@ fn settings_say_where_they_come_from() -> Result<()> {
     assert!(storage["finding"].as_str().is_some_and(|finding| finding.contains("GB/s")), "{storage}");
     Ok(())
 }
+
+#[test]
+fn a_model_is_shown_copied_and_deleted() -> Result<()> {
+    let home = Home::new()?;
+    TinyModel::generate(Spec::default()).write(&home.models().join("tiny"))?;
+    let shown = home.ctl(&["show", "tiny"])?;
+    check(&shown, 0, &[]);
+    for part in ["8 in each of 2 layers, 2 for a token", "a chat template", "temperature"] {
+        assert!(shown.stdout.contains(part), "{part} is not in {shown:?}");
+    }
+    assert!(home.ctl(&["show", "tiny", "--template"])?.stdout.contains("<|im_start|>"));
+    check(&home.ctl(&["cp", "tiny", "copy"])?, 0, &[]);
+    check(&home.ctl(&["cp", "tiny", "copy"])?, 64, &["exists already"]);
+    check(&home.ctl(&["cp", "tiny", "../x"])?, 64, &["no name for a model"]);
+    let answer = |model: &str| home.ctl(&["run", model, "Hello", "-n", "4", "-t", "0"]);
+    assert_eq!(answer("copy")?.stdout, answer("tiny")?.stdout);
+    // `tiny` is loaded now.
+    check(&home.ctl(&["rm", "tiny", "--yes"])?, 75, &["flashctl stop tiny"]);
+    check(&home.ctl(&["rm", "copy", "--yes"])?, 0, &[]);
+    assert!(!home.models().join("copy").exists() && home.models().join("tiny").exists());
+    check(&answer("copy")?, 1, &["copy"]);
+    // The bundled model lies in the checkout.
+    check(&home.ctl(&["rm", "flash-tiny-moe", "--yes"])?, 64, &["no folder of flashd's own"]);
+    assert!(bundled_model().join("config.json").exists());
+    Ok(())
+}
+
+#[test]
+fn settings_that_cannot_be_are_not_written() -> Result<()> {
+    let home = Home::new()?;
+    TinyModel::generate(Spec::default()).write(&home.models().join("tiny"))?;
+    check(&home.ctl(&["config", "set", "expert_cache", "25%"])?, 0, &[]);
+    check(&home.ctl(&["config", "set", "ctx", "2048"])?, 0, &[]);
+    check(&home.ctl(&["config", "set", "expert_cache", "a lot"])?, 64, &["flash.toml", "a share such as 25%"]);
+    check(&home.ctl(&["config", "set", "memroy", "1GiB"])?, 64, &["memroy"]);
+    assert_eq!(fs::read_to_string(home.path().join("flash.toml"))?, "expert_cache = \"25%\"\nctx = 2048\n");
+    assert_eq!(home.ctl(&["config", "get", "expert_cache"])?.stdout, "25%\n");
+    assert_eq!(json(&home.ctl(&["config", "get", "ctx", "--json"])?)?["value"], "2048");
+    check(&home.ctl(&["config", "set", "ctx", "1024"])?, 0, &["flashctl daemon restart"]);
+    Ok(())
+}

@@ -1,9 +1,13 @@
 //! `flashctl chat`: a conversation that lives here and is sent whole with every message. Ctrl-C stops an answer, not the
 //! program; nothing is left out of the conversation unless the user says so.
 
+mod clipboard;
 mod conversation;
+mod keeping;
 mod lines;
+mod saved;
 mod slash;
+mod writing;
 
 use std::{
     future::Future,
@@ -12,16 +16,18 @@ use std::{
 };
 
 use flash_proto::v1::{
-    LoadResponse, StatsRequest, TokenizeRequest, TokenizeResponse, done::Finish, generate_request::Prompt, tokenize_request,
+    Format, ListRequest, LoadResponse, ShowRequest, StatsRequest, TokenizeRequest, TokenizeResponse, done::Finish,
+    generate_request::Prompt, tokenize_request,
 };
 use tokio::signal::unix::Signal;
 
 use self::{
     conversation::{Conversation, Turn},
     lines::{Line, Lines},
-    slash::Input,
+    saved::Session,
+    slash::{Input, Show},
 };
-use super::{models, terminations};
+use super::{models, run, terminations};
 use crate::{
     args::{ChatArgs, Generation, Global, Settings, Thinking},
     connect::{self, Daemon},
@@ -40,12 +46,10 @@ pub(crate) async fn run(args: ChatArgs, global: &Global) -> Result<(), Failure> 
     }
     let mut terminate = terminations()?;
     let mut lines = Lines::open(!args.no_history)?;
-    let outcome = tokio::select! {
+    tokio::select! {
         outcome = converse(args, global, &mut lines) => outcome,
         _ = terminate.recv() => Err(Failure::silent(exit::SIGTERM)),
-    };
-    lines.restore_terminal();
-    outcome
+    }
 }
 
 async fn converse(args: ChatArgs, global: &Global, lines: &mut Lines) -> Result<(), Failure> {
@@ -53,6 +57,7 @@ async fn converse(args: ChatArgs, global: &Global, lines: &mut Lines) -> Result<
         .map_err(|error| Failure::new(exit::INTERNAL, "signals", format!("cannot listen for signals: {error}")))?;
     let mut chat = Chat::begin(args, global, &mut interrupt).await?;
     chat.greet();
+    *lines.models.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = chat.model_names().await;
     let mut last_interrupt: Option<Instant> = None;
     loop {
         match next_input(lines, &mut interrupt).await? {
@@ -121,8 +126,13 @@ struct Chat<'a> {
     generation: Generation,
     thinking: Thinking,
     settings: Settings,
+    format: Option<Format>,
     show_stats: bool,
     talk: Conversation,
+    /// Where the conversation is kept; absent: nowhere.
+    session: Option<Session>,
+    /// Contents of files that go with the next message.
+    files: Vec<String>,
     last: Option<Reply>,
 }
 
@@ -141,16 +151,36 @@ async fn until_interrupt<T>(work: impl Future<Output = T>, interrupt: &mut Signa
 
 impl<'a> Chat<'a> {
     async fn begin(args: ChatArgs, global: &'a Global, interrupt: &mut Signal) -> Result<Self, Failure> {
+        let (session, saved) = keeping::open(&args)?;
+        let format = args.format.as_deref().map(run::format).transpose()?;
+        let model = args.model.clone().or_else(|| Some(saved.as_ref()?.model.clone())).unwrap_or_else(|| "local".into());
         let ready = async {
             let daemon = connect::connect(global).await?;
-            let loaded = load::load(&daemon, &args.model, &args.settings, global).await?;
+            let loaded = load::load(&daemon, &model, &args.settings, global).await?;
             Ok::<_, Failure>((daemon, loaded))
         };
         let Ended::Whole(ready) = until_interrupt(ready, interrupt).await else { return Err(Failure::silent(exit::SIGINT)) };
         let (daemon, loaded) = ready?;
-        let ChatArgs { model, system, generation, thinking, settings, stats, .. } = args;
-        let talk = Conversation { system, ..Conversation::default() };
-        Ok(Self { global, daemon: Some(daemon), model, loaded, generation, thinking, settings, show_stats: stats, talk, last: None })
+        let ChatArgs { system, generation, thinking, settings, stats, .. } = args;
+        let mut chat = Self {
+            global,
+            daemon: Some(daemon),
+            model,
+            loaded,
+            generation,
+            thinking,
+            settings,
+            format,
+            show_stats: stats,
+            talk: Conversation { system, ..Conversation::default() },
+            session,
+            files: Vec::new(),
+            last: None,
+        };
+        if let Some(saved) = saved {
+            chat.take_over(saved);
+        }
+        Ok(chat)
     }
 
     fn greet(&self) {
@@ -160,26 +190,47 @@ impl<'a> Chat<'a> {
         let model = self.loaded.model.as_ref();
         let facts = model.map(|m| format!("{} · {} · context {} · ", m.id, m.quantization, m.context_length)).unwrap_or_default();
         term::note(&Paint::stderr().dim(&format!("{facts}/help lists commands, Ctrl-D leaves")));
+        if !self.talk.is_empty() {
+            term::note(&Paint::stderr().dim(&self.where_it_stands()));
+        }
+    }
+
+    async fn model_names(&self) -> Vec<String> {
+        let Some(daemon) = &self.daemon else { return Vec::new() };
+        let listed = daemon.models().list(ListRequest {}).await.map(|list| list.into_inner().models).unwrap_or_default();
+        listed.into_iter().filter(|model| model.problem.is_empty()).map(|model| model.id).collect()
     }
 
     /// Only a failure to write ends the chat; anything else is said, and the next line may do better.
     async fn obey(&mut self, input: Input, interrupt: &mut Signal) -> Result<(), Failure> {
         let outcome = match input {
             Input::Nothing | Input::Exit | Input::Open(_) => Ok(()),
-            Input::Say(text) => self.say(text, interrupt).await,
+            Input::Say(text) => {
+                let whole = run::join_prompt(&[text], &std::mem::take(&mut self.files), None);
+                self.say(whole.unwrap_or_default(), interrupt).await
+            }
+            Input::Edit => self.edit_last(interrupt).await,
+            Input::File(path) => self.attach(&path),
+            Input::Copy => self.copy().await,
+            Input::Think(how) => self.think(how.as_deref()),
+            Input::Format(what) => self.hold(what.as_deref()),
+            Input::Save(name) => self.save(name.as_deref()),
+            Input::Load(None) => keeping::list(),
+            Input::Load(Some(name)) => self.load(&name, interrupt).await,
             Input::Retry => match self.talk.undo() {
                 Some(text) => self.say(text, interrupt).await,
                 None => self.tell("there is nothing to retry"),
             },
             Input::Stats => self.stats().await,
             Input::Models => models::run(self.global).await,
-            Input::Model(name) => self.reload(name, self.settings.clone(), interrupt).await,
+            Input::Model(Some(name)) => self.reload(name, self.settings.clone(), interrupt).await,
+            Input::Model(None) => self.show_model(),
             Input::Set(Some((name, value))) => self.set(&name, &value, interrupt).await,
             Input::Set(None) => term::println(&conversation::parameters(&self.generation, &self.settings)),
-            Input::Show => self.show(),
+            Input::Show(what) => self.show(what).await,
             Input::Help => term::println(&slash::help()),
             Input::Wrong(why) => self.tell(&why),
-            other => self.edit(other),
+            other => self.change(other),
         };
         match outcome {
             Err(failure) if failure.message.is_empty() || failure.code == "output" => Err(failure),
@@ -195,9 +246,10 @@ impl<'a> Chat<'a> {
     }
 
     /// What changes the conversation without the daemon.
-    fn edit(&mut self, input: Input) -> Result<(), Failure> {
-        match input {
+    fn change(&mut self, input: Input) -> Result<(), Failure> {
+        let outcome = match input {
             Input::Reset => {
+                self.files.clear();
                 (self.talk, self.generation) = (Conversation::default(), Generation::default());
                 self.tell("the conversation, the system prompt and the parameters are as new")
             }
@@ -216,9 +268,12 @@ impl<'a> Chat<'a> {
             }
             _ => {
                 self.talk.clear();
+                self.files.clear();
                 self.tell("the conversation is forgotten")
             }
-        }
+        };
+        self.keep();
+        outcome
     }
 
     fn tell(&self, text: &str) -> Result<(), Failure> {
@@ -239,6 +294,7 @@ impl<'a> Chat<'a> {
     /// Sends the conversation with `text` at its end, unless that does not fit.
     async fn say(&mut self, text: String, interrupt: &mut Signal) -> Result<(), Failure> {
         self.talk.unsent = Some(text.clone());
+        self.keep();
         let asked = async {
             let daemon = self.daemon().await?;
             let size = self.measure(&daemon, Some(&text)).await?;
@@ -256,7 +312,8 @@ impl<'a> Chat<'a> {
         }
         let mut reply = Reply::default();
         let prompt = Prompt::Chat(reply::thinking_chat(self.talk.messages(Some(&text)), &self.thinking));
-        let request = reply::request(&load::model_name(&self.model), prompt, &self.generation);
+        let mut request = reply::request(&load::model_name(&self.model), prompt, &self.generation);
+        request.format.clone_from(&self.format);
         let mut thoughts = Thoughts::new(&self.thinking);
         let mut sink = |said: Said<'_>| match said {
             Said::Text(text) => {
@@ -281,6 +338,7 @@ impl<'a> Chat<'a> {
         }
         self.talk.unsent = None;
         self.talk.turns.push(Turn { user: text, assistant: reply.text.clone() });
+        self.keep();
         self.conclude(&daemon, reply, used, limit).await
     }
 
@@ -341,11 +399,26 @@ impl<'a> Chat<'a> {
         term::println(&format!("{facts} · expert cache {cache}"))
     }
 
-    fn show(&self) -> Result<(), Failure> {
-        self.show_model()?;
-        term::println(&format!("system: {}", self.talk.system.as_deref().unwrap_or("none")))?;
-        term::println(&format!("turns: {}", self.talk.turns.len()))?;
-        term::println(&conversation::parameters(&self.generation, &self.settings))
+    async fn show(&mut self, what: Show) -> Result<(), Failure> {
+        if matches!(what, Show::All | Show::Info) {
+            self.show_model()?;
+        }
+        if matches!(what, Show::All | Show::System) {
+            term::println(&format!("system: {}", self.talk.system.as_deref().unwrap_or("none")))?;
+        }
+        if matches!(what, Show::All | Show::Info) {
+            term::println(&self.where_it_stands())?;
+        }
+        if matches!(what, Show::All | Show::Params) {
+            term::println(&conversation::parameters(&self.generation, &self.settings))?;
+        }
+        if what == Show::Template {
+            let daemon = self.daemon().await?;
+            let shown = daemon.models().show(ShowRequest { model: load::model_name(&self.model) }).await;
+            let template = shown.map_err(|status| daemon.failure(&status, "answering"))?.into_inner().chat_template;
+            term::println(if template.is_empty() { "the model has no chat template" } else { template.trim_end() })?;
+        }
+        Ok(())
     }
 
     async fn stats(&mut self) -> Result<(), Failure> {

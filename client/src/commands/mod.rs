@@ -4,15 +4,20 @@ mod bench;
 mod cache;
 mod chat;
 mod completions;
+mod config;
 mod convert;
+mod cp;
 mod daemon;
 mod doctor;
+mod launch;
 mod load;
 mod models;
 mod ps;
+mod rm;
 mod run;
 mod serve;
 mod service;
+mod show;
 mod stats;
 mod stop;
 mod tokenize;
@@ -35,10 +40,11 @@ use crate::{
 
 pub(crate) async fn dispatch(cli: Cli) -> Result<(), Failure> {
     let Cli { global, command } = cli;
-    // These two have their own idea of Ctrl-C.
+    // These have their own idea of Ctrl-C.
     let command = match command {
         Command::Chat(args) => return chat::run(args, &global).await,
         Command::Serve(args) => return serve::run(args, &global).await,
+        Command::Launch(args) => return launch::run(args, &global).await,
         Command::Run(args) if run::is_chat(&args) => return chat::run(args.into(), &global).await,
         other => other,
     };
@@ -48,6 +54,10 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<(), Failure> {
             Command::Run(args) => run::run(args, &global).await,
             Command::Tokenize(args) => tokenize::run(args, &global).await,
             Command::Models => models::run(&global).await,
+            Command::Show(args) => show::run(args, &global).await,
+            Command::Cp(args) => cp::run(args, &global).await,
+            Command::Rm(args) => rm::run(args, &global).await,
+            Command::Config(command) => config::run(command, &global).await,
             Command::Load(args) => load::run(args, &global).await,
             Command::Ps => ps::run(&global).await,
             Command::Stop(args) => stop::run(args, &global).await,
@@ -62,7 +72,7 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<(), Failure> {
             Command::Doctor => doctor::run(&global).await,
             Command::Completions { shell } => completions::run(shell),
             Command::Version => version::run(&global).await,
-            Command::Chat(_) | Command::Serve(_) => unreachable!("answered above"),
+            Command::Chat(_) | Command::Serve(_) | Command::Launch(_) => unreachable!("answered above"),
         }
     })
     .await
@@ -74,7 +84,9 @@ fn left_behind(command: &Command) -> Option<String> {
         Command::Convert(args) if args.in_place => {
             Some(format!("cancelled; `flashctl convert --in-place {}` goes on where this stopped", args.model))
         }
-        Command::Bench(BenchArgs { synth: Some(_), .. }) | Command::Convert(_) => Some("cancelled; nothing is left behind".into()),
+        Command::Bench(BenchArgs { synth: Some(_), .. }) | Command::Convert(_) | Command::Cp(_) => {
+            Some("cancelled; nothing is left behind".into())
+        }
         Command::Trace(TraceCommand::Record(args)) => Some(format!("cancelled; {} holds the tokens until now", args.out.display())),
         _ => None,
     }

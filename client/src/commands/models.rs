@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use flash_proto::v1::{ListRequest, Model, StatsRequest};
+use flash_proto::v1::{ListRequest, Model, Snapshot, StatsRequest};
 use serde_json::json;
 
 use crate::{
@@ -17,8 +17,7 @@ pub(crate) async fn run(global: &Global) -> Result<(), Failure> {
     let daemon = connect(global).await?;
     let list = daemon.models().list(ListRequest {}).await.map_err(|status| daemon.failure(&status, "listing models"))?.into_inner();
     let stats = daemon.admin().stats(StatsRequest {}).await.map_err(|status| daemon.failure(&status, "listing models"))?.into_inner();
-    // Without a cap, half of the machine: what the daemon's `auto` gives the experts.
-    let room = stats.memory.and_then(|memory| memory.cap_bytes).or_else(|| total_memory().map(|total| total / 2));
+    let room = room(&stats);
     if global.json {
         let models: Vec<_> = list.models.iter().map(|model| json::model(model, fits(model, room))).collect();
         let default = (!list.default_model.is_empty()).then_some(&list.default_model);
@@ -40,6 +39,11 @@ pub(crate) async fn run(global: &Global) -> Result<(), Failure> {
     Ok(())
 }
 
+/// What a model may take: the cap, else half of the machine, which is what the daemon's `auto` gives the experts.
+pub(super) fn room(stats: &Snapshot) -> Option<u64> {
+    stats.memory.and_then(|memory| memory.cap_bytes).or_else(|| total_memory().map(|total| total / 2))
+}
+
 fn row(model: &Model, room: Option<u64>, now: u64) -> [String; 8] {
     [
         model.id.clone(),
@@ -54,7 +58,7 @@ fn row(model: &Model, room: Option<u64>, now: u64) -> [String; 8] {
 }
 
 /// "ram": whole; "stream": all but the experts, and the experts of one token; "no": not even that.
-fn fits(model: &Model, room: Option<u64>) -> &'static str {
+pub(super) fn fits(model: &Model, room: Option<u64>) -> &'static str {
     let working_set = u64::from(model.top_k) * u64::from(model.layers) * model.expert_bytes;
     match room {
         _ if !model.problem.is_empty() => "no",

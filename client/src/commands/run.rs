@@ -7,7 +7,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use flash_proto::v1::{Format, LoadResponse, format::Kind, generate_request::Prompt};
+use flash_proto::v1::{Format, Infill, LoadResponse, format::Kind, generate_request::Prompt};
 
 use super::{not_text, piped_input};
 use crate::{
@@ -25,8 +25,9 @@ pub(crate) fn is_chat(args: &RunArgs) -> bool {
 
 impl From<RunArgs> for ChatArgs {
     fn from(run: RunArgs) -> Self {
-        let RunArgs { model, system, generation, thinking, settings, stats, .. } = run;
-        Self { model, system, generation, thinking, settings, stats, no_history: false }
+        let RunArgs { model, system, generation, thinking, settings, stats, format, .. } = run;
+        let (resume, session, no_history) = (false, None, false);
+        Self { model: Some(model), resume, session, system, format, generation, thinking, settings, stats, no_history }
     }
 }
 
@@ -46,7 +47,9 @@ async fn answer(args: RunArgs, global: &Global) -> Result<(), Failure> {
     let format = args.format.as_deref().map(format).transpose()?;
     let daemon = connect(global).await?;
     let loaded = load::load(&daemon, &args.model, &args.settings, global).await?;
-    let prompt = if args.raw {
+    let prompt = if let Some(suffix) = &args.suffix {
+        Prompt::Infill(Infill { prefix: prompt, suffix: suffix.clone() })
+    } else if args.raw {
         Prompt::Text(prompt)
     } else {
         let system = args.system.as_deref().map(|system| reply::message("system", system));
@@ -83,7 +86,7 @@ async fn answer(args: RunArgs, global: &Global) -> Result<(), Failure> {
 fn finish(args: &RunArgs, reply: &Reply, loaded: &LoadResponse, global: &Global) -> Result<(), Failure> {
     if global.json {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-        term::print_json(&json::completion(reply, args.raw, now, loaded.cache.as_ref()))?;
+        term::print_json(&json::completion(reply, args.raw || args.suffix.is_some(), now, loaded.cache.as_ref()))?;
     } else {
         if args.no_stream {
             term::print(&reply.text)?;
@@ -102,12 +105,12 @@ fn finish(args: &RunArgs, reply: &Reply, loaded: &LoadResponse, global: &Global)
 }
 
 /// `json`, or a schema that the answer keeps to the letter.
-fn format(wanted: &Path) -> Result<Format, Failure> {
+pub(super) fn format(wanted: &Path) -> Result<Format, Failure> {
     let kind = if wanted.as_os_str() == "json" { Kind::JsonObject(true) } else { Kind::JsonSchema(read_file(wanted)?) };
     Ok(Format { kind: Some(kind), strict: true })
 }
 
-fn read_file(path: &Path) -> Result<String, Failure> {
+pub(super) fn read_file(path: &Path) -> Result<String, Failure> {
     let bytes =
         fs::read(path).map_err(|error| Failure::new(exit::NO_INPUT, "input", format!("cannot read {}: {error}", path.display())))?;
     String::from_utf8(bytes).map_err(|error| not_text(&path.display().to_string(), error.utf8_error()))

@@ -3,12 +3,9 @@
 use std::{os::unix::process::CommandExt, process::Command};
 
 use rustix::process::{Pid, Signal, kill_process};
-use tokio::{
-    process::Child,
-    signal::unix::{SignalKind, signal},
-};
+use tokio::{process::Child, signal::unix::SignalKind};
 
-use super::{daemon, terminations};
+use super::{daemon, listen, terminations};
 use crate::{
     args::{Global, ServeArgs, Settings},
     connect,
@@ -51,10 +48,6 @@ async fn serve(args: &ServeArgs, gateway: &std::path::Path, daemon: &connect::Da
     }
 }
 
-fn listen(kind: SignalKind) -> Result<tokio::signal::unix::Signal, Failure> {
-    signal(kind).map_err(|error| Failure::new(exit::INTERNAL, "signals", format!("cannot listen for signals: {error}")))
-}
-
 /// In a process group of its own, so that Ctrl-C reaches it once, through us. The key goes by environment: arguments can
 /// be read by every user of the machine. Its ready line and its log appear on our stderr.
 fn spawn(args: &ServeArgs, gateway: &std::path::Path, global: &Global) -> Result<Child, Failure> {
@@ -74,7 +67,7 @@ fn spawn(args: &ServeArgs, gateway: &std::path::Path, global: &Global) -> Result
     child.map_err(|error| Failure::new(exit::GENERIC, "gateway_start", format!("cannot start {}: {error}", gateway.display())))
 }
 
-fn forward(child: &Child, signal: Signal) {
+pub(super) fn forward(child: &Child, signal: Signal) {
     if let Some(pid) = child.id().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) {
         // It may have ended this moment, which `wait` is about to tell.
         let _ = kill_process(pid, signal);

@@ -26,6 +26,8 @@ pub enum Error {
     /// The tools of a request and what it says of them do not go together.
     #[error("tool_choice: {reason}")]
     Tools { reason: String },
+    #[error("suffix: this model has no tokens that frame a gap; leave the suffix out")]
+    Infill,
     #[error("the tokenizer failed: {reason}")]
     Tokenizer { reason: String },
     #[error("This model's maximum context length is {limit} tokens. However, your messages resulted in {prompt} tokens.")]

@@ -47,6 +47,8 @@ pub(super) fn status(error: &Error) -> Status {
     match error {
         Error::ModelNotFound { .. } => code::with_param(code::status(code::MODEL_NOT_FOUND, message), "model"),
         Error::Value { param, .. } => code::with_param(code::status(code::INVALID_VALUE, message), param),
+        Error::NoSpace { .. } => code::status(code::NO_SPACE, message),
+        Error::Create { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => code::status(code::NO_SPACE, message),
         Error::QueueFull { retry_after_s, .. } => code::with_retry_after(code::status(code::QUEUE_FULL, message), *retry_after_s),
         Error::Busy(_) => code::status(code::BUSY, message),
         Error::Draining => code::status(code::DRAINING, message),
@@ -68,6 +70,7 @@ fn engine_status(error: &flash_engine::Error, message: String) -> Status {
         E::Read { .. } | E::File { .. } | E::Tensor { .. } | E::Unsupported { .. } => code::status(code::MODEL_INVALID, message),
         E::Template { .. } => code::with_param(code::status(code::CHAT_TEMPLATE, message), "messages"),
         E::Schema { param, .. } => code::with_param(code::status(code::SCHEMA_NOT_SUPPORTED, message), param),
+        E::Infill => code::with_param(code::status(code::FIM_NOT_SUPPORTED, message), "suffix"),
         E::Tools { .. } => code::with_param(code::status(code::INVALID_VALUE, message), "tool_choice"),
         E::ContextLength { .. } => code::with_param(code::status(code::CONTEXT_LENGTH, message), "messages"),
         E::EmptyPrompt | E::TokenId { .. } => code::with_param(code::status(code::INVALID_VALUE, message), "prompt"),
@@ -101,6 +104,7 @@ pub(super) enum Prompt {
     Chat(Box<Chat>),
     Text(String),
     Tokens(Vec<u32>),
+    Infill(v1::Infill),
 }
 
 #[derive(Debug)]
@@ -123,6 +127,7 @@ pub(super) fn generate(request: v1::GenerateRequest) -> Result<Wanted, Error> {
         Some(P::Chat(chat)) => Prompt::Chat(Box::new(chat::chat(chat)?)),
         Some(P::Text(text)) => Prompt::Text(text),
         Some(P::Tokens(tokens)) => Prompt::Tokens(tokens.ids),
+        Some(P::Infill(gap)) => Prompt::Infill(gap),
         None => return Err(bad("prompt", "is missing")),
     };
     let stop = request.stop;
@@ -176,6 +181,7 @@ impl Prompt {
             Self::Chat(chat) => text.encode(&text.render(&chat)?),
             Self::Text(prompt) => text.encode(&prompt),
             Self::Tokens(ids) => Ok(ids),
+            Self::Infill(gap) => text.encode_raw(&text.infill(&gap.prefix, &gap.suffix)?),
         }
     }
 
@@ -553,6 +559,30 @@ pub(super) fn model(entry: &Entry, default_model: &str, state: &State) -> v1::Mo
     model
 }
 
+/// A model with what its text side says of it.
+pub(super) fn shown(model: v1::Model, text: &Text) -> v1::ShowResponse {
+    let sampling = text.sampling();
+    v1::ShowResponse {
+        model: Some(model),
+        chat_template: text.template_source().into(),
+        calls_tools: text.calls_tools(),
+        thinks: text.thinks(),
+        infills: text.infills(),
+        temperature: sampling.temperature,
+        top_k: u32(sampling.top_k),
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+        repetition_penalty: sampling.repetition_penalty,
+    }
+}
+
+/// Of one part, and not hidden: listings pass over those.
+pub(super) fn folder_name(param: &'static str, name: String) -> Result<String, Error> {
+    let valid = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    let good = (1..=100).contains(&name.len()) && !name.starts_with(['.', '-']) && name.chars().all(valid);
+    if good { Ok(name) } else { Err(bad(param, format!("`{name}` is no name for a model: letters, digits, -, _ and ., at most 100"))) }
+}
+
 pub(super) fn loaded_model(model: &Model, info: &ModelInfo, state: &State) -> v1::Model {
     use v1::model::State as S;
     let (phase, context) = match &state.model {
@@ -869,6 +899,7 @@ mod tests {
         check(flash_engine::Error::Template { reason: "x".into() }.into(), code::CHAT_TEMPLATE, tonic::Code::InvalidArgument);
         let schema = flash_engine::Error::Schema { param: "tools", reason: "x".into() };
         check(schema.into(), code::SCHEMA_NOT_SUPPORTED, tonic::Code::InvalidArgument);
+        check(flash_engine::Error::Infill.into(), code::FIM_NOT_SUPPORTED, tonic::Code::InvalidArgument);
         check(flash_engine::Error::Tools { reason: "x".into() }.into(), code::INVALID_VALUE, tonic::Code::InvalidArgument);
         check(flash_engine::Error::EmptyPrompt.into(), code::INVALID_VALUE, tonic::Code::InvalidArgument);
         check(internal().into(), code::ENGINE, tonic::Code::Internal);

@@ -11,8 +11,10 @@ use tonic::{Request, Response, Status};
 
 use super::{Daemon, convert};
 use crate::{
-    Error, jobs,
-    worker::{Command, Load, Model, Reserve, Unload},
+    Error,
+    catalog::Entry,
+    folders, jobs,
+    worker::{Command, Load, Model, Reservation, Reserve, Unload},
 };
 
 pub(super) struct Service {
@@ -31,6 +33,7 @@ impl v1::models_server::Models for Service {
     type ConvertStream = JobStream;
     type VerifyStream = JobStream;
     type SynthStream = JobStream;
+    type CopyStream = JobStream;
 
     async fn convert(&self, request: Request<v1::ConvertRequest>) -> Result<Response<JobStream>, Status> {
         stream(self.convert(request.into_inner()).await)
@@ -42,6 +45,18 @@ impl v1::models_server::Models for Service {
 
     async fn synth(&self, request: Request<v1::SynthRequest>) -> Result<Response<JobStream>, Status> {
         stream(self.synth(request.into_inner()).await)
+    }
+
+    async fn copy(&self, request: Request<v1::CopyRequest>) -> Result<Response<JobStream>, Status> {
+        stream(self.copy(request.into_inner()).await)
+    }
+
+    async fn remove(&self, request: Request<v1::RemoveRequest>) -> Result<Response<v1::RemoveResponse>, Status> {
+        self.remove(request.into_inner()).await.map(Response::new).map_err(|error| convert::status(&error))
+    }
+
+    async fn show(&self, request: Request<v1::ShowRequest>) -> Result<Response<v1::ShowResponse>, Status> {
+        self.show(request.into_inner()).await.map(Response::new).map_err(|error| convert::status(&error))
     }
 
     async fn list(&self, _: Request<v1::ListRequest>) -> Result<Response<v1::ListResponse>, Status> {
@@ -132,6 +147,62 @@ impl Service {
         .await
     }
 
+    async fn show(&self, request: v1::ShowRequest) -> Result<v1::ShowResponse, Error> {
+        let daemon = &self.daemon;
+        let model = daemon.catalog.resolve(&request.model).await?;
+        let text = daemon.text(&model).await?;
+        let path = model.path.clone();
+        let info = daemon.catalog.encode(move || flash_engine::hub::describe(&path)).await?;
+        let entries = daemon.catalog.list().await;
+        let listed = entries.iter().find(|entry| entry.model.path == model.path).cloned();
+        let entry = listed.unwrap_or(Entry { modified: std::time::SystemTime::UNIX_EPOCH, info: Ok(info), model });
+        let default_model = daemon.catalog.default_model(&entries).unwrap_or_default();
+        Ok(convert::shown(convert::model(&entry, &default_model, &daemon.worker.state()), &text))
+    }
+
+    async fn copy(&self, request: v1::CopyRequest) -> Result<jobs::Events, Error> {
+        let source = self.daemon.catalog.locate(&request.model).await?;
+        let name = convert::folder_name("name", request.name)?;
+        let path = self.daemon.config.home.join("models").join(&name);
+        // The source may be loaded; nobody may change it meanwhile.
+        let held = self.reserve(source.clone(), false).await?;
+        self.write(Model { id: name, path }, true, move |model, tell| {
+            let _held = held;
+            let started = Instant::now();
+            let bytes = folders::copy(&source.path, &model.path, tell)?;
+            let (path, seconds) = (model.path.display().to_string(), started.elapsed().as_secs_f64());
+            Ok(jobs::Done { path, bytes, seconds, ..jobs::Done::default() })
+        })
+        .await
+    }
+
+    async fn remove(&self, request: v1::RemoveRequest) -> Result<v1::RemoveResponse, Error> {
+        self.taken()?;
+        let config = &self.daemon.config;
+        let model = self.daemon.catalog.locate(&request.model).await?;
+        // The configured folders come first, ours after them; the rest belongs to others.
+        let ours = config.home.join("models");
+        let roots: Vec<_> = config.model_roots.iter().take_while(|root| **root != ours).chain([&ours]).cloned().collect();
+        let reservation = self.reserve(model.clone(), true).await?;
+        let (catalog, path) = (self.daemon.catalog.clone(), model.path.display().to_string());
+        let removed = tokio::task::spawn_blocking(move || {
+            let _held = reservation;
+            let bytes = folders::remove(&model.path, &roots);
+            catalog.forget_listing();
+            catalog.forget_text(&model);
+            bytes
+        });
+        let bytes = removed.await.map_err(|error| flash_engine::Error::Internal(error.to_string()))??;
+        Ok(v1::RemoveResponse { path, bytes })
+    }
+
+    /// A folder that the engine's thread keeps for us until what comes back is dropped.
+    async fn reserve(&self, model: Model, exclusive: bool) -> Result<Reservation, Error> {
+        let (reply, reserved) = oneshot::channel();
+        self.daemon.worker.send(Command::Reserve(Reserve { model, exclusive, reply }))?;
+        reserved.await.map_err(|_| Error::Draining)?
+    }
+
     /// Starts a job that writes in a model's folder, which nobody else writes in meanwhile; nor loads from it if `exclusive`.
     async fn write(
         &self,
@@ -140,9 +211,7 @@ impl Service {
         work: impl FnOnce(&Model, Tell<'_>) -> Result<jobs::Done, Error> + Send + 'static,
     ) -> Result<jobs::Events, Error> {
         self.taken()?;
-        let (reply, reserved) = oneshot::channel();
-        self.daemon.worker.send(Command::Reserve(Reserve { model: model.clone(), exclusive, reply }))?;
-        let reservation = reserved.await.map_err(|_| Error::Draining)??;
+        let reservation = self.reserve(model.clone(), exclusive).await?;
         let catalog = self.daemon.catalog.clone();
         self.daemon.jobs.start(move |tell| {
             let _held = reservation;

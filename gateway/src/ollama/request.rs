@@ -57,11 +57,7 @@ pub(crate) fn generate(body: &Value) -> Result<Request, Failure> {
     let mut top = Node::root(body).object()?;
     let text = top.read("prompt", |node| node.text())?.unwrap_or_default();
     let system = top.read("system", |node| node.text())?.filter(|text| !text.is_empty());
-    if let Some(node) = top.get("suffix")
-        && !node.text()?.is_empty()
-    {
-        return Err(node.refuse(Code::FimNotSupported, "the model is not known to fill gaps; leave the suffix out"));
-    }
+    let suffix = top.read("suffix", |node| node.text())?.filter(|text| !text.is_empty());
     for key in ["template", "context"] {
         if let Some(node) = top.get(key)
             && node.value.as_str() != Some("")
@@ -74,12 +70,14 @@ pub(crate) fn generate(body: &Value) -> Result<Request, Failure> {
     let variables = thinking(&mut top)?;
     let prompt = if top.read("raw", |node| node.flag())?.unwrap_or(false) {
         Prompt::Text(text.to_owned())
+    } else if let Some(suffix) = suffix {
+        Prompt::Infill(v1::Infill { prefix: text.to_owned(), suffix: suffix.to_owned() })
     } else {
         let said = |role: &str, content: &str| v1::Message { role: role.into(), content: content.into(), ..Default::default() };
         let messages = system.map(|text| said("system", text)).into_iter().chain([said("user", text)]).collect();
         Prompt::Chat(v1::Chat { messages, template_kwargs_json: variables, ..Default::default() })
     };
-    settings(top, prompt, text.is_empty(), unknown)
+    settings(top, prompt, text.is_empty() && suffix.is_none(), unknown)
 }
 
 /// What both have in common.

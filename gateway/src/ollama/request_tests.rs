@@ -46,6 +46,9 @@ fn a_prompt_is_a_chat_unless_it_is_raw() {
     assert_eq!((request.generate.format, request.generate.max_tokens), (Some(ask::json_object()), None));
     let raw = generate(&json!({"prompt": "p", "raw": true, "think": false})).expect("a request");
     assert_eq!(raw.generate.prompt, Some(Prompt::Text("p".into())));
+    let gap = generate(&json!({"prompt": "", "suffix": "s"})).expect("a request");
+    let infill = v1::Infill { prefix: String::new(), suffix: "s".into() };
+    assert_eq!((gap.generate.prompt, gap.task), (Some(Prompt::Infill(infill)), Task::Generate));
 }
 
 #[test]
@@ -63,13 +66,12 @@ fn refusals_name_the_field() {
         let failure = outcome.expect_err("a refusal");
         assert_eq!((failure.code, failure.param.as_deref()), (code, Some(param)));
     };
-    use Code::{FimNotSupported, InvalidValue, UnsupportedModality, UnsupportedValue};
+    use Code::{InvalidValue, UnsupportedModality, UnsupportedValue};
     check(chat(&json!({"messages": [{"role": "robot"}]})), InvalidValue, "messages[0].role");
     check(chat(&json!({"messages": [{"role": "user", "images": ["x"]}]})), UnsupportedModality, "messages[0].images");
     check(chat(&json!({"format": "yaml"})), InvalidValue, "format");
     check(chat(&json!({"options": {"temperature": 3}})), InvalidValue, "options.temperature");
     check(chat(&json!({"think": "utmost"})), InvalidValue, "think");
-    check(generate(&json!({"prompt": "a", "suffix": "b"})), FimNotSupported, "suffix");
     check(generate(&json!({"prompt": "a", "context": [1]})), UnsupportedValue, "context");
     check(generate(&json!({"prompt": "a", "template": "{{ . }}"})), UnsupportedValue, "template");
 }

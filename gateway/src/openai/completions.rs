@@ -42,13 +42,9 @@ pub(crate) fn read(body: &Value, head: impl FnOnce(&str) -> Head) -> Result<Requ
     let mut unknown = Vec::new();
     let mut top = Node::root(body).object()?;
     let model = top.read("model", |node| node.text())?.unwrap_or_default().to_owned();
-    if let Some(node) = top.get("suffix")
-        && !node.text()?.is_empty()
-    {
-        return Err(node.refuse(Code::FimNotSupported, "the model is not known to fill gaps; leave the suffix out"));
-    }
+    let suffix = top.get("suffix").map(|node| Ok::<_, Failure>((node.text()?, node))).transpose()?.filter(|(text, _)| !text.is_empty());
     let prompt_node = top.require("prompt")?;
-    let prompts = prompts(&prompt_node)?;
+    let mut prompts = prompts(&prompt_node)?;
     let n = top.read("n", |node| node.int(1..=4).map(ask::clamped))?.unwrap_or(1);
     if let Some(node) = top.get("best_of")
         && node.int(1..=20)? != i64::from(n)
@@ -65,10 +61,18 @@ pub(crate) fn read(body: &Value, head: impl FnOnce(&str) -> Head) -> Result<Requ
         }
         let text = |prompt: &Prompt| match prompt {
             Prompt::Text(text) => Some(text.clone()),
-            Prompt::Tokens(_) | Prompt::Chat(_) => None,
+            Prompt::Tokens(_) | Prompt::Chat(_) | Prompt::Infill(_) => None,
         };
         let texts: Option<Vec<_>> = prompts.iter().map(text).collect();
         echo = Some(texts.ok_or_else(|| node.refuse(Code::UnsupportedValue, "token ids cannot be repeated as text"))?);
+    }
+    if let Some((suffix, node)) = suffix {
+        for prompt in &mut prompts {
+            *prompt = match std::mem::replace(prompt, Prompt::Text(String::new())) {
+                Prompt::Text(prefix) => Prompt::Infill(v1::Infill { prefix, suffix: suffix.to_owned() }),
+                _ => return Err(node.refuse(Code::UnsupportedValue, "goes with a text, not with token ids")),
+            };
+        }
     }
     let options = top.read("stream_options", |node| super::chat::stream_options(&node, &mut unknown))?;
     let generate = v1::GenerateRequest {

@@ -27,6 +27,7 @@ fn prompts_are_text_or_tokens_one_or_several() {
         let prompt = |request: v1::GenerateRequest| match request.prompt {
             Some(Prompt::Text(text)) => text,
             Some(Prompt::Tokens(tokens)) => format!("{:?}", tokens.ids),
+            Some(Prompt::Infill(gap)) => format!("{}…{}", gap.prefix, gap.suffix),
             _ => panic!("no chat"),
         };
         accepted(&body).requests.into_iter().map(prompt).collect()
@@ -35,6 +36,9 @@ fn prompts_are_text_or_tokens_one_or_several() {
     assert_eq!(texts(json!({"prompt": ["a", "b"], "n": 2})), ["a", "a", "b", "b"]);
     assert_eq!(texts(json!({"prompt": [1, 2]})), ["[1, 2]"]);
     assert_eq!(texts(json!({"prompt": [[1], [2, 3]]})), ["[1]", "[2, 3]"]);
+    assert_eq!(texts(json!({"prompt": ["a", ""], "suffix": "z"})), ["a…z", "…z"]);
+    let request = accepted(&json!({"prompt": "a", "suffix": "z", "echo": true}));
+    assert_eq!(request.style.echoed(0), "a");
     let request = accepted(&json!({"prompt": "a", "logprobs": 2, "best_of": 1, "user": "u", "stop": "x", "suffix": ""}));
     let generate = &request.requests[0];
     assert_eq!((generate.max_tokens, generate.top_logprobs, generate.stop.len(), request.unknown.len()), (Some(16), Some(2), 1, 0));
@@ -46,7 +50,7 @@ fn refusals_name_the_field() {
         let failure = read(&body, head).expect_err("a refusal");
         assert_eq!((failure.code, failure.param.as_deref()), (code, Some(param)), "{body}");
     };
-    use Code::{FimNotSupported, InvalidValue, MissingParameter, UnsupportedValue};
+    use Code::{InvalidValue, MissingParameter, UnsupportedValue};
     check(json!({}), MissingParameter, "prompt");
     check(json!({"prompt": []}), InvalidValue, "prompt");
     check(json!({"prompt": [[]]}), InvalidValue, "prompt[0]");
@@ -54,7 +58,8 @@ fn refusals_name_the_field() {
     check(json!({"prompt": ["a", 1]}), InvalidValue, "prompt[1]");
     check(json!({"prompt": vec!["a"; 9]}), InvalidValue, "prompt");
     check(json!({"prompt": {}}), InvalidValue, "prompt");
-    check(json!({"prompt": "a", "suffix": "b"}), FimNotSupported, "suffix");
+    check(json!({"prompt": [1], "suffix": "b"}), UnsupportedValue, "suffix");
+    check(json!({"prompt": "a", "suffix": 1}), InvalidValue, "suffix");
     check(json!({"prompt": "a", "n": 5}), InvalidValue, "n");
     check(json!({"prompt": "a", "best_of": 2}), UnsupportedValue, "best_of");
     check(json!({"prompt": "a", "logprobs": 6}), InvalidValue, "logprobs");

@@ -228,6 +228,19 @@ impl Models for Service {
     type ConvertStream = ReceiverStream<Result<v1::JobEvent, Status>>;
     type VerifyStream = ReceiverStream<Result<v1::JobEvent, Status>>;
     type SynthStream = ReceiverStream<Result<v1::JobEvent, Status>>;
+    type CopyStream = ReceiverStream<Result<v1::JobEvent, Status>>;
+
+    async fn copy(&self, _: Request<v1::CopyRequest>) -> Result<Response<Self::CopyStream>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
+
+    async fn remove(&self, _: Request<v1::RemoveRequest>) -> Result<Response<v1::RemoveResponse>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
+
+    async fn show(&self, _: Request<v1::ShowRequest>) -> Result<Response<v1::ShowResponse>, Status> {
+        Err(Status::unimplemented("no test needs it"))
+    }
 
     async fn convert(&self, _: Request<v1::ConvertRequest>) -> Result<Response<Self::ConvertStream>, Status> {
         Err(Status::unimplemented("no test needs it"))

@@ -125,8 +125,12 @@ async fn completions_take_raw_text() {
     let options = json!({"prompt": [1, 2], "stream": true, "stream_options": {"include_usage": true}});
     let streamed = post(gateway.address, "/completions", &options).await;
     assert!(streamed.text().contains(r#""text":"x""#) && streamed.text().ends_with("data: [DONE]\n\n"), "{}", streamed.text());
+    // Whether a gap can be filled is the model's to say.
+    fake.script([Step::Refuse(code::with_param(code::status(code::FIM_NOT_SUPPORTED, "no such tokens"), "suffix"))]);
     let refused = post(gateway.address, "/v1/completions", &json!({"prompt": "a", "suffix": "b"})).await;
     assert_eq!(refused.error(), (422, "fim_not_supported".to_owned()));
+    let gap = v1::Infill { prefix: "a".into(), suffix: "b".into() };
+    assert_eq!(fake.requests()[2].prompt, Some(Prompt::Infill(gap)));
 }
 
 #[tokio::test]

@@ -2,24 +2,27 @@
 //! message; nothing is ever left out but by the commands that say so.
 
 use flash_proto::v1::Message;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     args::{Generation, Settings},
     reply::message,
 };
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Turn {
     pub(super) user: String,
     /// What came, stopped or not.
     pub(super) assistant: String,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Conversation {
+    #[serde(default)]
     pub(super) system: Option<String>,
     pub(super) turns: Vec<Turn>,
     /// A message that was not answered: it did not fit, or the daemon failed. /retry sends it.
+    #[serde(default)]
     pub(super) unsent: Option<String>,
 }
 
@@ -36,6 +39,10 @@ impl Conversation {
         self.unsent = None;
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.turns.is_empty() && self.unsent.is_none()
+    }
+
     /// How many turns were there to forget.
     pub(super) fn drop_oldest(&mut self, turns: usize) -> usize {
         self.turns.drain(..turns.min(self.turns.len())).count()
@@ -46,6 +53,24 @@ impl Conversation {
         self.unsent.take().or_else(|| Some(self.turns.pop()?.user))
     }
 }
+
+/// What /set knows.
+pub(super) const PARAMETERS: [&str; 14] = [
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repeat_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+    "max_tokens",
+    "stop",
+    "expert_cache",
+    "memory",
+    "ctx",
+    "keep_alive",
+];
 
 /// Sets one parameter by its name; `default` unsets it. True if it is a setting of the daemon.
 pub(super) fn set(generation: &mut Generation, settings: &mut Settings, name: &str, value: &str) -> Result<bool, String> {
@@ -84,23 +109,24 @@ pub(super) fn parameters(generation: &Generation, settings: &Settings) -> String
         value.as_ref().map_or("default".into(), T::to_string)
     }
     let stop = if generation.stop.is_empty() { "default".into() } else { generation.stop.join(", ") };
-    let rows = [
-        ("temperature", shown(&generation.temperature)),
-        ("top_p", shown(&generation.top_p)),
-        ("top_k", shown(&generation.top_k)),
-        ("min_p", shown(&generation.min_p)),
-        ("repeat_penalty", shown(&generation.repeat_penalty)),
-        ("frequency_penalty", shown(&generation.frequency_penalty)),
-        ("presence_penalty", shown(&generation.presence_penalty)),
-        ("seed", shown(&generation.seed)),
-        ("max_tokens", shown(&generation.max_tokens)),
-        ("stop", stop),
-        ("expert_cache", shown(&settings.expert_cache)),
-        ("memory", shown(&settings.memory)),
-        ("ctx", shown(&settings.ctx)),
-        ("keep_alive", shown(&settings.keep_alive)),
+    let values = [
+        shown(&generation.temperature),
+        shown(&generation.top_p),
+        shown(&generation.top_k),
+        shown(&generation.min_p),
+        shown(&generation.repeat_penalty),
+        shown(&generation.frequency_penalty),
+        shown(&generation.presence_penalty),
+        shown(&generation.seed),
+        shown(&generation.max_tokens),
+        stop,
+        shown(&settings.expert_cache),
+        shown(&settings.memory),
+        shown(&settings.ctx),
+        shown(&settings.keep_alive),
     ];
-    rows.map(|(name, value)| format!("  {name:20}{value}")).join("\n")
+    let row = |(name, value): (&str, String)| format!("  {name:20}{value}");
+    PARAMETERS.into_iter().zip(values).map(row).collect::<Vec<_>>().join("\n")
 }
 
 #[cfg(test)]

@@ -8,12 +8,19 @@ pub(super) const COMMANDS: &[(&str, &str, &str)] = &[
     ("/drop", "[N]", "forget the oldest turn, or the N oldest"),
     ("/undo", "", "forget the last turn"),
     ("/retry", "", "answer the last message again"),
+    ("/edit", "", "change the last message in $EDITOR and send it anew; a new one if there is none"),
+    ("/file", "PATH", "add a file to the next message"),
+    ("/copy", "", "put the last answer on the clipboard"),
     ("/system", "[TEXT]", "set the system prompt, or remove it"),
     ("/set", "[PARAM VALUE]", "set temperature, top_k, max_tokens, expert_cache …; `default` unsets; alone lists them"),
-    ("/show", "", "the model, the settings and the system prompt"),
+    ("/think", "[HOW]", "on, off, or an effort: low, medium, high; show or hide what is thought"),
+    ("/format", "[json|FILE|off]", "hold answers to JSON, or to a schema in a file"),
+    ("/show", "[WHAT]", "info, params, system or template; alone all but the template"),
     ("/stats", "", "what the daemon is doing, and what the last answer cost"),
-    ("/model", "NAME", "go on with another model"),
+    ("/model", "[NAME]", "go on with another model; alone says which it is"),
     ("/models", "", "what is installed"),
+    ("/save", "[NAME]", "keep the conversation, under a name"),
+    ("/load", "[NAME]", "go on with another conversation; alone lists them"),
     ("/exit", "", "leave (also /bye, /quit, Ctrl-D)"),
 ];
 
@@ -31,16 +38,39 @@ pub(super) enum Input {
     Drop(usize),
     Undo,
     Retry,
+    Edit,
+    File(String),
+    Copy,
+    /// `None` asks.
+    Think(Option<String>),
+    Format(Option<String>),
+    Save(Option<String>),
+    Load(Option<String>),
     System(Option<String>),
     Set(Option<(String, String)>),
-    Show,
+    Show(Show),
     Stats,
-    Model(String),
+    Model(Option<String>),
     Models,
     Exit,
     /// What is wrong with the line.
     Wrong(String),
 }
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Show {
+    All,
+    Info,
+    Params,
+    System,
+    Template,
+}
+
+/// What /show takes.
+pub(super) const SHOWN: [(&str, Show); 4] =
+    [("info", Show::Info), ("params", Show::Params), ("system", Show::System), ("template", Show::Template)];
+/// What /think takes.
+pub(super) const THINKING: [&str; 7] = ["on", "off", "low", "medium", "high", "show", "hide"];
 
 pub(super) fn parse(line: &str) -> Input {
     let trimmed = line.trim();
@@ -49,6 +79,10 @@ pub(super) fn parse(line: &str) -> Input {
             Some(whole) => say(whole),
             None => Input::Open(rest.into()),
         };
+    }
+    // What was pasted or typed as several lines is no command, even if it begins as one.
+    if trimmed.contains('\n') {
+        return say(line);
     }
     // A second slash makes the first one text.
     if let Some(text) = trimmed.strip_prefix("//") {
@@ -82,15 +116,27 @@ fn command(line: &str) -> Input {
         },
         "/undo" => Input::Undo,
         "/retry" => Input::Retry,
+        "/edit" => Input::Edit,
+        "/copy" => Input::Copy,
+        "/file" => text().map_or_else(|| Input::Wrong("/file takes the path of a file".into()), Input::File),
+        "/think" if rest.is_empty() || THINKING.contains(&rest) => Input::Think(text()),
+        "/think" => Input::Wrong(format!("/think takes one of {}, not `{rest}`", THINKING.join(", "))),
+        "/format" => Input::Format(text()),
+        "/save" => Input::Save(text()),
+        "/load" => Input::Load(text()),
         "/system" => Input::System(text()),
         "/set" => match rest.split_once(char::is_whitespace) {
             Some((param, value)) => Input::Set(Some((param.into(), value.trim().into()))),
             None if rest.is_empty() => Input::Set(None),
             None => Input::Wrong(format!("/set {rest} takes a value; `default` unsets it")),
         },
-        "/show" => Input::Show,
+        "/show" if rest.is_empty() => Input::Show(Show::All),
+        "/show" => match SHOWN.iter().find(|(name, _)| *name == rest) {
+            Some((_, what)) => Input::Show(*what),
+            None => Input::Wrong(format!("/show takes one of {}, not `{rest}`", SHOWN.map(|(name, _)| name).join(", "))),
+        },
         "/stats" => Input::Stats,
-        "/model" => text().map_or_else(|| Input::Wrong("/model takes a name; /models lists them".into()), Input::Model),
+        "/model" => Input::Model(text()),
         "/models" => Input::Models,
         "/exit" => Input::Exit,
         _ => Input::Wrong(format!("{typed} is not a command; /help lists them, and // at the start sends a line that begins with /")),
@@ -99,7 +145,7 @@ fn command(line: &str) -> Input {
 
 pub(super) fn help() -> String {
     let lines: Vec<String> = COMMANDS.iter().map(|(name, argument, what)| format!("  {:24}{what}", format!("{name} {argument}"))).collect();
-    let keys = "\n  \"\"\"                     begins and ends a message of several lines\n  Ctrl-C                  stops an answer; what came of it is kept";
+    let keys = "\n  \"\"\"                     begins and ends a message of several lines\n  Alt-Enter               begins another line of the message\n  Ctrl-C                  stops an answer; what came of it is kept";
     lines.join("\n") + keys
 }
 
@@ -123,11 +169,19 @@ mod tests {
         check("/set", Input::Set(None));
         check("/drop", Input::Drop(1));
         check("/drop 3", Input::Drop(3));
-        check("/model a/b", Input::Model("a/b".into()));
+        check("/model a/b", Input::Model(Some("a/b".into())));
+        check("/model", Input::Model(None));
+        check("/show", Input::Show(Show::All));
+        check("/show template", Input::Show(Show::Template));
+        check("/think off", Input::Think(Some("off".into())));
+        check("/file a b.txt", Input::File("a b.txt".into()));
+        check("/save", Input::Save(None));
+        check("// a comment\nint x;", Input::Say("// a comment\nint x;".into()));
+        check("/etc/fstab\n/etc/passwd", Input::Say("/etc/fstab\n/etc/passwd".into()));
         check("\"\"\"one line\"\"\"", Input::Say("one line".into()));
         check("\"\"\"first", Input::Open("first".into()));
         check("\"\"\"", Input::Open(String::new()));
-        for wrong in ["/drop 0", "/drop x", "/set temperature", "/model", "/nonsense", "/etc/fstab says no", "/"] {
+        for wrong in ["/drop 0", "/drop x", "/set temperature", "/file", "/show x", "/think x", "/nonsense", "/etc/fstab says no", "/"] {
             assert!(matches!(parse(wrong), Input::Wrong(_)), "{wrong}");
         }
     }

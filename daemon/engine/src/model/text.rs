@@ -40,7 +40,29 @@ pub struct Text {
     compiler: OnceLock<Compiler>,
     end_ids: Vec<u32>,
     sampling: Sampling,
+    /// As the model's files have it; empty if they have none.
+    template_source: String,
+    infill: Option<&'static Infill>,
 }
+
+/// Special tokens that frame a gap: before what precedes it, before what follows it, and before what fills it.
+struct Infill {
+    tokens: [&'static str; 3],
+    /// What ends a filling beside the model's own ends, where the tokenizer has it: the next file of a repository, or padding.
+    ends: &'static [&'static str],
+}
+
+const INFILLS: &[Infill] = &[
+    // Qwen's coders, CodeGemma.
+    Infill {
+        tokens: ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
+        ends: &["<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|file_separator|>"],
+    },
+    // StarCoder, Granite.
+    Infill { tokens: ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"], ends: &["<fim_pad>", "<reponame>", "<file_sep>"] },
+    // DeepSeek's coders.
+    Infill { tokens: ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"], ends: &[] },
+];
 
 impl fmt::Debug for Text {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -62,10 +84,13 @@ impl Text {
         let of_model: Ends = files::json(&dir.join("config.json"), files::JSON_MAX)?;
         let mut end_ids = generation.ends.ids().or(of_model.ids()).unwrap_or_default();
         end_ids.extend(special.get("eos_token").and_then(Value::as_str).and_then(|token| tokenizer.id(token)));
+        let infill = INFILLS.iter().find(|infill| infill.tokens.iter().all(|token| tokenizer.id(token).is_some()));
+        end_ids.extend(infill.into_iter().flat_map(|infill| infill.ends).filter_map(|token| tokenizer.id(token)));
         end_ids.sort_unstable();
         end_ids.dedup();
 
         let sources = config.templates(dir, config_path)?;
+        let template_source = sources.first().map(|(_, source)| source.clone()).unwrap_or_default();
         let dialect = sources.last().map_or_else(Dialect::default, |(_, source)| Dialect::of(source));
         let mut templates = sources
             .into_iter()
@@ -73,7 +98,19 @@ impl Text {
         let (template, tool_template) = (templates.next().transpose()?, templates.next().transpose()?);
         let marks = dialect.marks().filter_map(|mark| Some((tokenizer.id(mark)?, mark))).collect();
         let think_id = tokenizer.id(THINK.0).filter(|_| dialect.thinks);
-        Ok(Self { tokenizer, template, tool_template, dialect, marks, think_id, compiler: OnceLock::new(), end_ids, sampling })
+        Ok(Self {
+            tokenizer,
+            template,
+            tool_template,
+            dialect,
+            marks,
+            think_id,
+            compiler: OnceLock::new(),
+            end_ids,
+            sampling,
+            template_source,
+            infill,
+        })
     }
 
     /// Token ids of a rendered chat: special tokens written in it are recognised and none is added, as transformers does
@@ -85,6 +122,32 @@ impl Text {
     /// As [`Text::encode`], with what the tokenizer puts around a text that no template has framed (a begin-of-text token).
     pub fn encode_raw(&self, text: &str) -> Result<Vec<u32>, Error> {
         self.tokenizer.encode(text, true)
+    }
+
+    /// The prompt whose reply stands between two texts.
+    pub fn infill(&self, prefix: &str, suffix: &str) -> Result<String, Error> {
+        let [before, after, here] = self.infill.ok_or(Error::Infill)?.tokens;
+        Ok(format!("{before}{prefix}{after}{suffix}{here}"))
+    }
+
+    /// It has tokens that frame a gap.
+    pub fn infills(&self) -> bool {
+        self.infill.is_some()
+    }
+
+    /// The chat template as the model's files have it; empty if they have none.
+    pub fn template_source(&self) -> &str {
+        &self.template_source
+    }
+
+    /// Its way of calling tools is known.
+    pub fn calls_tools(&self) -> bool {
+        self.dialect.calls.is_some()
+    }
+
+    /// It marks what it thinks.
+    pub fn thinks(&self) -> bool {
+        self.dialect.thinks
     }
 
     /// The chat template applied; the generation prompt is added unless the last message is to be continued.
@@ -397,6 +460,39 @@ mod tests {
         assert_eq!(text.end_ids(), [8189, 8191]);
         assert_eq!(*text.sampling(), Sampling { temperature: 0.7, top_p: 0.9, top_k: 40, ..Sampling::greedy() });
         assert_eq!((text.vocab_size(), text.token_bytes(8191), text.token_bytes(9999)), (8192, &b""[..], &b""[..]));
+    }
+
+    #[test]
+    fn a_gap_is_framed_in_the_tokenizers_own_way() {
+        let text = Text::open(&bundled()).unwrap();
+        assert!(!text.infills() && matches!(text.infill("a", "b"), Err(Error::Infill)));
+        let json = fs::read_to_string(bundled().join("tokenizer.json")).unwrap();
+        for Infill { tokens, ends } in INFILLS {
+            // In the places of ordinary tokens, which nobody misses here.
+            let mut tokenizer: Value = serde_json::from_str(&json).unwrap();
+            let names: Vec<&str> = tokens.iter().chain(ends.iter()).copied().collect();
+            let vocab = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+            let longest: Vec<String> =
+                vocab.iter().filter(|(token, _)| token.len() > 9).take(names.len()).map(|(token, _)| token.clone()).collect();
+            let ids: Vec<Value> = longest.iter().map(|token| vocab.remove(token).unwrap()).collect();
+            let merges = tokenizer["model"]["merges"].as_array_mut().unwrap();
+            merges.retain(|merge| {
+                let whole = merge.as_array().map(|pair| pair.iter().filter_map(Value::as_str).collect::<String>());
+                let whole = whole.unwrap_or_else(|| merge.as_str().unwrap().replacen(' ', "", 1));
+                !longest.iter().any(|token| whole.contains(token.as_str()))
+            });
+            for (name, id) in names.iter().zip(&ids) {
+                tokenizer["model"]["vocab"].as_object_mut().unwrap().insert((*name).into(), id.clone());
+                let added = json!({ "id": id, "content": name, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true });
+                tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
+            }
+            let text = Text::open(changed(&[("tokenizer.json", Some(&tokenizer.to_string()))]).path()).unwrap();
+            assert!(text.infills(), "{tokens:?}");
+            let prompt = text.encode_raw(&text.infill("x", "y").unwrap()).unwrap();
+            let id = |at: usize| u32::try_from(ids[at].as_u64().unwrap()).unwrap();
+            assert_eq!((prompt.len(), prompt[0], prompt[2], prompt[4]), (5, id(0), id(1), id(2)), "{tokens:?}");
+            assert!((3..names.len()).all(|at| text.end_ids().contains(&id(at))), "{ends:?}");
+        }
     }
 
     #[test]

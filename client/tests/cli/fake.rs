@@ -39,6 +39,7 @@ type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 pub struct Seen {
     pub generate: Mutex<Vec<GenerateRequest>>,
     pub load: Mutex<Vec<LoadRequest>>,
+    pub removed: Mutex<Vec<String>>,
     /// A stream without end was dropped by its reader.
     pub cancelled: AtomicBool,
     /// A long stream had to wait for its reader.
@@ -120,6 +121,7 @@ impl Generate for Script {
                 (conversation(&chat), chat.messages.last().map(|message| message.content.clone()).unwrap_or_default())
             }
             Some(generate_request::Prompt::Text(text)) => (text.clone(), text),
+            Some(generate_request::Prompt::Infill(gap)) => (gap.prefix + " " + &gap.suffix, String::new()),
             _ => return Err(code::status(code::INVALID_VALUE, "no prompt")),
         };
         let prompt_tokens = words(&prompt);
@@ -177,6 +179,7 @@ impl Generate for Script {
 fn model() -> Model {
     Model {
         id: "tiny".into(),
+        path: "/m/tiny".into(),
         arch: "qwen3_moe".into(),
         params: 24_500_000,
         active_params: 6_100_000,
@@ -218,6 +221,7 @@ impl Models for Script {
     type ConvertStream = Events<JobEvent>;
     type VerifyStream = Events<JobEvent>;
     type SynthStream = Events<JobEvent>;
+    type CopyStream = Events<JobEvent>;
 
     async fn convert(&self, request: Request<ConvertRequest>) -> Answer<Self::ConvertStream> {
         match request.into_inner().model.as_str() {
@@ -249,6 +253,34 @@ impl Models for Script {
             "tiny" => job([progress("writing", 4000), job_done(&[])]),
             shape => Err(code::with_param(code::status(code::INVALID_VALUE, format!("`{shape}` is none of tiny, olmoe")), "shape")),
         }
+    }
+
+    async fn copy(&self, request: Request<CopyRequest>) -> Answer<Self::CopyStream> {
+        match request.into_inner().name.as_str() {
+            "bad/name" => Err(code::with_param(code::status(code::INVALID_VALUE, "`bad/name` is no name for a model"), "name")),
+            _ => job([progress("copying", 4000), job_done(&[])]),
+        }
+    }
+
+    async fn remove(&self, request: Request<RemoveRequest>) -> Answer<RemoveResponse> {
+        let path = request.into_inner().model;
+        self.seen.removed.lock().expect("no panic").push(path.clone());
+        Ok(Response::new(RemoveResponse { path, bytes: 53_000_000 }))
+    }
+
+    async fn show(&self, request: Request<ShowRequest>) -> Answer<ShowResponse> {
+        if request.into_inner().model == "nope" {
+            return Err(code::status(code::MODEL_NOT_FOUND, "no model named `nope` is installed; available: tiny"));
+        }
+        let chat_template = "{{ messages }}\n".into();
+        Ok(Response::new(ShowResponse {
+            model: Some(model()),
+            chat_template,
+            thinks: true,
+            temperature: 0.7,
+            top_p: 1.0,
+            ..ShowResponse::default()
+        }))
     }
 
     async fn list(&self, _: Request<ListRequest>) -> Answer<ListResponse> {

@@ -1,0 +1,223 @@
+//! The arguments of the commands that talk to a model, and what they share: sampling, thinking, the daemon's settings.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+/// Answer one prompt and exit; without a prompt, at a terminal, talk in turns
+#[derive(Args, Debug)]
+#[command(after_help = "\
+The prompt is PROMPT, then each FILE, then standard input if it is not a terminal, with blank lines between them.
+
+Examples:
+  flashctl run local \"Why is the sky blue?\"
+  flashctl run local -f notes.txt \"Summarise this\" --max-tokens 200
+  echo \"Once upon a time\" | flashctl run local --raw --temperature 0")]
+pub(crate) struct RunArgs {
+    /// Name from `flashctl models`, `local` for the default one, or the path of a checkpoint
+    pub(crate) model: String,
+    /// What to say; words are joined by spaces
+    pub(crate) prompt: Vec<String>,
+    /// Add a file to the prompt; may be repeated
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) file: Vec<PathBuf>,
+    /// System prompt
+    #[arg(short, long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    /// Continue the text as it is, without the chat template
+    #[arg(long, conflicts_with = "system")]
+    pub(crate) raw: bool,
+    /// Write what stands between the prompt and this text, with a model that can
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["system", "raw"])]
+    pub(crate) suffix: Option<String>,
+    /// Print speed and cache figures to standard error afterwards (at a terminal they always are)
+    #[arg(long)]
+    pub(crate) stats: bool,
+    /// Print the answer when it is complete
+    #[arg(long)]
+    pub(crate) no_stream: bool,
+    /// What the answer must be: `json` for any JSON object, or a file with a JSON schema
+    #[arg(long, value_name = "json|SCHEMA.json")]
+    pub(crate) format: Option<PathBuf>,
+    /// Give up (124) after so long: 30, 90s, 5m
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub(crate) timeout: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) generation: Generation,
+    #[command(flatten)]
+    pub(crate) thinking: Thinking,
+    #[command(flatten)]
+    pub(crate) settings: Settings,
+}
+
+/// Talk to a model in turns
+#[derive(Args, Debug)]
+#[command(after_help = "\
+In the chat, /help lists the commands, \"\"\" begins and ends a message of several lines, Ctrl-C stops an answer, \
+Ctrl-D leaves. The conversation is kept in $FLASH_HOME/sessions, where only you can read it, and never shortened \
+without being asked to; of those without a name the latest 100 are kept.")]
+pub(crate) struct ChatArgs {
+    /// Name from `flashctl models`, `local` for the default one, or the path of a checkpoint [default: local, or the one
+    /// that the conversation had]
+    pub(crate) model: Option<String>,
+    /// Go on with the conversation used last
+    #[arg(short = 'c', long = "continue", conflicts_with = "session")]
+    pub(crate) resume: bool,
+    /// Go on with the conversation of this name, or begin it
+    #[arg(long, value_name = "NAME")]
+    pub(crate) session: Option<String>,
+    /// System prompt
+    #[arg(short, long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    /// What each answer must be: `json` for any JSON object, or a file with a JSON schema
+    #[arg(long, value_name = "json|SCHEMA.json")]
+    pub(crate) format: Option<PathBuf>,
+    /// Print speed and cache figures after each answer
+    #[arg(long)]
+    pub(crate) stats: bool,
+    /// Keep neither what is typed nor the conversation, unless that has a name
+    #[arg(long)]
+    pub(crate) no_history: bool,
+    #[command(flatten)]
+    pub(crate) generation: Generation,
+    #[command(flatten)]
+    pub(crate) thinking: Thinking,
+    #[command(flatten)]
+    pub(crate) settings: Settings,
+}
+
+/// Absent values are the model's own.
+#[derive(Args, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[command(next_help_heading = "Sampling")]
+pub(crate) struct Generation {
+    /// Randomness; 0 always takes the most likely token
+    #[arg(short, long, value_name = "T")]
+    pub(crate) temperature: Option<f32>,
+    /// Keep the most likely tokens up to this share of probability
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f32>,
+    /// Keep the K most likely tokens; 0 = all
+    #[arg(short = 'k', long, value_name = "K")]
+    pub(crate) top_k: Option<u32>,
+    /// Drop tokens less likely than P times the most likely one
+    #[arg(long, value_name = "P")]
+    pub(crate) min_p: Option<f32>,
+    /// Divide the scores of tokens that were used; 1 = off
+    #[arg(long, value_name = "R")]
+    pub(crate) repeat_penalty: Option<f32>,
+    /// Lower the scores of tokens by how often they were used
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
+    pub(crate) frequency_penalty: Option<f32>,
+    /// Lower the scores of tokens that were used at all
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
+    pub(crate) presence_penalty: Option<f32>,
+    /// The same seed gives the same answer
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// End the answer after N tokens
+    #[arg(short = 'n', long, value_name = "N")]
+    pub(crate) max_tokens: Option<u32>,
+    /// End the answer before this text; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+}
+
+impl Generation {
+    /// These, and `other`'s where they are absent.
+    pub(crate) fn or(self, other: Self) -> Self {
+        Self {
+            temperature: self.temperature.or(other.temperature),
+            top_p: self.top_p.or(other.top_p),
+            top_k: self.top_k.or(other.top_k),
+            min_p: self.min_p.or(other.min_p),
+            repeat_penalty: self.repeat_penalty.or(other.repeat_penalty),
+            frequency_penalty: self.frequency_penalty.or(other.frequency_penalty),
+            presence_penalty: self.presence_penalty.or(other.presence_penalty),
+            seed: self.seed.or(other.seed),
+            max_tokens: self.max_tokens.or(other.max_tokens),
+            stop: if self.stop.is_empty() { other.stop } else { self.stop },
+        }
+    }
+}
+
+/// For models that think before they answer.
+#[derive(Args, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[command(next_help_heading = "Thinking")]
+pub(crate) struct Thinking {
+    /// Let the model think first, with this effort if it knows efforts: low, medium or high
+    #[arg(long, value_name = "EFFORT", num_args = 0..=1, require_equals = true, default_missing_value = "", conflicts_with = "no_think")]
+    pub(crate) think: Option<String>,
+    /// Ask for an answer without thinking
+    #[arg(long)]
+    pub(crate) no_think: bool,
+    /// Do not show what it thinks (off a terminal it never is)
+    #[arg(long)]
+    pub(crate) hide_thinking: bool,
+}
+
+/// Settings of the daemon; absent ones stay as they are.
+#[derive(Args, Clone, Debug, Default, PartialEq)]
+#[command(next_help_heading = "Memory and context (these stay set in the daemon)")]
+pub(crate) struct Settings {
+    /// Experts kept in memory: 25%, 512MiB or auto
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) expert_cache: Option<String>,
+    /// Cap on the daemon's memory: 12GiB or auto
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory: Option<String>,
+    /// Tokens of a conversation, answers included
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) ctx: Option<u32>,
+    /// How long an idle model stays loaded: 5m, 0, -1 for ever
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
+    pub(crate) keep_alive: Option<String>,
+}
+
+/// Show a text as the model sees it: token ids, and how many
+#[derive(Args, Debug)]
+pub(crate) struct TokenizeArgs {
+    /// Name, `local`, or the path of a checkpoint
+    pub(crate) model: String,
+    /// The text; standard input if there is none
+    pub(crate) text: Vec<String>,
+    /// As a user's message, through the chat template
+    #[arg(long)]
+    pub(crate) chat: bool,
+}
+
+/// "30", "90s", "5m", "1.5h", "200ms".
+fn parse_time(text: &str) -> Result<Duration, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor = match unit {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => return Err(format!("`{unit}` is none of ms, s, m, h")),
+    };
+    let seconds = number.parse::<f64>().map_err(|_| "not a time such as 30, 90s or 5m".to_owned())?;
+    Duration::try_from_secs_f64(seconds * factor).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_read() {
+        let check =
+            |text: &str, expected: Option<f64>| assert_eq!(parse_time(text).ok().map(|time| time.as_secs_f64()), expected, "{text}");
+        check("30", Some(30.0));
+        check("90s", Some(90.0));
+        check("5m", Some(300.0));
+        check("1.5h", Some(5400.0));
+        check("200ms", Some(0.2));
+        for bad in ["", "s", "-1", "5 parsecs", "1e400", "99999999999999999999999h"] {
+            check(bad, None);
+        }
+    }
+}
