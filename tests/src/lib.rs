@@ -12,6 +12,8 @@ pub mod http;
 pub mod reference;
 pub mod rng;
 pub mod scripted;
+#[cfg(target_os = "linux")]
+pub mod soak;
 pub mod tiny_model;
 
 /// How long a condition may take to come true before a test gives up. Generous: machines are busy, and nothing is
