@@ -136,6 +136,28 @@ def message_tool_runner():
     assert (last.content[0].text, paths) == ("It says hello.", ["a b.txt"]), last
 
 
+def more_tokens_than_fit():
+    answer = ai.chat.completions.create(model="scripted", messages=[user("SAY[[Hi.]]END")], max_tokens=10**12)
+    assert answer.choices[0].message.content == "Hi.", answer
+    answer = claude.messages.create(model="scripted", max_tokens=10**7, messages=[user("SAY[[Hi.]]END")], timeout=120)
+    assert answer.content[0].text == "Hi.", answer
+
+
+def two_at_once():
+    """As Claude Code's first prompt: a title in a form, and the answer with tools."""
+    def title():
+        form = {"format": {"type": "json_schema", "schema": PERSON}}
+        told = [user(f"SAY[[{json.dumps(ADA)}]]END")]
+        return claude.messages.create(model="scripted", max_tokens=32000, messages=told, timeout=120, extra_body={"output_config": form})
+    def main():
+        tool = {"name": "read_file", "description": "Reads a file.", "input_schema": PATH}
+        return claude.messages.create(model="scripted", max_tokens=32000, messages=[user(READ)], tools=[tool], timeout=120)
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.submit(title), pool.submit(main)
+    assert json.loads(first.result().content[0].text) == ADA, first.result()
+    assert second.result().content[0].input == {"path": "a b.txt"}, second.result()
+
+
 def retries_wait_as_told():
     """Nothing listens at this gateway's socket: 503, and Retry-After says 2 seconds."""
     def ask(client):
@@ -182,4 +204,4 @@ def message_errors():
 
 run([chat_tool_round, streamed_chat_tools, forced_chat_tool, chat_schema, several_choices, completions, embeddings_are_refused,
      response_tool_round, streamed_response, stored_response, message_tool_round, message_tool_runner, streamed_message, counted_tokens,
-     one_models_body, message_errors, retries_wait_as_told])
+     one_models_body, message_errors, more_tokens_than_fit, two_at_once, retries_wait_as_told])
