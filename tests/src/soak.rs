@@ -181,7 +181,7 @@ fn run(address: &str, asks: &[Ask], connections: usize, time: Duration) -> Resul
         for round in number.. {
             let ask = &asks[rng.below(asks.len())];
             let leave = round % 2 == 0;
-            let events = leave.then(|| rng.below(20));
+            let events = leave.then(|| rng.below(5));
             let said = read(address, ask.path, &ask.body, events)?;
             if let Some(said) = &said {
                 ensure!(*said == ask.alone, "{} told {said:?}, and alone {:?}", ask.path, ask.alone);
