@@ -236,6 +236,8 @@ mod tests {
             expert_bytes: 1,
             trunk_bytes: 1,
             packed: false,
+            tools: false,
+            thinks: false,
         };
         let entry = |id: &&str| match id.strip_prefix('!') {
             Some(id) => {

@@ -24,6 +24,7 @@ pub(crate) enum Code {
     PreviousResponseNotFound,
     ModelNotFound,
     ResponseNotFound,
+    ThreadNotFound,
     UnknownUrl,
     MethodNotAllowed,
     RequestTooLarge,
@@ -62,6 +63,7 @@ impl Code {
             Self::PreviousResponseNotFound => ("previous_response_not_found", 400, INVALID),
             Self::ModelNotFound => (code::MODEL_NOT_FOUND, 404, INVALID),
             Self::ResponseNotFound => ("response_not_found", 404, INVALID),
+            Self::ThreadNotFound => ("thread_not_found", 404, INVALID),
             Self::UnknownUrl => ("unknown_url", 404, INVALID),
             Self::MethodNotAllowed => ("method_not_allowed", 405, INVALID),
             Self::RequestTooLarge => ("request_too_large", 413, INVALID),
@@ -165,7 +167,12 @@ impl Failure {
             Code::ContextLength => prompt_too_long(&self.message),
             _ => None,
         };
-        json!({"type": "error", "error": {"type": kind, "message": message.as_ref().unwrap_or(&self.message)}, "request_id": request_id})
+        let mut error = json!({"type": kind, "message": message.as_ref().unwrap_or(&self.message)});
+        if self.code == Code::ThreadNotFound {
+            // By this the SDKs know to send the whole conversation.
+            error["details"] = json!({"error_code": self.code.row().0});
+        }
+        json!({"type": "error", "error": error, "request_id": request_id})
     }
 
     pub(crate) fn ollama(&self) -> Value {

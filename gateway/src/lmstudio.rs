@@ -44,7 +44,7 @@ fn v0(model: &v1::Model) -> Value {
     json!({
         "id": model.id, "object": "model", "type": "llm", "publisher": publisher(model), "arch": model.arch,
         "compatibility_type": "safetensors", "quantization": model.quantization, "state": state,
-        "max_context_length": model.context_length, "capabilities": ["tool_use"],
+        "max_context_length": model.context_length, "capabilities": if model.tools { &["tool_use"][..] } else { &[] },
     })
 }
 
@@ -59,6 +59,6 @@ fn described(model: &v1::Model) -> Value {
         "quantization": {"name": model.quantization, "bits_per_weight": digits.parse::<u32>().ok()},
         "size_bytes": model.size_bytes, "params_string": parameters(model.params),
         "loaded_instances": loaded.into_iter().collect::<Vec<_>>(), "max_context_length": model.context_length,
-        "format": "safetensors", "capabilities": {"vision": false, "trained_for_tool_use": true},
+        "format": "safetensors", "capabilities": {"vision": false, "trained_for_tool_use": model.tools},
     })
 }

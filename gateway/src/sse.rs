@@ -49,6 +49,9 @@ pub(crate) fn comment(out: &mut String) {
     out.push_str(": keepalive\n\n");
 }
 
+/// The end of OpenAI's older streams.
+pub(crate) const DONE: &str = "data: [DONE]\n\n";
+
 /// Appends a line of JSON, which is how Ollama streams.
 pub(crate) fn line(value: &impl Serialize, out: &mut String) {
     out.extend([&json(value), "\n"]);

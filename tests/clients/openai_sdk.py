@@ -8,10 +8,11 @@ gateway that was started with --api-key; without it the 401 is not tried. Exits 
 
 import sys
 import time
-import traceback
 import urllib.request
 
 import openai
+
+from cases import raises, run
 
 BASE_URL, SOCKET = sys.argv[1].rstrip("/"), sys.argv[2]
 KEYED_BASE_URL = sys.argv[3].rstrip("/") if len(sys.argv) > 3 else None
@@ -105,13 +106,8 @@ def closed_stream():
 
 
 def fails(kind, status, code, act):
-    try:
-        act()
-    except kind as error:
-        assert error.status_code == status, error
-        assert error.code == code, error
-    else:
-        raise AssertionError(f"{kind.__name__} was not raised")
+    error = raises(kind, act)
+    assert (error.status_code, error.code) == (status, code), error
 
 
 def bad_request():
@@ -133,21 +129,6 @@ def wrong_key():
     fails(openai.AuthenticationError, 401, "invalid_api_key", lambda: keyed.models.list())
 
 
-def main():
-    tests = [models, completion, streamed_completion, usage_chunk, stop_string, log_probabilities, equal_seeds, closed_stream,
-             bad_request, unknown_model]
-    tests += [wrong_key] if KEYED_BASE_URL else []
-    failed = 0
-    for test in tests:
-        try:
-            test()
-            print(f"ok      {test.__name__}")
-        except Exception:
-            failed += 1
-            print(f"FAILED  {test.__name__} (daemon at {SOCKET})")
-            traceback.print_exc(file=sys.stdout)
-    print(f"{len(tests) - failed} passed, {failed} failed")
-    sys.exit(1 if failed else 0)
-
-
-main()
+cases = [models, completion, streamed_completion, usage_chunk, stop_string, log_probabilities, equal_seeds, closed_stream, bad_request,
+         unknown_model]
+run(cases + ([wrong_key] if KEYED_BASE_URL else []), f" (daemon at {SOCKET})")

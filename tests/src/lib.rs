@@ -13,6 +13,8 @@ pub mod reference;
 pub mod rng;
 pub mod scripted;
 #[cfg(target_os = "linux")]
+pub mod soak;
+#[cfg(target_os = "linux")]
 pub mod terminal;
 pub mod tiny_model;
 

@@ -3,7 +3,7 @@
 //! `scripted` and by tests.
 //!
 //! The last directive in the prompt counts, wherever it stands:
-//! - `SAY[[text]]END` answers with that text;
+//! - `SAY[[text]]END` answers with that text, of which `<think>` and `</think>` are thoughts;
 //! - `CALL[[["tool",{"argument":1}]]]END` calls tools: a list of turns, each a list of calls. After the last turn the answer is the text
 //!   of a `SAY` behind it, or `done`.
 
@@ -39,7 +39,11 @@ const TEMPLATE: &str = r#"{%- if tools %}
     {%- if message.role == 'tool' %}
         {{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}
     {%- elif not (tools and loop.first and message.role == 'system') %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content }}
+        {{- '<|im_start|>' + message.role + '\n' }}
+        {%- if message.reasoning_content %}
+            {{- '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}
+        {%- endif %}
+        {{- message.content }}
         {%- for call in message.tool_calls %}
             {{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson + '}\n</tool_call>' }}
         {%- endfor %}

@@ -403,6 +403,10 @@ pub struct ModelInfo {
     pub expert_bytes: Bytes,
     /// Everything that is not a routed expert.
     pub trunk_bytes: Bytes,
+    /// It can be given tools: its template shows them, and its way of calling them is known here.
+    pub tools: bool,
+    /// It may think before it answers.
+    pub thinks: bool,
 }
 
 /// Counters and gauges of a loaded engine, for stats; taken between steps.

@@ -611,6 +611,8 @@ pub(super) fn loaded_model(model: &Model, info: &ModelInfo, state: &State) -> v1
         expert_bytes: info.expert_bytes,
         trunk_bytes: info.trunk_bytes,
         packed: info.packed,
+        tools: info.tools,
+        reasoning: info.thinks,
         ..v1::Model::default()
     }
 }

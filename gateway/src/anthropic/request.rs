@@ -19,6 +19,7 @@ use crate::{
 /// What Anthropic's API requires and some clients leave out.
 const MAX_TOKENS: u32 = 4096;
 const IMAGE: &str = "[image omitted]";
+const FAILED: &str = "[the tool failed]\n";
 
 /// One request, read and checked; `generate.model` is still what the client wrote.
 #[derive(Debug)]
@@ -59,6 +60,7 @@ pub(crate) fn read(body: &Value) -> Result<Request, Failure> {
         max_tokens: Some(top.read("max_tokens", ask::tokens)?.unwrap_or(MAX_TOKENS)),
         keep_alive: ask::keep_alive(&mut top)?,
         format,
+        cache_prompt: marked(body),
         ..Default::default()
     };
     let stream = top.read("stream", |node| node.flag())?.unwrap_or(false);
@@ -76,6 +78,15 @@ pub(crate) fn counted(body: &Value) -> Result<Counted, Failure> {
     Ok(Counted { model, chat, unknown })
 }
 
+/// Whether the client has marked the end of the prompt as one to be kept: on the request, or on the last block.
+fn marked(body: &Value) -> bool {
+    fn last(list: &Value) -> &Value {
+        list.as_array().and_then(|list| list.last()).unwrap_or(&Value::Null)
+    }
+    let message = last(&body["messages"]);
+    [body, message, last(&message["content"])].into_iter().any(|value| !value["cache_control"].is_null())
+}
+
 fn model(top: &mut Object<'_>) -> Result<String, Failure> {
     Ok(top.read("model", |node| node.text())?.unwrap_or_default().to_owned())
 }
@@ -88,6 +99,9 @@ struct Said {
 }
 
 fn said(top: &mut Object<'_>, unknown: &mut Vec<String>) -> Result<Said, Failure> {
+    if let Some(node) = top.get("thread") {
+        thread(&node)?;
+    }
     let Offered { mut tools, deferred } = top.read("tools", |node| offered(&node, unknown))?.unwrap_or_default();
     let mut turns = Turns::default();
     if let Some(text) = top.read("system", |node| system(&node, unknown))?.filter(|text| !text.is_empty()) {
@@ -128,6 +142,17 @@ fn said(top: &mut Object<'_>, unknown: &mut Vec<String>) -> Result<Said, Failure
     top.ignore(&["inference_geo", "speed", "betas", "user_profile_id", "diagnostics"]);
     let chat = v1::Chat { messages, template_kwargs_json: variables.json(), continue_final_message, tools: tools.list, tool_choice };
     Ok(Said { chat, format: format.filter(|_| !forced), thinking })
+}
+
+/// The SDKs' tool runners have the server keep a conversation, and send all of it once they hear that it is not kept.
+fn thread(node: &Node<'_>) -> Result<(), Failure> {
+    match node.object()?.require("type")?.text()? {
+        "continue" => {
+            let message = "Conversations are not kept here; send all of its messages.";
+            Err(Failure::at(Code::ThreadNotFound, format!("{}.previous_message_id", node.path), message))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Whether thinking is shown.
@@ -303,8 +328,10 @@ impl Conversation<'_> {
                     None => self.result(&node)?,
                 },
             };
-            self.turns.result(id, result);
-            block.ignore(&["is_error", "cache_control"]);
+            // Templates know results only; the model is to know that this is none.
+            let failed = block.read("is_error", |node| node.flag())?.unwrap_or(false);
+            self.turns.result(id, if failed { format!("{FAILED}{result}") } else { result });
+            block.ignore(&["cache_control"]);
             block.finish(self.unknown);
         }
         if !text.is_empty() || self.turns.messages.len() == before {

@@ -80,7 +80,7 @@ fn a_tool_loop_keeps_its_shape() {
         ("system", "remember"),
         ("assistant", "I look."),
         ("tool", "one\n[image omitted]"),
-        ("tool", "two"),
+        ("tool", "[the tool failed]\ntwo"),
         ("tool", ""),
         ("user", "and?"),
     ];
@@ -92,6 +92,23 @@ fn a_tool_loop_keeps_its_shape() {
     );
     assert_eq!((chat.messages[4].tool_call_id.as_deref(), chat.messages[4].name.as_deref()), (Some("2"), Some("Bash")));
     assert!(!chat.continue_final_message);
+}
+
+#[test]
+fn a_marked_end_is_kept() {
+    let check = |extra: Value, wanted: bool| assert_eq!(accepted(&with(extra.clone())).generate.cache_prompt, wanted, "{extra}");
+    let ephemeral = json!({"type": "ephemeral"});
+    let said = |mark: &Value| json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b", "cache_control": mark}]);
+    check(json!({}), false);
+    check(json!({"cache_control": ephemeral}), true);
+    check(json!({"messages": [{"role": "user", "content": said(&ephemeral)}]}), true);
+    check(json!({"messages": [{"role": "user", "content": said(&Value::Null)}]}), false);
+    check(json!({"messages": [{"role": "user", "content": "a", "cache_control": ephemeral}]}), true);
+    // The prompt goes on behind these.
+    check(json!({"system": said(&ephemeral)}), false);
+    check(json!({"messages": [{"role": "user", "content": said(&ephemeral)}, {"role": "user", "content": "c"}]}), false);
+    let turned = json!([{"type": "text", "text": "a", "cache_control": ephemeral}, {"type": "text", "text": "b"}]);
+    check(json!({"messages": [{"role": "user", "content": turned}]}), false);
 }
 
 #[test]
@@ -171,7 +188,10 @@ fn refusals_name_the_field() {
         let failure = read(&body).expect_err("a refusal");
         assert_eq!((failure.code, failure.param.as_deref()), (code, param), "{body}: {}", failure.message);
     };
-    use Code::{InvalidValue, MissingParameter, UnsupportedModality};
+    use Code::{InvalidValue, MissingParameter, ThreadNotFound, UnsupportedModality};
+    let thread = json!({"type": "continue", "previous_message_id": "msg_1"});
+    check(with(json!({"thread": thread})), ThreadNotFound, Some("thread.previous_message_id"));
+    assert!(accepted(&with(json!({"thread": {"type": "create"}}))).unknown.is_empty());
     check(json!({}), MissingParameter, Some("messages"));
     check(json!({"messages": []}), InvalidValue, Some("messages"));
     check(with(json!({"messages": [{"role": "robot", "content": ""}]})), InvalidValue, Some("messages[0].role"));

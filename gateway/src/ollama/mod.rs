@@ -71,9 +71,11 @@ pub(crate) async fn show(Asked { call, body }: Asked) -> Result<Json<Value>, Fai
         of("block_count"): model.layers, of("expert_count"): model.experts, of("expert_used_count"): model.top_k,
         of("vocab_size"): model.vocab_size,
     });
+    let able = [(true, "completion"), (model.tools, "tools"), (model.reasoning, "thinking")];
+    let capabilities: Vec<_> = able.into_iter().filter(|(able, _)| *able).map(|(_, name)| name).collect();
     Ok(Json(json!({
         "license": "", "modelfile": "", "parameters": "", "template": "", "details": details(model), "model_info": info,
-        "capabilities": ["completion", "tools", "thinking"], "modified_at": rfc3339(model.modified),
+        "capabilities": capabilities, "modified_at": rfc3339(model.modified),
     })))
 }
 

@@ -11,7 +11,7 @@ use crate::{
     ask::tools::{Names, Unquoted, unquoted},
     config::ReasoningField,
     reply::Collected,
-    sse::{self, Item},
+    sse,
 };
 
 /// What the request says about its reply.
@@ -85,18 +85,7 @@ impl Chunks {
         Self { style, choices: (0..n).map(|_| State::default()).collect() }
     }
 
-    pub(crate) fn write(&mut self, item: Item<'_>, out: &mut String) {
-        match item {
-            Item::Event(choice, event) => self.event(choice, event, out),
-            Item::Heartbeat => sse::comment(out),
-            Item::Failed(failure) => {
-                sse::data(&failure.openai(), out);
-                out.push_str("data: [DONE]\n\n");
-            }
-        }
-    }
-
-    fn event(&mut self, choice: usize, event: &Event, out: &mut String) {
+    pub(crate) fn event(&mut self, choice: usize, event: &Event, out: &mut String) {
         let ends_thinking = match event {
             Event::Text(text) => text.channel() == Channel::Content && !text.text.is_empty(),
             Event::ToolCall(_) | Event::Done(_) => true,
@@ -193,7 +182,7 @@ impl Chunks {
             let usages: Vec<_> = dones.iter().map(|done| done.usage.unwrap_or_default()).collect();
             self.chunk(Vec::new(), Some(Some(usage(&[&usages]))), dones.first().map(|done| measured(done)), out);
         }
-        out.push_str("data: [DONE]\n\n");
+        out.push_str(sse::DONE);
     }
 
     fn choice(

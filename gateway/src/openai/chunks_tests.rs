@@ -47,7 +47,7 @@ fn part(index: u32, name: &str, arguments: &str) -> Event {
 fn deltas(style: Style, n: u32, events: &[(usize, Event)]) -> Vec<Value> {
     let mut chunks = Chunks::new(style, n);
     let mut out = String::new();
-    events.iter().for_each(|(choice, event)| chunks.write(Item::Event(*choice, event), &mut out));
+    events.iter().for_each(|(choice, event)| chunks.event(*choice, event, &mut out));
     let lines = out.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|line| *line != "[DONE]");
     let chunk = |line: &str| serde_json::from_str::<Value>(line).expect("JSON")["choices"][0].clone();
     lines.map(chunk).map(|choice| json!([choice["index"], choice["delta"], choice["finish_reason"]])).collect()
@@ -67,7 +67,7 @@ fn events_become_chunks() {
         let mut chunks = Chunks::new(Style { include_usage, ..style() }, 1);
         let mut out = String::new();
         for event in [start(), Event::Progress(v1::Progress::default()), text("Hé"), text(""), done(v1::done::Finish::Length)] {
-            chunks.write(Item::Event(0, &event), &mut out);
+            chunks.event(0, &event, &mut out);
         }
         let usual = r#"data: {"id":"chatcmpl-1","created":1795394228,"model":"m","system_fingerprint":"fp_flash","object":"chat.completion.chunk","#;
         let wanted: String =
@@ -197,7 +197,7 @@ fn several_choices_share_a_prompt_and_an_end() {
     let mut chunks = Chunks::new(Style { include_usage: true, ..style() }, 2);
     let mut out = String::new();
     let mut write = |choice, event: Event| {
-        chunks.write(Item::Event(choice, &event), &mut out);
+        chunks.event(choice, &event, &mut out);
         out.matches("[DONE]").count()
     };
     assert_eq!([write(0, start()), write(1, start()), write(1, text("b")), write(0, text("a")), write(1, done(Finish::Stop))], [0; 5]);

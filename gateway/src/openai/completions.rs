@@ -10,7 +10,7 @@ use crate::{
     error::{Code, Failure},
     json::Node,
     reply::{Collected, Piece},
-    sse::{self, Item},
+    sse,
 };
 
 const PROMPTS_MAX: usize = 8;
@@ -203,18 +203,7 @@ impl Chunks {
         Self { style, choices: vec![(0, None); choices] }
     }
 
-    pub(crate) fn write(&mut self, item: Item<'_>, out: &mut String) {
-        match item {
-            Item::Event(choice, event) => self.event(choice, event, out),
-            Item::Heartbeat => sse::comment(out),
-            Item::Failed(failure) => {
-                sse::data(&failure.openai(), out);
-                out.push_str("data: [DONE]\n\n");
-            }
-        }
-    }
-
-    fn event(&mut self, choice: usize, event: &Event, out: &mut String) {
+    pub(crate) fn event(&mut self, choice: usize, event: &Event, out: &mut String) {
         let style = &self.style;
         let said = match event {
             Event::Accepted(accepted) => {
@@ -240,7 +229,7 @@ impl Chunks {
             if self.style.include_usage {
                 sse::data(&self.style.body(Vec::new(), Some(Some(self.style.usage(&usages)))), out);
             }
-            out.push_str("data: [DONE]\n\n");
+            out.push_str(sse::DONE);
         }
     }
 }

@@ -82,7 +82,7 @@ fn events_become_chunks() {
         (0, done(Finish::Stop)),
         (1, done(Finish::Length)),
     ] {
-        chunks.write(Item::Event(choice, &event), &mut out);
+        chunks.event(choice, &event, &mut out);
     }
     let choice = |index: u32, text: &str, finish: &str| {
         format!("\"choices\":[{{\"index\":{index},\"text\":\"{text}\",\"logprobs\":null,\"finish_reason\":{finish}}}],\"usage\":null")

@@ -8,6 +8,7 @@ pub(crate) mod responses;
 pub(crate) mod types;
 
 use axum::response::Response;
+use flash_proto::v1::generate_event::Event;
 
 use self::{
     chunks::{Chunks, Style},
@@ -19,11 +20,25 @@ use crate::{
     error::{Code, Failure},
     json::Node,
     router::unique_id,
+    sse::{self, Item},
 };
 
 /// What all of a reply's chunks repeat.
 fn head(prefix: &str, model: &str) -> Head {
     Head { id: format!("{prefix}-{}", unique_id()), created: call::now(), model: call::shown(model), system_fingerprint: String::new() }
+}
+
+/// A writer of streams as both routes have them: events as `event` writes them, comments while there are none, and what fails before the
+/// end.
+fn writer(mut event: impl FnMut(usize, &Event, &mut String) + Send + 'static) -> impl FnMut(Item<'_>, &mut String) + Send + 'static {
+    move |item, out| match item {
+        Item::Event(choice, said) => event(choice, said, out),
+        Item::Heartbeat => sse::comment(out),
+        Item::Failed(failure) => {
+            sse::data(&failure.openai(), out);
+            out.push_str(sse::DONE);
+        }
+    }
 }
 
 /// `POST /v1/chat/completions`.
@@ -36,7 +51,7 @@ pub(crate) async fn chat(Asked { call, body }: Asked) -> Result<Response, Failur
     let requests = ask::choices(generate, n);
     if stream {
         let mut chunks = Chunks::new(style, n);
-        return call.stream(requests, Framing::Events, move |item, out| chunks.write(item, out)).await;
+        return call.stream(requests, Framing::Events, writer(move |choice, event, out| chunks.event(choice, event, out))).await;
     }
     let replies = call.collect(requests).await?;
     Ok(chunks::completion(style, &replies, |body| call::json(body, &replies)))
@@ -48,7 +63,7 @@ pub(crate) async fn completions(Asked { call, body }: Asked) -> Result<Response,
     call.app.note_unknown(&unknown)?;
     if stream {
         let mut chunks = completions::Chunks::new(style, requests.len());
-        return call.stream(requests, Framing::Events, move |item, out| chunks.write(item, out)).await;
+        return call.stream(requests, Framing::Events, writer(move |choice, event, out| chunks.event(choice, event, out))).await;
     }
     let replies = call.collect(requests).await?;
     Ok(call::json(&style.completion(&replies), &replies))

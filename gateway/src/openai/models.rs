@@ -107,7 +107,9 @@ fn describe(model: &v1::Model, list: &v1::ListResponse) -> Value {
         "loaded": state == "loaded", "state": state, "aliases": aliases,
         "problem": Some(&model.problem).filter(|problem| !problem.is_empty()),
         // Of this gateway with this model: what the routes refuse is not promised.
-        "capabilities": {"tools": true, "vision": false, "reasoning": true, "json_schema": true, "embeddings": false, "completion": true},
+        "capabilities": {
+            "tools": model.tools, "vision": false, "reasoning": model.reasoning, "json_schema": true, "embeddings": false, "completion": true,
+        },
         "meta": {
             "arch": model.arch, "n_params": model.params, "n_active_params": model.active_params, "n_experts": model.experts,
             "top_k": model.top_k, "quant": model.quantization, "size_bytes": model.size_bytes, "vocab_size": model.vocab_size,

@@ -37,6 +37,8 @@ async fn ollama_lists_models_under_their_bare_ids() {
     assert_eq!((&running["name"], &running["size_vram"], &running["context_length"]), (&json!("flash-tiny-moe"), &json!(77), &json!(2048)));
     let shown = post(address, "/api/show", &json!({"name": "flash-tiny-moe:latest"})).await.json();
     assert_eq!(shown["capabilities"], json!(["completion", "tools", "thinking"]));
+    let shown_big = post(address, "/api/show", &json!({"model": "org/big"})).await.json();
+    assert_eq!(shown_big["capabilities"], json!(["completion"]));
     assert_eq!(shown["model_info"]["qwen3_moe.context_length"], 2048);
     let pulled = post(address, "/api/pull", &json!({"model": "flash-tiny-moe:latest"})).await;
     assert_eq!((pulled.text(), pulled.header("content-type")), ("{\"status\":\"success\"}\n", Some("application/x-ndjson")));
@@ -99,6 +101,7 @@ async fn lm_studio_lists_models_in_both_of_its_shapes() {
     let old = get(gateway.address, "/api/v0/models").await.json();
     let states: Vec<_> = old["data"].as_array().expect("data").iter().map(|model| (model["id"].clone(), model["state"].clone())).collect();
     assert_eq!(states, [(json!("org/big"), json!("not-loaded")), (json!("flash-tiny-moe"), json!("loaded"))]);
+    assert_eq!((&old["data"][0]["capabilities"], &old["data"][1]["capabilities"]), (&json!([]), &json!(["tool_use"])));
     assert_eq!(get(gateway.address, "/api/v0/models/org/big").await.json(), old["data"][0]);
     assert_eq!(get(gateway.address, "/api/v0/models/gpt-9").await.error(), (404, "model_not_found".to_owned()));
     let new = get(gateway.address, "/api/v1/models").await.json();

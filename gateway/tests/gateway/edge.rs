@@ -3,7 +3,7 @@
 use std::{io::Write, time::Duration};
 
 use flash_gateway::config::digest;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     Gateway,
@@ -46,6 +46,8 @@ async fn paths_and_methods() {
         ("GET", "/v1/models/gpt-4", 404, "model_not_found"),
         ("GET", "/v1/models/..%2f..%2fetc", 404, "model_not_found"),
         ("GET", "/v1/models/%ff", 404, "model_not_found"),
+        ("GET", "/v1/responses/%ff", 404, "response_not_found"),
+        ("DELETE", "/v1/responses/%ff", 404, "response_not_found"),
         ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
         ("DELETE", "/v1/models/org/big", 405, "method_not_allowed"),
         ("POST", "/health", 405, "method_not_allowed"),
@@ -73,6 +75,8 @@ async fn models_are_listed_for_every_sdk() {
     );
     assert_eq!((&first["loaded"], &first["aliases"], &first["context_length"]), (&json!(true), &json!(["local"]), &json!(2048)));
     assert_eq!(get(gateway.address, "/v1/models/local").await.json(), *first);
+    let able = |model: &Value| (model["capabilities"]["tools"].as_bool(), model["capabilities"]["reasoning"].as_bool());
+    assert_eq!((able(first), able(&list["data"][1])), ((Some(true), Some(true)), (Some(false), Some(false))));
 }
 
 #[tokio::test]

@@ -207,6 +207,8 @@ impl Models for Service {
             context_length: 2048,
             modified: 1_760_000_000,
             state: state.into(),
+            tools: id == "flash-tiny-moe",
+            reasoning: id == "flash-tiny-moe",
             ..Default::default()
         };
         let models = vec![model("org/big", v1::model::State::NotLoaded), model("flash-tiny-moe", v1::model::State::Ready)];

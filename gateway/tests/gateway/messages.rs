@@ -83,6 +83,12 @@ async fn refusals_have_anthropics_shape() {
     assert_eq!(error(&post(address, "/v1/messages", &body(json!({"model": "gpt-9"}))).await), (404, "not_found_error".to_owned()));
     assert_eq!(error(&post(address, "/v1/messages", &json!({})).await), (400, "invalid_request_error".to_owned()));
     assert_eq!(error(&call(address, "GET", "/v1/messages", &[], b"").await), (405, "invalid_request_error".to_owned()));
+    let thread = json!({"type": "continue", "previous_message_id": "msg_1"});
+    let lost = post(address, "/v1/messages", &body(json!({"thread": thread}))).await;
+    assert_eq!(
+        (error(&lost), &lost.json()["error"]["details"]),
+        ((404, "not_found_error".to_owned()), &json!({"error_code": "thread_not_found"}))
+    );
     let version = [("anthropic-version", "2023-06-01")];
     assert_eq!(error(&call(address, "GET", "/v1/models/gpt-9", &version, b"").await), (404, "not_found_error".to_owned()));
     let keyed = Gateway::with(&fake, |config| config.keys = vec![digest("one")]).await;

@@ -131,7 +131,8 @@ impl Model {
         let layers = (0..arch.layers.len()).map(|index| find.layer(index)).collect::<Result<Vec<_>, _>>()?;
         let tally = Tally::of(&embed, head.as_ref(), &norm, &layers);
         let size = packed.as_ref().map_or(weights.size(), |packed| tally.trunk_bytes + packed.len);
-        let info = ModelInfo { size_bytes: size, packed: packed.is_some(), ..info(dir, &arch, tally) };
+        let (tools, thinks) = super::text::abilities(dir);
+        let info = ModelInfo { size_bytes: size, packed: packed.is_some(), tools, thinks, ..info(dir, &arch, tally) };
         Ok(Self { info, embed, head, norm, layers, arch, weights, packed })
     }
 }
@@ -283,5 +284,7 @@ fn info(dir: &Path, arch: &Arch, tally: Tally<'_>) -> ModelInfo {
         vocab_size: arch.vocab,
         expert_bytes: tally.expert_bytes,
         trunk_bytes: tally.trunk_bytes,
+        tools: false,
+        thinks: false,
     }
 }

@@ -70,6 +70,17 @@ impl fmt::Debug for Text {
     }
 }
 
+/// Whether a checkpoint can be given tools, and whether it thinks, by its template alone; one that cannot be read does neither.
+pub(super) fn abilities(dir: &Path) -> (bool, bool) {
+    let path = dir.join("tokenizer_config.json");
+    let config: Option<TokenizerConfig> = files::json_if_any(&path, files::JSON_MAX).unwrap_or_default();
+    let sources = config.unwrap_or_default().templates(dir, path).unwrap_or_default();
+    let Some((_, source)) = sources.last() else { return (false, false) };
+    let dialect = Dialect::of(source);
+    let shown = || Template::new(source, serde_json::Map::new()).is_ok_and(|template| template.shows_tools());
+    (dialect.calls.is_some() && shown(), dialect.thinks || dialect.harmony())
+}
+
 impl Text {
     pub fn open(dir: &Path) -> Result<Self, Error> {
         let (arch, _) = Arch::read(dir)?;
@@ -539,6 +550,26 @@ mod tests {
         check(&[("chat_template.jinja", None)], Ok("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"));
         check(&[("chat_template.jinja", None), ("tokenizer_config.json", Some(&named.to_string()))], Ok("d</s>"));
         check(&[("chat_template.jinja", None), ("tokenizer_config.json", None)], Err("the chat template failed: this model has none"));
+    }
+
+    #[test]
+    fn a_template_tells_what_its_model_can_do() {
+        let check = |template: &str, expected: (bool, bool)| {
+            let dir = changed(&[("chat_template.jinja", Some(template))]);
+            assert_eq!(abilities(dir.path()), expected, "{template}");
+        };
+        check("{{ messages }}", (false, false));
+        check("{{ tools }}<tool_call>", (true, false));
+        check("<tool_call>", (false, false));
+        check("{{ tools }}", (false, false));
+        check("{{ tools }}<tool_call></think>", (true, true));
+        check("<|channel|><|message|>", (false, true));
+        check("{{ tools }}<tool_call>{% for x %}", (false, false));
+        let named = json!({ "chat_template": [{ "name": "default", "template": "d" }, { "name": "tool_use", "template": "{{ tools }}<tool_call>" }] });
+        let dir = changed(&[("chat_template.jinja", None), ("tokenizer_config.json", Some(&named.to_string()))]);
+        assert_eq!(abilities(dir.path()), (true, false));
+        let dir = changed(&[("chat_template.jinja", None), ("tokenizer_config.json", None)]);
+        assert_eq!(abilities(dir.path()), (false, false));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError};
 
 use axum::{
     Extension, Json,
-    extract::{Path, State},
+    extract::{Path, State, rejection::PathRejection},
     response::Response,
 };
 use flash_proto::v1;
@@ -82,19 +82,25 @@ pub(crate) async fn input_tokens(Asked { call, body }: Asked) -> Result<Json<Val
 pub(crate) async fn one(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, Failure> {
-    find(&app, &caller, &id).map(|stored| Json(stored.response.clone())).ok_or_else(not_found)
+    find(&app, &caller, &named(id)).map(|stored| Json(stored.response.clone())).ok_or_else(not_found)
 }
 
 /// `DELETE /v1/responses/{id}`.
 pub(crate) async fn delete(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, Failure> {
+    let id = named(id);
     let removed = app.responses.lock().unwrap_or_else(PoisonError::into_inner).remove(&id, &caller.client);
     if removed { Ok(Json(json!({"id": id, "object": "response", "deleted": true}))) } else { Err(not_found()) }
+}
+
+/// An id that is not UTF-8 names nothing.
+fn named(id: Result<Path<String>, PathRejection>) -> String {
+    id.map_or_else(|_| "\u{fffd}".to_owned(), |Path(id)| id)
 }
 
 fn not_found() -> Failure {

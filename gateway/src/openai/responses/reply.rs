@@ -51,7 +51,31 @@ impl Status {
     }
 }
 
+/// How a text stands in its item.
+#[derive(Clone, Copy)]
+struct Place {
+    /// In events' names.
+    text: &'static str,
+    part: &'static str,
+    index: &'static str,
+}
+
 impl Style {
+    /// Whether thoughts stand where their summary would: who asks for one looks only there.
+    fn summary(&self) -> bool {
+        !self.echo.reasoning["summary"].is_null()
+    }
+
+    fn place(&self, piece: &Piece) -> Place {
+        match piece {
+            Piece::Reasoning(_) if self.summary() => {
+                Place { text: "reasoning_summary_text", part: "reasoning_summary_part", index: "summary_index" }
+            }
+            Piece::Reasoning(_) => Place { text: "reasoning_text", part: "content_part", index: "content_index" },
+            Piece::Content { .. } | Piece::Call { .. } => Place { text: "output_text", part: "content_part", index: "content_index" },
+        }
+    }
+
     pub(crate) fn response(&self, reply: &Collected) -> Value {
         let status = Status::of(reply.finish());
         let last = reply.pieces.len().saturating_sub(1);
@@ -114,9 +138,12 @@ impl Style {
         let whole = status != Status::InProgress;
         let content: Vec<_> = whole.then(|| self.part(piece)).into_iter().collect();
         match piece {
-            Piece::Reasoning(_) => json!({
-                "id": id, "type": "reasoning", "summary": [], "content": content, "encrypted_content": null, "status": status.name(),
-            }),
+            Piece::Reasoning(_) => {
+                let (summary, content) = if self.summary() { (content, Vec::new()) } else { (Vec::new(), content) };
+                json!({
+                    "id": id, "type": "reasoning", "summary": summary, "content": content, "encrypted_content": null, "status": status.name(),
+                })
+            }
             Piece::Content { .. } => {
                 json!({"id": id, "type": "message", "status": status.name(), "role": "assistant", "content": content})
             }
@@ -141,7 +168,7 @@ impl Style {
     /// The only part of a text's content.
     fn part(&self, piece: &Piece) -> Value {
         match piece {
-            Piece::Reasoning(text) => json!({"type": "reasoning_text", "text": text}),
+            Piece::Reasoning(text) => json!({"type": if self.summary() { "summary_text" } else { "reasoning_text" }, "text": text}),
             Piece::Content { text, logprobs } => {
                 json!({"type": "output_text", "annotations": [], "logprobs": self.logprobs(logprobs), "text": text})
             }
@@ -217,16 +244,15 @@ impl Events {
         let at = self.collected.pieces.len().saturating_sub(1);
         match event {
             Event::Text(text) if !text.text.is_empty() || !text.logprobs.is_empty() => {
-                let mut fields = json!({"content_index": 0, "delta": text.text});
-                let kind = match self.collected.pieces.get(at) {
-                    Some(Piece::Content { .. }) => {
-                        fields["logprobs"] = self.style.logprobs(&text.logprobs);
-                        "response.output_text.delta"
-                    }
+                let piece = self.collected.pieces.get(at)?;
+                let place = self.style.place(piece);
+                let mut fields = json!({place.index: 0, "delta": text.text});
+                match piece {
+                    Piece::Content { .. } => fields["logprobs"] = self.style.logprobs(&text.logprobs),
                     _ if text.text.is_empty() => return None,
-                    _ => "response.reasoning_text.delta",
-                };
-                self.of_item(kind, at, fields, out);
+                    _ => {}
+                }
+                self.of_item(&format!("response.{}.delta", place.text), at, fields, out);
             }
             Event::ToolCall(part) => {
                 let (kind, delta) = match &mut self.custom {
@@ -252,6 +278,7 @@ impl Events {
     fn open(&mut self, at: usize, out: &mut String) {
         let piece = &self.collected.pieces[at];
         let item = self.style.item(at, piece, Status::InProgress);
+        let place = self.style.place(piece);
         let part = match piece {
             Piece::Reasoning(_) => Some(self.style.part(&Piece::Reasoning(String::new()))),
             Piece::Content { .. } => Some(self.style.part(&Piece::Content { text: String::new(), logprobs: Vec::new() })),
@@ -262,7 +289,7 @@ impl Events {
         };
         self.event("response.output_item.added", json!({"output_index": at, "item": item}), out);
         if let Some(part) = part {
-            self.of_item("response.content_part.added", at, json!({"content_index": 0, "part": part}), out);
+            self.of_item(&format!("response.{}.added", place.part), at, json!({place.index: 0, "part": part}), out);
         }
     }
 
@@ -272,14 +299,16 @@ impl Events {
         let piece = &self.collected.pieces[at];
         let item = self.style.item(at, piece, status);
         let part = self.style.part(piece);
+        let place = self.style.place(piece);
+        let said = format!("response.{}.done", place.text);
         match piece {
             Piece::Reasoning(text) => {
-                let fields = json!({"content_index": 0, "text": text});
-                self.of_item("response.reasoning_text.done", at, fields, out);
+                let fields = json!({place.index: 0, "text": text});
+                self.of_item(&said, at, fields, out);
             }
             Piece::Content { text, logprobs } => {
-                let fields = json!({"content_index": 0, "text": text, "logprobs": self.style.logprobs(logprobs)});
-                self.of_item("response.output_text.done", at, fields, out);
+                let fields = json!({place.index: 0, "text": text, "logprobs": self.style.logprobs(logprobs)});
+                self.of_item(&said, at, fields, out);
             }
             Piece::Call { .. } if item["type"] == "custom_tool_call" => {
                 self.of_item("response.custom_tool_call_input.done", at, json!({"input": item["input"]}), out);
@@ -289,7 +318,7 @@ impl Events {
             }
         }
         if !part.is_null() {
-            self.of_item("response.content_part.done", at, json!({"content_index": 0, "part": part}), out);
+            self.of_item(&format!("response.{}.done", place.part), at, json!({place.index: 0, "part": part}), out);
         }
         self.event("response.output_item.done", json!({"output_index": at, "item": item}), out);
     }

@@ -50,6 +50,28 @@ fn kinds(events: &[Value]) -> Vec<&str> {
 }
 
 #[test]
+fn who_asks_for_a_summary_is_told_the_thoughts_there() {
+    let body = json!({"input": "x", "reasoning": {"summary": "auto"}});
+    let events = stream(&body, &[start(), said(Channel::Reasoning, "h"), said(Channel::Reasoning, "m"), done(Finish::Stop)]);
+    let wanted = [
+        "created",
+        "in_progress",
+        "output_item.added",
+        "reasoning_summary_part.added",
+        "reasoning_summary_text.delta",
+        "reasoning_summary_text.delta",
+        "reasoning_summary_text.done",
+        "reasoning_summary_part.done",
+        "output_item.done",
+        "completed",
+    ];
+    assert_eq!(kinds(&events), wanted);
+    assert_eq!((&events[4]["summary_index"], &events[4]["delta"], &events[6]["text"]), (&json!(0), &json!("h"), &json!("hm")));
+    let item = &events[8]["item"];
+    assert_eq!((&item["summary"], &item["content"]), (&json!([{"type": "summary_text", "text": "hm"}]), &json!([])));
+}
+
+#[test]
 fn a_stream_has_the_recorded_order() {
     let events = stream(
         &json!({"input": "x"}),

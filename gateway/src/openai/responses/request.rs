@@ -48,7 +48,8 @@ pub(crate) struct Echo {
 impl Echo {
     fn of(body: &Value) -> Self {
         let or = |key: &str, default: Value| body.get(key).filter(|value| !value.is_null()).cloned().unwrap_or(default);
-        let of_reasoning = |key: &str| body["reasoning"].get(key).cloned().unwrap_or_default();
+        let of_reasoning = |key: &str| Some(&body["reasoning"][key]).filter(|value| !value.is_null()).cloned();
+        let summary = of_reasoning("summary").or_else(|| of_reasoning("generate_summary"));
         let mut text = or("text", json!({}));
         if text.get("format").is_none_or(Value::is_null) {
             text["format"] = json!({"type": "text"});
@@ -58,7 +59,7 @@ impl Echo {
             max_output_tokens: or("max_output_tokens", Value::Null),
             parallel_tool_calls: or("parallel_tool_calls", true.into()),
             previous_response_id: or("previous_response_id", Value::Null),
-            reasoning: json!({"effort": of_reasoning("effort"), "summary": of_reasoning("summary")}),
+            reasoning: json!({"effort": of_reasoning("effort"), "summary": summary}),
             temperature: or("temperature", json!(1.0)),
             text,
             tool_choice: or("tool_choice", "auto".into()),

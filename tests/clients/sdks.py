@@ -1,16 +1,19 @@
 """The real OpenAI and Anthropic SDKs as agents use them, against a gateway whose model says what it is told (tests/src/scripted.rs).
 
-Usage: agents.py BASE_URL. Exits 1 if anything failed.
+Usage: sdks.py BASE_URL LONELY_URL, the latter of a gateway without a daemon. Exits 1 if anything failed.
 """
 
 import json
 import sys
-import traceback
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import anthropic
 import openai
 
-BASE_URL = sys.argv[1].rstrip("/")
+from cases import raises, run
+
+BASE_URL, LONELY_URL = sys.argv[1].rstrip("/"), sys.argv[2].rstrip("/")
 ai = openai.OpenAI(base_url=BASE_URL + "/v1", api_key="not-needed", max_retries=0, timeout=120)
 claude = anthropic.Anthropic(base_url=BASE_URL, api_key="not-needed", max_retries=0, timeout=120)
 
@@ -75,12 +78,8 @@ def completions():
 
 
 def embeddings_are_refused():
-    try:
-        ai.embeddings.create(model="scripted", input="a")
-    except openai.UnprocessableEntityError as error:
-        assert error.code == "embeddings_not_supported", error
-    else:
-        raise AssertionError("no error")
+    error = raises(openai.UnprocessableEntityError, lambda: ai.embeddings.create(model="scripted", input="a"))
+    assert error.code == "embeddings_not_supported", error
 
 
 def response_tool_round():
@@ -124,6 +123,54 @@ def message_tool_round():
     assert (second.content[0].text, second.stop_reason) == ("It says hello.", "end_turn"), second
 
 
+def message_tool_runner():
+    paths = []
+
+    @anthropic.beta_tool
+    def read_file(path: str) -> str:
+        """Reads a file."""
+        paths.append(path)
+        return "hello"
+
+    last = claude.beta.messages.tool_runner(model="scripted", max_tokens=500, messages=[user(READ)], tools=[read_file]).until_done()
+    assert (last.content[0].text, paths) == ("It says hello.", ["a b.txt"]), last
+
+
+def more_tokens_than_fit():
+    answer = ai.chat.completions.create(model="scripted", messages=[user("SAY[[Hi.]]END")], max_tokens=10**12)
+    assert answer.choices[0].message.content == "Hi.", answer
+    answer = claude.messages.create(model="scripted", max_tokens=10**7, messages=[user("SAY[[Hi.]]END")], timeout=120)
+    assert answer.content[0].text == "Hi.", answer
+
+
+def two_at_once():
+    """As Claude Code's first prompt: a title in a form, and the answer with tools."""
+    def title():
+        form = {"format": {"type": "json_schema", "schema": PERSON}}
+        told = [user(f"SAY[[{json.dumps(ADA)}]]END")]
+        return claude.messages.create(model="scripted", max_tokens=32000, messages=told, timeout=120, extra_body={"output_config": form})
+    def main():
+        tool = {"name": "read_file", "description": "Reads a file.", "input_schema": PATH}
+        return claude.messages.create(model="scripted", max_tokens=32000, messages=[user(READ)], tools=[tool], timeout=120)
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.submit(title), pool.submit(main)
+    assert json.loads(first.result().content[0].text) == ADA, first.result()
+    assert second.result().content[0].input == {"path": "a b.txt"}, second.result()
+
+
+def retries_wait_as_told():
+    """Nothing listens at this gateway's socket: 503, and Retry-After says 2 seconds."""
+    def ask(client):
+        start = time.monotonic()
+        error = raises((openai.APIStatusError, anthropic.APIStatusError), lambda: client.with_options(max_retries=1).models.list())
+        assert error.status_code == 503, error
+        return time.monotonic() - start
+    clients = openai.OpenAI(base_url=LONELY_URL + "/v1", api_key="x"), anthropic.Anthropic(base_url=LONELY_URL, api_key="x")
+    with ThreadPoolExecutor() as pool:
+        waited = list(pool.map(ask, clients))
+    assert all(seconds >= 1.9 for seconds in waited), waited
+
+
 def streamed_message():
     tool = {"name": "read_file", "description": "Reads a file.", "input_schema": PATH}
     with claude.messages.stream(model="scripted", max_tokens=500, messages=[user(READ)], tools=[tool]) as stream:
@@ -146,36 +193,15 @@ def one_models_body():
 
 
 def message_errors():
-    try:
-        claude.messages.create(model="gpt-9", max_tokens=10, messages=[user("Hi")])
-    except anthropic.NotFoundError as error:
-        assert error.body["error"]["type"] == "not_found_error" and error.request_id, error
-    else:
-        raise AssertionError("no error for an unknown model")
-    try:
-        claude.messages.create(model="scripted", max_tokens=10, messages=[user("word " * 200_000)])
-    except anthropic.BadRequestError as error:
-        message = error.body["error"]["message"]
-        assert message.startswith("prompt is too long: ") and message.endswith(" maximum"), message
-    else:
-        raise AssertionError("no error for a prompt that is too long")
+    def ask(**fields):
+        return lambda: claude.messages.create(max_tokens=10, **{"model": "scripted", "messages": [user("Hi")], **fields})
+    error = raises(anthropic.NotFoundError, ask(model="gpt-9"))
+    assert error.body["error"]["type"] == "not_found_error" and error.request_id, error
+    error = raises(anthropic.BadRequestError, ask(messages=[user("word " * 200_000)]))
+    message = error.body["error"]["message"]
+    assert message.startswith("prompt is too long: ") and message.endswith(" maximum"), message
 
 
-def main():
-    tests = [chat_tool_round, streamed_chat_tools, forced_chat_tool, chat_schema, several_choices, completions, embeddings_are_refused,
-             response_tool_round, streamed_response, stored_response, message_tool_round, streamed_message, counted_tokens,
-             one_models_body, message_errors]
-    failed = 0
-    for test in tests:
-        try:
-            test()
-            print(f"ok      {test.__name__}")
-        except Exception:
-            failed += 1
-            print(f"FAILED  {test.__name__}")
-            traceback.print_exc(file=sys.stdout)
-    print(f"{len(tests) - failed} passed, {failed} failed")
-    sys.exit(1 if failed else 0)
-
-
-main()
+run([chat_tool_round, streamed_chat_tools, forced_chat_tool, chat_schema, several_choices, completions, embeddings_are_refused,
+     response_tool_round, streamed_response, stored_response, message_tool_round, message_tool_runner, streamed_message, counted_tokens,
+     one_models_body, message_errors, more_tokens_than_fit, two_at_once, retries_wait_as_told])
