@@ -213,12 +213,11 @@ unsafe fn scores_of<const T: usize, const W: usize>(
                     }
                 }
             }
-            for w in 0..W {
-                let token = first + w * LANES;
-                let scales = _mm512_loadu_ps(keys.add(BLOCK * d).cast::<f32>().add(token));
-                for t in 0..T {
-                    let position = block * BLOCK + token;
-                    let scores = _mm512_mul_ps(sums[t][w], _mm512_mul_ps(scales, _mm512_set1_ps(scratch.scales[t])));
+            for (t, sums) in sums.into_iter().enumerate() {
+                for (w, sum) in sums.into_iter().enumerate() {
+                    let (token, position) = (first + w * LANES, block * BLOCK + first + w * LANES);
+                    let scales = _mm512_loadu_ps(keys.add(BLOCK * d).cast::<f32>().add(token));
+                    let scores = _mm512_mul_ps(sum, _mm512_mul_ps(scales, _mm512_set1_ps(scratch.scales[t])));
                     let seen = keep(scores, counts[t].saturating_sub(position), _mm512_set1_ps(f32::NEG_INFINITY));
                     _mm512_storeu_ps(scratch.scores[t].as_mut_ptr().add(position), seen);
                 }
