@@ -170,6 +170,7 @@ pub(crate) fn completion(reply: &Reply, raw: bool, created: u64, cache_now: Opti
         "x_flash": {
             "ttft_ms": timing.ttft_ms, "prefill_tok_s": prefill, "decode_tok_s": decode, "queue_ms": timing.queue_ms,
             "expert_cache_hit_rate": hit_rate, "bytes_from_ssd": timing.ssd_bytes, "expert_cache": cache_now.map(cache),
+            "price": Some(&done.price).filter(|price| !price.is_empty()),
         },
     })
 }

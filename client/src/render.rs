@@ -128,6 +128,9 @@ pub(crate) fn summary(reply: &Reply, load: &LoadResponse) -> String {
         }
         let _ = write!(text, " · {} from SSD", bytes(timing.ssd_bytes));
     }
+    if !done.price.is_empty() {
+        let _ = write!(text, "\n{}", done.price);
+    }
     text
 }
 

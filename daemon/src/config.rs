@@ -47,9 +47,13 @@ pub struct RawConfig {
     /// Compute threads; auto = physical cores
     #[arg(long, value_name = "N")]
     pub threads: Option<Text>,
-    /// auto, cpu (fastest), reference (portable, f32), or mlx where it is built in
+    /// auto, cpu (fastest), fast-math (faster, and some tokens change), reference (portable, f32), or mlx where it is built in
     #[arg(long, value_name = "KIND")]
     pub kernels: Option<Text>,
+    /// Same as --kernels fast-math: prompts are read faster, replies tell what it costs
+    #[arg(long, conflicts_with = "kernels")]
+    #[serde(skip)]
+    pub fast_math: bool,
     /// How experts are read: auto (measured), direct, buffered, uring or mmap
     #[arg(long, value_name = "KIND")]
     pub io: Option<Text>,
@@ -275,6 +279,9 @@ impl Sources<'_> {
         let or_auto = |text: &str| if text == "auto" { Some(None) } else { at_least_1(text).map(Some) };
         let cache_wants = "a share such as 25%, a size such as 512MiB, or auto";
         let memory = |text: &str| if text == "auto" { Some(None) } else { parse_bytes(text).ok().map(Some) };
+        if self.flags.fast_math {
+            self.flags.kernels = Some("fast-math".into());
+        }
         Ok(Options {
             expert_cache: self.pick(
                 "expert_cache",
@@ -485,6 +492,12 @@ mod tests {
         check(off(), &[("FLASH_DISK_CACHE", "1GiB")], "disk_cache = '2GiB'", false);
         check(RawConfig::default(), &[("FLASH_DISK_CACHE", "off")], "", false);
         check(RawConfig::default(), &[], "disk_cache = 'off'", false);
+    }
+
+    #[test]
+    fn fast_math_is_a_choice_of_kernels() {
+        let fast = RawConfig { fast_math: true, ..RawConfig::default() };
+        assert_eq!(resolve(fast, &[("FLASH_KERNELS", "cpu")], "").expect("a good configuration").options.kernels, Kernels::FastMath);
     }
 
     #[test]

@@ -99,7 +99,15 @@ mod tests {
     fn done(prompt_tokens: usize, tokens: usize, [prefill, ttft, decode]: [u64; 3]) -> Done {
         let [prefill, ttft, decode] = [prefill, ttft, decode].map(Duration::from_millis);
         let timing = Timing { prefill, ttft, decode, ..Timing::default() };
-        Done { finish: Finish::Length, prompt_tokens, cached_tokens: 0, reasoning_tokens: 0, token_ids: vec![0; tokens], timing }
+        Done {
+            finish: Finish::Length,
+            prompt_tokens,
+            cached_tokens: 0,
+            reasoning_tokens: 0,
+            token_ids: vec![0; tokens],
+            timing,
+            price: None,
+        }
     }
 
     #[test]

@@ -24,6 +24,7 @@ pub struct Outcome {
     pub reasoning: String,
     pub calls: Vec<CallPart>,
     pub finish: Option<Finish>,
+    pub price: Option<&'static str>,
     pub error: Option<String>,
 }
 
@@ -86,6 +87,7 @@ pub fn run_with(engine: &mut Engine, requests: &[Late], between: &mut dyn FnMut(
                     outcome.ids = done.token_ids;
                     outcome.cached = done.cached_tokens;
                     outcome.finish = Some(done.finish);
+                    outcome.price = done.price;
                 }
                 Event::Failed(error) => outcome.error = Some(error.to_string()),
             }

@@ -41,6 +41,23 @@ fn check(what: &str, spec: Spec) -> Result<()> {
     Ok(())
 }
 
+/// Rounding that changes what a model says is asked for, and every reply tells of it; otherwise none does.
+#[test]
+fn fast_math_tells_its_price() -> Result<()> {
+    let dir = TempDir::new()?;
+    TinyModel::generate(Spec::default()).write(dir.path())?;
+    let prompt: Vec<u32> = PROMPT.iter().map(|&byte| u32::from(byte)).collect();
+    for kernels in [Kernels::Cpu, Kernels::FastMath] {
+        let mut engine = Engine::load(dir.path(), &Options { kernels, ..options() }, &mut |_| {})?;
+        let rounds = engine.report().kernels.ends_with("-int8");
+        assert!(!rounds || kernels == Kernels::FastMath);
+        let outcome = run(&mut engine, &[greedy(&prompt, 3)])?.remove(0);
+        assert_eq!((outcome.ids.len(), outcome.error), (3, None));
+        assert_eq!(outcome.price.is_some_and(|price| price.contains("perplexity")), rounds);
+    }
+    Ok(())
+}
+
 #[test]
 fn plain_floats_in_hugging_face_names() -> Result<()> {
     for float in [Float::F32, Float::F16, Float::Bf16] {

@@ -343,6 +343,8 @@ pub struct Done {
     /// Generated ids, end-of-turn token included.
     pub token_ids: Vec<u32>,
     pub timing: Timing,
+    /// What [`Kernels::FastMath`] may have changed; `None`: nothing.
+    pub price: Option<&'static str>,
 }
 
 /// Where a request's time went.

@@ -223,7 +223,8 @@ impl Engine {
         }
         let max_tokens = request.max_tokens.unwrap_or(usize::MAX).clamp(1, self.context - prompt);
         let client = request.client.clone();
-        let sequence = Sequence::new(RequestId(self.next_id), request, max_tokens, self.options.script.clone());
+        let mut sequence = Sequence::new(RequestId(self.next_id), request, max_tokens, self.options.script.clone());
+        sequence.price = self.backend.price();
         if let Some(cap) = self.options.memory {
             let needed = kv_bytes(self.backend.kv_block_bytes(), sequence.positions());
             let left = cap.saturating_sub(self.fixed_bytes() + self.slab.bytes(self.least_slots()));

@@ -21,6 +21,8 @@ pub(crate) struct Sequence {
     pub(crate) cached: usize,
     /// Those of them that were there already.
     pub(crate) reused: usize,
+    /// [`Done::price`]
+    pub(crate) price: Option<&'static str>,
     /// First tokens that are to be kept on disk.
     pub(crate) keep: usize,
     /// Its logits were not finite: nothing of what it computed is to be trusted.
@@ -77,6 +79,7 @@ impl Sequence {
             tokens: request.prompt,
             cached: 0,
             reused: 0,
+            price: None,
             keep: request.keep,
             suspect: false,
             blocks: Table::default(),
@@ -165,6 +168,7 @@ impl Sequence {
             reasoning_tokens: self.output.reasoning_tokens(),
             token_ids: self.tokens[self.prompt..].to_vec(),
             timing,
+            price: self.price,
         }
     }
 }

@@ -337,6 +337,7 @@ pub(super) fn done(done: Done) -> v1::GenerateEvent {
             ssd_bytes: timing.ssd_bytes,
         }),
         token_ids: done.token_ids,
+        price: done.price.unwrap_or_default().into(),
     }))
 }
 

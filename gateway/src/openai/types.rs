@@ -154,7 +154,7 @@ pub(crate) struct CompletionDetails {
 }
 
 /// Our own addition beside `usage`; null where nothing was measured.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct Measured {
     pub(crate) ttft_ms: f64,
     pub(crate) prefill_tok_s: Option<f64>,
@@ -162,6 +162,9 @@ pub(crate) struct Measured {
     pub(crate) queue_ms: f64,
     pub(crate) expert_cache_hit_rate: Option<f64>,
     pub(crate) bytes_from_ssd: u64,
+    /// What `--fast-math` may have changed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) price: Option<String>,
 }
 
 /// The prompt is read once for all choices of it.
@@ -194,6 +197,7 @@ pub(crate) fn measured(done: &v1::Done) -> Measured {
         queue_ms: timing.queue_ms,
         expert_cache_hit_rate: hit_rate,
         bytes_from_ssd: timing.ssd_bytes,
+        price: Some(done.price.clone()).filter(|price| !price.is_empty()),
     }
 }
 

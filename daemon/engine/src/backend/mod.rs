@@ -159,6 +159,14 @@ impl Backend {
         either!(self, backend => backend.slices(layer, ffn))
     }
 
+    pub(crate) fn price(&self) -> Option<&'static str> {
+        match self {
+            Self::Cpu(cpu) => cpu.price(),
+            #[cfg(feature = "mlx")]
+            Self::Mlx(_) => None,
+        }
+    }
+
     pub(crate) fn kernels(&self) -> &str {
         either!(self, backend => backend.kernels())
     }

@@ -218,6 +218,10 @@ impl Cpu {
         if let LayerFfn::Moe { record, .. } = &self.layers[layer].ffn { record.slices(ffn) } else { None }
     }
 
+    pub(crate) fn price(&self) -> Option<&'static str> {
+        self.isa.price
+    }
+
     pub(crate) fn kernels(&self) -> &'static str {
         self.isa.name
     }

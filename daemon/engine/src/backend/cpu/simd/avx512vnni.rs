@@ -28,6 +28,8 @@ pub(super) const ISA: Isa = Isa {
 /// The same with activations of 8 bits: half the dots, and a rounding of 2⁻⁸ of the group's largest, which changes what a model says.
 pub(super) const FAST_MATH: Isa = Isa {
     name: "avx512-vnni-int8",
+    // `cargo bench -p flash-engine --bench accuracy -- reference fast-math`
+    price: Some("fast-math: 95.1% of 12,288 held-out tokens of flash-tiny-moe kept their most likely token, perplexity +0.40%"),
     rows: rows::<false>,
     fixed: Some(|x, fixed| {
         // SAFETY: as above.

@@ -42,6 +42,8 @@ pub(crate) const TOKENS_MAX: usize = 64;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Isa {
     pub(crate) name: &'static str,
+    /// What the model says differently, for kernels that round further than they must.
+    pub(crate) price: Option<&'static str>,
     /// out[(row − rows.start) × tokens.len() + i] = W[row] · x[tokens[i]]; falls back to portable for shapes and
     /// formats the set has no kernel for.
     pub(crate) rows: fn(&Matrix<'_>, Range<usize>, &Acts<'_>, &[u32], &mut [f32]),
@@ -59,6 +61,7 @@ pub(crate) struct Isa {
 impl Isa {
     pub(crate) const PORTABLE: Self = Self {
         name: "portable",
+        price: None,
         rows: portable::rows,
         fixed: None,
         swiglu: norm::swiglu,
@@ -222,7 +225,8 @@ macro_rules! kernels {
         };
         use crate::model::weights::{Float, Format};
 
-        pub(super) const ISA: Isa = Isa { name: $name, rows, fixed: None, swiglu, attend, attend_f16: attend, attend_fixed: None };
+        pub(super) const ISA: Isa =
+            Isa { name: $name, price: None, rows, fixed: None, swiglu, attend, attend_f16: attend, attend_fixed: None };
 
         fn rows(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
             assert!(range.end <= w.rows && w.weight.len() >= w.rows * w.row_bytes() && x.cols == w.cols);
