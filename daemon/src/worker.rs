@@ -6,6 +6,9 @@
 //! channel has room, the ceiling is an atomic. The thread looks at all of these at every turn; [`Command::Wake`] only
 //! ends its sleep.
 
+mod command;
+mod line;
+
 use std::{
     collections::{HashMap, VecDeque},
     io,
@@ -20,15 +23,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use flash_engine::{
-    Bytes, CacheBudget, Cleared, Delivery, Engine, Event, ModelInfo, Options, Report, Request, RequestId, Step, Text,
-    bench::{self, BenchEvent, BenchOptions},
-    clear_disk_cache,
-    replay::Trace,
-};
-use tokio::sync::{mpsc, oneshot, watch};
+use flash_engine::{Bytes, Cleared, Delivery, Engine, Event, ModelInfo, Options, Report, RequestId, Step, Text, clear_disk_cache};
+use tokio::sync::watch;
 
-use crate::{Error, config::KeepAlive, hot::HotSets, jobs::Running, pressure, stats::Totals};
+pub(crate) use self::command::{
+    Admitted, Bench, ClearCache, Command, Events, Generate, Load, Loaded, Model, Recent, Reply, Reservation, Reserve, Unload,
+};
+use self::line::Waiting;
+use crate::{Error, config::KeepAlive, hot::HotSets, pressure, stats::Totals};
 
 /// Events a slow reader may leave unread before its request pauses …
 pub(crate) const EVENTS: usize = 64;
@@ -40,104 +42,6 @@ pub(crate) const BENCH_EVENTS: usize = 256;
 const COMMANDS_SPARE: usize = 64;
 /// How stale the published report may be while the engine works.
 const PUBLISH_EVERY: Duration = Duration::from_millis(50);
-
-pub(crate) type Events = mpsc::Sender<Result<Event, Error>>;
-pub(crate) type Reply<T> = oneshot::Sender<Result<T, Error>>;
-
-pub(crate) enum Command {
-    Generate(Box<Generate>),
-    Load(Box<Load>),
-    Unload(Unload),
-    Reserve(Reserve),
-    Bench(Box<Bench>),
-    Recent(Recent),
-    ClearCache(ClearCache),
-    /// Look again: a reader has left or caught up, or the ceiling has moved.
-    Wake,
-}
-
-/// A model on disk, by its canonical id.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Model {
-    pub(crate) id: String,
-    pub(crate) path: PathBuf,
-}
-
-pub(crate) struct Generate {
-    pub(crate) model: Model,
-    pub(crate) request: Request,
-    pub(crate) keep_alive: Option<KeepAlive>,
-    pub(crate) events: Events,
-    pub(crate) reply: Reply<Admitted>,
-    pub(crate) span: tracing::Span,
-}
-
-pub(crate) struct Admitted {
-    pub(crate) position: usize,
-    pub(crate) context: usize,
-    pub(crate) fingerprint: String,
-}
-
-pub(crate) struct Load {
-    pub(crate) model: Model,
-    pub(crate) expert_cache: Option<CacheBudget>,
-    pub(crate) memory: Option<Option<Bytes>>,
-    pub(crate) context: Option<usize>,
-    pub(crate) keep_alive: Option<KeepAlive>,
-    pub(crate) reply: Reply<Loaded>,
-}
-
-pub(crate) struct Loaded {
-    pub(crate) now: bool,
-    pub(crate) took: Duration,
-    pub(crate) warnings: Vec<String>,
-}
-
-pub(crate) struct Unload {
-    /// `None`: whatever is loaded.
-    pub(crate) model: Option<Model>,
-    pub(crate) force: bool,
-    /// Whether it was loaded.
-    pub(crate) reply: Reply<bool>,
-}
-
-/// Asks for a folder that a job is going to write in.
-pub(crate) struct Reserve {
-    pub(crate) model: Model,
-    /// The checkpoint itself changes: it must not be loaded, now or meanwhile.
-    pub(crate) exclusive: bool,
-    pub(crate) reply: Reply<Reservation>,
-}
-
-/// Holds a folder until it is dropped.
-pub(crate) type Reservation = Arc<()>;
-
-struct Reserved {
-    path: PathBuf,
-    exclusive: bool,
-    holder: Weak<()>,
-}
-
-/// Measures a model on the engine's thread, which has unloaded its own.
-pub(crate) struct Bench {
-    pub(crate) model: Model,
-    pub(crate) options: BenchOptions,
-    pub(crate) events: mpsc::Sender<Result<BenchEvent, Error>>,
-    /// Answered when it begins.
-    pub(crate) reply: Reply<()>,
-    pub(crate) running: Running,
-}
-
-/// Asks for the routing of the latest tokens; `None`: no model is loaded.
-pub(crate) struct Recent {
-    pub(crate) reply: oneshot::Sender<Option<Trace>>,
-}
-
-/// Forgets prefixes, of the loaded model and in this folder.
-pub(crate) struct ClearCache {
-    pub(crate) dir: PathBuf,
-    pub(crate) reply: Reply<Cleared>,
-}
 
 /// What everyone may know about the engine, without waiting for it.
 #[derive(Clone, Debug)]
@@ -264,12 +168,10 @@ impl Worker {
     }
 }
 
-/// What waits for its turn: one line, so that a second model is not starved by the first one's requests.
-enum Waiting {
-    Generate(Box<Generate>),
-    Load(Box<Load>),
-    Unload(Unload),
-    Bench(Box<Bench>),
+struct Reserved {
+    path: PathBuf,
+    exclusive: bool,
+    holder: Weak<()>,
 }
 
 struct Loadable {
@@ -417,238 +319,8 @@ impl Thread {
         }
     }
 
-    /// Serves the front of the line as long as it need not wait for running requests.
-    fn serve_line(&mut self) {
-        while let Some(front) = self.line.front() {
-            let free = self.live.is_empty();
-            let at_once = match front {
-                Waiting::Generate(job) => job.reply.is_closed() || self.matches(Some(&job.model)),
-                Waiting::Load(job) => job.reply.is_closed() || self.matches(Some(&job.model)) && !self.changes_context(job.context),
-                Waiting::Unload(job) => job.reply.is_closed() || !self.matches(job.model.as_ref()),
-                Waiting::Bench(job) => job.reply.is_closed(),
-            };
-            if !(at_once || free) {
-                return;
-            }
-            match self.line.pop_front() {
-                Some(Waiting::Generate(job)) => self.serve_generate(*job),
-                Some(Waiting::Load(job)) => self.serve_load(*job),
-                Some(Waiting::Unload(job)) => self.serve_unload(job),
-                Some(Waiting::Bench(job)) => self.serve_bench(*job),
-                None => return,
-            }
-        }
-    }
-
     fn matches(&self, model: Option<&Model>) -> bool {
         self.loaded.as_ref().is_some_and(|loaded| model.is_none_or(|model| loaded.model.path == model.path))
-    }
-
-    fn changes_context(&self, context: Option<usize>) -> bool {
-        self.loaded
-            .as_ref()
-            .is_some_and(|loaded| context.is_some_and(|context| loaded.engine.context() != context.min(loaded.info.context_max)))
-    }
-
-    fn serve_generate(&mut self, job: Generate) {
-        if job.reply.is_closed() {
-            return;
-        }
-        let _entered = job.span.clone().entered();
-        if let Err(error) = self.ensure(&job.model) {
-            return self.refuse(job.reply, error);
-        }
-        let loaded = self.loaded.as_mut().expect("ensure has loaded a model");
-        let admitted = catch_unwind(AssertUnwindSafe(|| loaded.engine.admit(job.request)));
-        match admitted {
-            Ok(Ok((id, position))) => {
-                let reply = Admitted { position, context: loaded.engine.context(), fingerprint: loaded.engine.fingerprint() };
-                self.keep_alive = job.keep_alive.unwrap_or(self.standing_keep_alive);
-                self.live.insert(id, Live { events: job.events, paused: false, span: job.span });
-                // A caller that left meanwhile has closed its events too: the next look cancels.
-                let _ = job.reply.send(Ok(reply));
-            }
-            Ok(Err(flash_engine::Error::QueueFull { waiting })) => {
-                let retry_after_s = self.totals.retry_after_s(self.options.parallel);
-                self.refuse(job.reply, Error::QueueFull { waiting, retry_after_s });
-            }
-            Ok(Err(error)) => self.refuse(job.reply, error.into()),
-            Err(panic) => {
-                let error = || Error::Panicked(panic_text(&*panic));
-                self.refuse(job.reply, error());
-                self.fail_live(error);
-                self.unload();
-            }
-        }
-    }
-
-    fn serve_load(&mut self, job: Load) {
-        if job.reply.is_closed() {
-            return;
-        }
-        let started = Instant::now();
-        if self.changes_context(job.context) {
-            self.unload();
-        }
-        let now = !self.matches(Some(&job.model));
-        self.options.expert_cache = job.expert_cache.unwrap_or(self.options.expert_cache);
-        self.options.memory = job.memory.unwrap_or(self.options.memory);
-        self.options.context = job.context.or(self.options.context);
-        self.standing_keep_alive = job.keep_alive.unwrap_or(self.standing_keep_alive);
-        self.keep_alive = self.standing_keep_alive;
-        if let Err(error) = self.ensure(&job.model) {
-            return self.refuse(job.reply, error);
-        }
-        let loaded = self.loaded.as_mut().expect("ensure has loaded a model");
-        if let Some(budget) = job.expert_cache.filter(|_| !now) {
-            loaded.engine.set_cache(budget);
-        }
-        if let Some(cap) = job.memory.filter(|_| !now) {
-            loaded.engine.set_memory(cap);
-        }
-        let warnings = loaded.engine.warnings();
-        self.last_used = Instant::now();
-        self.publish();
-        let _ = job.reply.send(Ok(Loaded { now, took: started.elapsed(), warnings }));
-    }
-
-    fn serve_unload(&mut self, job: Unload) {
-        let was_loaded = self.matches(job.model.as_ref());
-        if was_loaded && !job.reply.is_closed() {
-            self.unload();
-        }
-        let _ = job.reply.send(Ok(was_loaded));
-    }
-
-    /// Makes `model` the loaded one. Only called when it is, or when nothing runs.
-    fn ensure(&mut self, model: &Model) -> Result<(), Error> {
-        if self.matches(Some(model)) {
-            return Ok(());
-        }
-        self.may_open(model)?;
-        self.unload();
-        let started = Instant::now();
-        tracing::info!(model = model.id, path = %model.path.display(), expert_cache = %self.options.expert_cache, "loading");
-        let publish = |progress| self.publish.send_replace(self.state(Some((model.clone(), Phase::Loading(progress)))));
-        publish(0.0);
-        // With no model loaded the ceiling is what fits on this machine and in this cgroup: what `auto` divides.
-        let fits = self.levels.ceiling.load(SeqCst);
-        let options = Options { available: (fits != u64::MAX).then_some(fits), ..self.options.clone() };
-        let loaded = catch_unwind(AssertUnwindSafe(|| {
-            Engine::load(&model.path, &options, &mut |progress| {
-                publish(progress);
-            })
-        }));
-        let mut engine = match loaded {
-            Ok(Ok(engine)) => engine,
-            Ok(Err(source)) => {
-                tracing::error!(model = model.id, %source, "loading failed");
-                self.publish();
-                return Err(Error::Load { id: model.id.clone(), source: source.into() });
-            }
-            Err(panic) => {
-                self.publish();
-                return Err(Error::Panicked(panic_text(&*panic)));
-            }
-        };
-        tracing::info!(model = model.id, seconds = started.elapsed().as_secs_f64(), "loaded");
-        for warning in engine.warnings() {
-            tracing::warn!(model = model.id, "{warning}");
-        }
-        self.hot.restore(&mut engine);
-        let info = Arc::new(engine.info().clone());
-        self.loaded = Some(Loadable { model: model.clone(), engine, info, ceiling: u64::MAX });
-        self.keep_alive = self.standing_keep_alive;
-        self.last_used = Instant::now();
-        self.look();
-        self.publish();
-        Ok(())
-    }
-
-    fn reserve(&mut self, job: &Reserve) -> Result<Reservation, Error> {
-        let Model { id, path } = &job.model;
-        if job.exclusive && self.matches(Some(&job.model)) {
-            return Err(Error::Busy(format!("{id} is loaded; unload it first: flashctl stop {id}")));
-        }
-        if self.reserved(path).is_some() {
-            return Err(Error::Busy(format!("{} is being written by another job; wait until it has ended", path.display())));
-        }
-        let reservation = Arc::new(());
-        self.reserved.push(Reserved { path: path.clone(), exclusive: job.exclusive, holder: Arc::downgrade(&reservation) });
-        Ok(reservation)
-    }
-
-    fn reserved(&mut self, path: &Path) -> Option<&Reserved> {
-        self.reserved.retain(|reserved| reserved.holder.strong_count() > 0);
-        self.reserved.iter().find(|reserved| reserved.path == path)
-    }
-
-    fn may_open(&mut self, model: &Model) -> Result<(), Error> {
-        match self.reserved(&model.path) {
-            Some(reserved) if reserved.exclusive => {
-                Err(Error::Busy(format!("{} is being packed in place; wait until that has ended", model.id)))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// New requests wait in line meanwhile, as they do while a model is loaded.
-    fn serve_bench(&mut self, job: Bench) {
-        let Bench { model, options, events, reply, running } = job;
-        if reply.is_closed() {
-            return;
-        }
-        if let Err(error) = self.may_open(&model) {
-            let _ = reply.send(Err(error));
-            return;
-        }
-        self.unload();
-        let reservation = Arc::new(());
-        self.reserved.push(Reserved { path: model.path.clone(), exclusive: true, holder: Arc::downgrade(&reservation) });
-        tracing::info!(model = model.id, "measuring");
-        let _ = reply.send(Ok(()));
-        let fits = self.levels.ceiling.load(SeqCst);
-        let settings = Options { available: (fits != u64::MAX).then_some(fits), ..self.options.clone() };
-        let levels = self.levels.clone();
-        let goes_on = || !events.is_closed() && !running.stopped() && !levels.stop.load(SeqCst);
-        let mut each = |event| {
-            // Rows are few and must arrive; a reader that leaves so many unread is as good as gone.
-            let skip = matches!(event, BenchEvent::Progress { .. }) && events.capacity() < BENCH_EVENTS / 2;
-            goes_on() && (skip || events.try_send(Ok(event)).is_ok())
-        };
-        self.measuring = true;
-        let mut ceiling = u64::MAX;
-        let mut between = |engine: &mut Engine| {
-            while let Ok(command) = self.inbox.try_recv() {
-                self.take(command);
-            }
-            let now = levels.ceiling.load(SeqCst);
-            if now != ceiling {
-                ceiling = now;
-                engine.set_ceiling((now != u64::MAX).then_some(now));
-            }
-            if self.published.elapsed() >= PUBLISH_EVERY {
-                self.publish.send_replace(self.state(Some((model.clone(), Phase::Bench(Arc::new(engine.report()))))));
-                self.published = Instant::now();
-            }
-            goes_on()
-        };
-        let measure = || bench::run(&model.path, &settings, &options, &mut between, &mut each);
-        let result = catch_unwind(AssertUnwindSafe(measure));
-        self.measuring = false;
-        let result = result.unwrap_or_else(|panic| Err(flash_engine::Error::Internal(panic_text(&*panic))));
-        pressure::give_back();
-        self.publish();
-        match result {
-            Ok(()) => {}
-            Err(flash_engine::Error::Cancelled) if self.levels.stop.load(SeqCst) || running.stopped() => {
-                let _ = events.try_send(Err(Error::Draining));
-            }
-            Err(error) => {
-                tracing::warn!(model = model.id, %error, "measuring ended");
-                let _ = events.try_send(Err(error.into()));
-            }
-        }
     }
 
     fn step(&mut self) -> Step {

@@ -326,6 +326,13 @@ async fn a_dropped_stream_frees_its_place_and_a_full_queue_refuses() {
     let full = daemon.generate(story(1)).await.err().expect("a refusal");
     assert_eq!(code::of(&full), Some(code::QUEUE_FULL));
     assert!(code::retry_after(&full).is_some_and(|seconds| (1..=60).contains(&seconds)), "{full}");
+    // Counting tokens and listing models wait for nobody.
+    let request = v1::TokenizeRequest { prompt: Some(v1::tokenize_request::Prompt::Text("Hello".into())), ..Default::default() };
+    let reply = Generate::new(daemon.channel.clone()).tokenize(request).await.expect("tokens").into_inner();
+    assert!(!reply.ids.is_empty());
+    let list = Models::new(daemon.channel.clone()).list(v1::ListRequest {}).await.expect("a list").into_inner();
+    assert!(list.models.iter().any(|model| model.state() == v1::model::State::Ready));
+    daemon.until("both still there", |snapshot| (running(snapshot), waiting(snapshot)) == (1, 1)).await;
     // The running one leaves; the waiting one, which is not read from meanwhile, gets its place.
     drop(first);
     second.finish().await.1.expect("a reply");
@@ -336,6 +343,54 @@ async fn a_dropped_stream_frees_its_place_and_a_full_queue_refuses() {
     drop(first);
     let snapshot = daemon.until("nobody running", |snapshot| running(snapshot) == 0).await;
     assert_eq!(snapshot.requests.map(|requests| (requests.cancelled, requests.refused)), Some((3, 1)));
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_take_turns_and_each_keeps_its_order() {
+    let flags = RawConfig { parallel: Some(Text::from("1")), ..Default::default() };
+    let daemon = Daemon::start(flags).await;
+    let of = |client: &str, request: v1::GenerateRequest| v1::GenerateRequest { client: client.into(), ..request };
+    let running_one = daemon.generate(of("a", endless())).await.expect("accepted").started().await;
+    let first = daemon.generate(of("a", story(1))).await.expect("accepted");
+    let second = daemon.generate(of("a", story(1))).await.expect("accepted");
+    let other = daemon.generate(of("b", endless())).await.expect("accepted");
+    drop(running_one);
+    // The one that came last runs before the second of a client that came first, and after its first.
+    let other = other.started().await;
+    first.finish().await.1.expect("a reply");
+    daemon.until("the second still waiting", |snapshot| (running(snapshot), waiting(snapshot)) == (1, 1)).await;
+    drop(other);
+    second.finish().await.1.expect("a reply");
+    daemon.stop().await;
+}
+
+/// What the gateway makes of `n`: as many requests, of which two run at a time.
+#[tokio::test(flavor = "multi_thread")]
+async fn four_replies_to_one_prompt_read_it_once() {
+    const BLOCK: u32 = 32;
+    let daemon = Daemon::start(RawConfig::default()).await;
+    let prompt = "Once upon a time there was a little dog named Pip who lived by the river. ".repeat(8);
+    let sampling = |seed| Some(v1::Sampling { temperature: Some(1.0), seed: Some(seed), ..Default::default() });
+    let prompt = v1::generate_request::Prompt::Text(prompt);
+    let request = |seed| v1::GenerateRequest { prompt: Some(prompt.clone()), sampling: sampling(seed), ..story(4) };
+    let mut streams = Vec::new();
+    for seed in 0..4 {
+        streams.push(daemon.generate(request(seed)).await.expect("accepted"));
+    }
+    let (mut cached, mut texts, mut whole) = (Vec::new(), Vec::new(), 0);
+    for stream in streams {
+        let (text, done) = stream.finish().await;
+        let usage = done.expect("a reply").usage.expect("usage");
+        // The last token is always computed, for its logits.
+        whole = (usage.prompt_tokens - 1) / BLOCK * BLOCK;
+        cached.push(usage.cached_tokens);
+        texts.push(text);
+    }
+    assert!(whole > 3 * BLOCK);
+    assert_eq!(cached, [0, whole, whole, whole]);
+    texts.dedup();
+    assert!(texts.len() > 1, "seeds differ: {texts:?}");
     daemon.stop().await;
 }
 

@@ -32,7 +32,7 @@ use crate::{
     model::families::{FfnSpec, Model},
     moe::{Forced, Router},
     profile::Stage,
-    schedule::{CHUNK_MIN, Waiting, Worth, chunk, slice},
+    schedule::{CHUNK_MIN, Pace, Waiting, Worth, chunk, slice},
     sequence::{Counters, Sequence},
     storage,
 };
@@ -45,8 +45,6 @@ const AVAILABLE_UNKNOWN: Bytes = 8 << 30;
 
 /// Share of the slab that the activations of long prompts may take besides.
 const CHUNK_SHARE: Bytes = 4;
-/// Rows of attention between two looks at the clock while others decode.
-const PIECE_SHARED: usize = 64;
 
 /// Default limit of a request, prompt and completion, below the model's own.
 const CONTEXT_DEFAULT: usize = 32 * 1024;
@@ -79,6 +77,8 @@ pub struct Engine {
     decoding: Pass,
     /// Which of the running sequences reads its prompt next: they take turns.
     turn: usize,
+    /// How prompts are cut up while others decode.
+    pace: Pace,
     worth: Worth,
     waiting: Waiting<Sequence>,
     next_id: u64,
@@ -152,6 +152,7 @@ impl Engine {
             running: Vec::new(),
             decoding: Pass::default(),
             turn: 0,
+            pace: Pace::SHORT,
             worth: Worth::default(),
             waiting: Waiting::default(),
             next_id: 0,
@@ -403,7 +404,11 @@ impl Engine {
         let turns = (self.turn..self.turn + count).map(|i| i % count);
         let Some(index) = turns.filter(|&i| reads(&self.running[i])).find(|&i| !self.waits(i)) else { return false };
         self.turn = index + 1;
-        let end = Instant::now() + slice(decoded);
+        let slice = slice(decoded);
+        let end = Instant::now() + slice;
+        if !self.backend.lazy() {
+            self.pace.aim(slice);
+        }
         let begun = self.running[index].pass.take();
         if begun.is_none() && !self.reuse(index, end) {
             let Sequence { id, cached, prompt, .. } = self.running[index];
@@ -411,8 +416,10 @@ impl Engine {
             note(&mut self.running[index], delivery, gone);
             return true;
         }
-        let mut pass = begun.unwrap_or_else(|| self.begin_chunk(index));
-        let mut cut = Cut { piece: if decoded.is_some() { PIECE_SHARED } else { PIECE_MAX }, enough: &mut || Instant::now() >= end };
+        let mut pass = begun.unwrap_or_else(|| self.begin_chunk(index, decoded.is_some()));
+        let mut long = Pace::LONG;
+        let pace = if decoded.is_some() { &mut self.pace } else { &mut long };
+        let mut cut = Cut { pace, end: Some(end) };
         let done = self.forward.advance(&mut self.backend, &mut self.experts, &mut pass, &mut cut);
         let sequence = &mut self.running[index];
         let id = sequence.id;
@@ -456,8 +463,9 @@ impl Engine {
         true
     }
 
-    /// The next chunk of a prompt, as long as the memory allows.
-    fn begin_chunk(&mut self, index: usize) -> Box<Pass> {
+    /// The next chunk of a prompt, as long as the memory allows. While others decode it is no longer than lets an expert's rows fit into
+    /// a piece: a piece is one expert at least.
+    fn begin_chunk(&mut self, index: usize, shared: bool) -> Box<Pass> {
         let row_bytes = self.backend.row_bytes();
         // Idle blocks make room.
         let spare =
@@ -471,6 +479,10 @@ impl Engine {
             left.min(CHUNK_MIN)
         } else {
             let rows = chunk(left, row_bytes, spare.map_or(share, |spare| spare.min(share)));
+            let most = self.pace.chunk(self.info.experts, self.info.top_k);
+            // Where experts are read from disk, a chunk of some length is worth others' waiting.
+            let least = if self.experts.slots() < self.info.experts { CHUNK_MIN } else { 2 * BLOCK };
+            let rows = if shared { rows.min(most.max(least)) } else { rows };
             // At the end of a block: what others compute can be taken up there.
             if rows < left { rows - (from + rows) % BLOCK } else { rows }
         };

@@ -9,12 +9,10 @@ use flash_experts::{Arrival, ExpertId, Experts, LayerId};
 
 use crate::{
     Event,
-    backend::{
-        Activations, Backend, Batch,
-        cpu::{PIECE_MAX, PLACES_MAX},
-    },
+    backend::{Activations, Backend, Batch},
     moe::{Forced, Plan, Router, most_likely},
     profile::Stage as Spent,
+    schedule::Pace,
 };
 
 /// What every pass shares.
@@ -76,10 +74,15 @@ pub(crate) struct Lost {
 
 /// How a pass is cut up.
 pub(crate) struct Cut<'a> {
-    /// Rows of attention between two looks at the clock.
-    pub(crate) piece: usize,
-    /// Asked after every piece: true = stop here for now.
-    pub(crate) enough: &'a mut dyn FnMut() -> bool,
+    pub(crate) pace: &'a mut Pace,
+    /// After the piece that passes it, the pass stops for now.
+    pub(crate) end: Option<Instant>,
+}
+
+impl Cut<'_> {
+    fn enough(&self) -> bool {
+        self.end.is_some_and(|end| Instant::now() >= end)
+    }
 }
 
 impl Pass {
@@ -140,7 +143,7 @@ impl Forward {
         if backend.runs_ahead(pass.batch.rows.len()) {
             return self.run_ahead(backend, experts, pass);
         }
-        let done = self.advance(backend, experts, pass, &mut Cut { piece: PIECE_MAX, enough: &mut || false });
+        let done = self.advance(backend, experts, pass, &mut Cut { pace: &mut Pace::LONG.clone(), end: None });
         debug_assert!(done, "nothing stops it");
     }
 
@@ -148,7 +151,11 @@ impl Forward {
     pub(crate) fn advance(&mut self, backend: &mut Backend, experts: &mut Experts, pass: &mut Pass, cut: &mut Cut<'_>) -> bool {
         while pass.layer < self.moe_layers.len() && pass.alive.contains(&true) {
             match pass.stage {
-                Stage::Rows(from) => self.rows(backend, pass, from, cut.piece),
+                Stage::Rows(from) => {
+                    let (began, rows) = (Instant::now(), cut.pace.rows.min(pass.batch.rows.len() - from));
+                    self.rows(backend, pass, from, rows);
+                    cut.pace.took_rows(rows, began.elapsed());
+                }
                 Stage::Experts { .. } => {
                     let moe_layer = self.moe_layers[pass.layer].expect("only routed layers come to this stage");
                     if self.experts(backend, experts, pass, moe_layer, cut) {
@@ -159,7 +166,7 @@ impl Forward {
                     }
                 }
             }
-            if pass.layer < self.moe_layers.len() && (cut.enough)() {
+            if pass.layer < self.moe_layers.len() && cut.enough() {
                 // Others fetch meanwhile.
                 backend.settle(&mut pass.act);
                 experts.release();
@@ -170,10 +177,10 @@ impl Forward {
     }
 
     /// Attention and routing, or the dense feed-forward, of the next piece of the rows.
-    fn rows(&mut self, backend: &mut Backend, pass: &mut Pass, from: usize, piece: usize) {
+    fn rows(&mut self, backend: &mut Backend, pass: &mut Pass, from: usize, count: usize) {
         let Pass { batch, act, plan, alive, layer, stage, left, recorded, .. } = pass;
         let (layer, rows) = (*layer, batch.rows.len());
-        let piece = from..(from + piece).min(rows);
+        let piece = from..from + count;
         if from == 0 {
             plan.begin(self.router);
         }
@@ -239,10 +246,10 @@ impl Forward {
             }
             let mut ready = &ready[..];
             while !ready.is_empty() {
-                let mut rows = 0;
+                let (mut rows, most) = (0, cut.pace.places);
                 let fits = |expert: &&ExpertId| {
                     rows += plan.rows_of(**expert).0.len();
-                    rows <= PLACES_MAX
+                    rows <= most
                 };
                 let (group, rest) = ready.split_at(ready.iter().take_while(fits).count().max(1));
                 began = backend.spent(Spent::Wait, began);
@@ -250,13 +257,15 @@ impl Forward {
                 if !later {
                     backend.settle(act);
                 }
+                let ran = began;
                 began = backend.spent(Spent::Experts, began);
+                cut.pace.took_places(group.iter().map(|expert| plan.rows_of(*expert).0.len()).sum(), began - ran);
                 if !later {
                     fetch.done(group);
                 }
                 left.retain(|left| !group.contains(left));
                 ready = rest;
-                if !left.is_empty() && (cut.enough)() {
+                if !left.is_empty() && cut.enough() {
                     return false;
                 }
             }

@@ -39,21 +39,31 @@ impl Sampler {
         Self { settings, seed, draws: 0, counts: HashMap::new(), weights: Vec::new(), bests: Vec::new(), candidates: Vec::new() }
     }
 
-    /// Draws the next token among those of the mask; `history` is prompt and completion so far. `logits` are changed. `None` if none is
-    /// finite.
-    pub(crate) fn draw(&mut self, logits: &mut [f32], history: &[u32], mask: Option<&Mask>) -> Option<u32> {
-        self.penalize(logits, history);
+    /// Draws the next token among those of the mask; `None` if no logit is finite.
+    pub(crate) fn draw(&mut self, logits: &mut [f32], mask: Option<&Mask>) -> Option<u32> {
         if let Some(mask) = mask {
             forbid(logits, mask);
         }
-        let token = if self.settings.temperature == 0.0 { greedy(logits) } else { self.pick(logits) }?;
+        if self.settings.temperature == 0.0 { greedy(logits) } else { self.pick(logits) }
+    }
+
+    /// Whether a token that was drawn without a mask and would be allowed by it is as good as one drawn with it. So it is where nothing is
+    /// cut off before the draw. With p(t) the likelihood of a token and Z that of all that are allowed together, drawing again with the
+    /// mask where the first draw is not allowed gives p(t) + (1 − Z) · p(t) / Z = p(t) / Z.
+    pub(crate) fn may_guess(&self) -> bool {
+        let Sampling { temperature, top_k, top_p, min_p, .. } = self.settings;
+        temperature == 0.0 || top_k == 0 && top_p >= 1.0 && min_p <= 0.0
+    }
+
+    /// A token was said.
+    pub(crate) fn count(&mut self, token: u32) {
         if self.settings.frequency_penalty != 0.0 || self.settings.presence_penalty != 0.0 {
             *self.counts.entry(token).or_default() += 1;
         }
-        Some(token)
     }
 
-    fn penalize(&self, logits: &mut [f32], history: &[u32]) {
+    /// Penalties and biases; `history` is prompt and completion so far.
+    pub(crate) fn penalize(&self, logits: &mut [f32], history: &[u32]) {
         let s = &self.settings;
         if s.repetition_penalty != 1.0 {
             let window = if s.repetition_window == 0 { history.len() } else { s.repetition_window.min(history.len()) };
@@ -374,7 +384,9 @@ mod tests {
                 s.temperature = 0.0;
                 change(s);
             });
-            sampler.draw(&mut logits.to_vec(), history, None)
+            let logits = &mut logits.to_vec();
+            sampler.penalize(logits, history);
+            sampler.draw(logits, None)
         };
         assert_eq!(greedy(&[1.0, 3.0, 3.0], &[], |_| ()), Some(1));
         assert_eq!(greedy(&[1.0, 3.0, 2.9], &[1], |s| s.repetition_penalty = 1.5), Some(2));
@@ -384,8 +396,36 @@ mod tests {
         assert_eq!(greedy(&[f32::NAN, f32::NEG_INFINITY, -5.0], &[], |_| ()), Some(2));
         assert_eq!(greedy(&[f32::NAN; 3], &[], |_| ()), None);
         let mut sampler = sampler(|s| (s.temperature, s.presence_penalty) = (0.0, 1.0));
-        let draws: Vec<_> = (0..3).map(|_| sampler.draw(&mut [2.0, 1.5, 1.2], &[], None).expect("finite")).collect();
-        assert_eq!(draws, [0, 1, 2]);
+        let mut draw = || {
+            let mut logits = [2.0, 1.5, 1.2];
+            sampler.penalize(&mut logits, &[]);
+            let token = sampler.draw(&mut logits, None).expect("finite");
+            sampler.count(token);
+            token
+        };
+        assert_eq!([draw(), draw(), draw()], [0, 1, 2]);
+    }
+
+    #[test]
+    fn a_guess_that_is_allowed_is_as_good_as_a_draw_among_the_allowed() {
+        // Probabilities 1, 2, 4, 8 of 15; the second and the last are allowed.
+        let logits = [0.0, 1.0, 2.0, 3.0].map(|x: f32| x.exp2().ln());
+        let mut mask = Mask::alloc(4);
+        mask.allow_token(1);
+        mask.allow_token(3);
+        let mut sampler = sampler(|_| ());
+        assert!(sampler.may_guess());
+        let mut counts = [0; 4];
+        for _ in 0..4000 {
+            let guess = sampler.draw(&mut logits.clone(), None).expect("finite");
+            let token = if mask.is_allowed(guess) { guess } else { sampler.draw(&mut logits.clone(), Some(&mask)).expect("finite") };
+            counts[token as usize] += 1;
+        }
+        assert_eq!((counts[0], counts[2]), (0, 0));
+        assert!((f64::from(counts[1]) / 4000.0 - 0.2).abs() < 0.03, "{counts:?}");
+        let guesses = |change: fn(&mut Sampling)| self::sampler(change).may_guess();
+        assert!(guesses(|s| (s.temperature, s.top_k) = (0.0, 5)), "the likeliest of all is the likeliest of the allowed");
+        assert!(!guesses(|s| s.top_k = 5) && !guesses(|s| s.top_p = 0.9) && !guesses(|s| s.min_p = 0.1));
     }
 
     #[test]

@@ -2,14 +2,21 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use crate::Bytes;
+use crate::{
+    Bytes,
+    backend::cpu::{PIECE_MAX, PLACES_MAX},
+};
 
 /// Rows of a prompt that are always read together, whatever the memory: experts are read once for all of them.
 pub(crate) const CHUNK_MIN: usize = 512;
 /// A prompt's time between two looks at the commands, with nobody else to be served.
 const SLICE: Duration = Duration::from_millis(50);
-/// With others decoding, prompts get as much of a step as they do, and this at least.
-const SLICE_SHARED: Duration = Duration::from_millis(2);
+/// Pieces of a prompt that fit into a slice of time: one that began within it ends little behind it.
+const PIECES: u32 = 4;
+/// Rows of attention between two looks at the clock, at least and (with [`PIECE_MAX`]) at most.
+const ROWS_MIN: usize = 8;
+/// Expert rows, likewise.
+const PLACES_MIN: usize = 32;
 
 /// Rows of a prompt to read in one pass: every expert it needs is then loaded once for all of them. `room` bytes are
 /// free for its activations.
@@ -17,9 +24,53 @@ pub(crate) fn chunk(tokens: usize, row_bytes: Bytes, room: Bytes) -> usize {
     tokens.min(usize::try_from(room / row_bytes).unwrap_or(usize::MAX).max(CHUNK_MIN))
 }
 
-/// How long prompts may be read in a step in which decoding took `decoded`.
+/// How long prompts may be read in a step in which decoding took `decoded`: as long, so that others get a token in twice the time.
 pub(crate) fn slice(decoded: Option<Duration>) -> Duration {
-    decoded.map_or(SLICE, |decoded| decoded.max(SLICE_SHARED))
+    decoded.unwrap_or(SLICE)
+}
+
+/// How much of a prompt is computed between two looks at the clock.
+#[derive(Clone, Debug)]
+pub(crate) struct Pace {
+    /// Of attention.
+    pub(crate) rows: usize,
+    /// Of experts, each row for each of its experts; one expert at least.
+    pub(crate) places: usize,
+    /// What that should take; `None`: it stays as it is.
+    aim: Option<Duration>,
+}
+
+impl Pace {
+    /// With nobody else to be served.
+    pub(crate) const LONG: Self = Self { rows: PIECE_MAX, places: PLACES_MAX, aim: None };
+    /// With others decoding, where pieces must not depend on the clock: MLX chooses kernels by their shape.
+    pub(crate) const SHORT: Self = Self { rows: 64, ..Self::LONG };
+
+    /// Rows of a chunk whose experts have as many places each, one with another.
+    pub(crate) fn chunk(&self, experts: usize, top_k: usize) -> usize {
+        self.places * experts / top_k
+    }
+
+    /// Pieces shall fit into a slice of this length.
+    pub(crate) fn aim(&mut self, slice: Duration) {
+        self.aim = Some(slice / PIECES);
+    }
+
+    pub(crate) fn took_rows(&mut self, rows: usize, took: Duration) {
+        self.rows = self.fit(self.rows, rows, took).clamp(ROWS_MIN, PIECE_MAX);
+    }
+
+    pub(crate) fn took_places(&mut self, places: usize, took: Duration) {
+        self.places = self.fit(self.places, places, took).clamp(PLACES_MIN, PLACES_MAX);
+    }
+
+    /// As much as fits, if `done` took so long; in steps, because some pieces are dearer than others.
+    fn fit(&self, size: usize, done: usize, took: Duration) -> usize {
+        let Some(aim) = self.aim else { return size };
+        let fits = (done as f64 * aim.as_secs_f64() / took.as_secs_f64().max(1e-9)) as usize;
+        // What was left at an end says little of larger pieces.
+        if 2 * done < size && fits < size { size } else { fits.clamp(size / 2, size * 2) }
+    }
 }
 
 /// Switches lookahead off while it does more harm than good, and tries again later.
@@ -145,5 +196,30 @@ mod tests {
         check(1000, 0, CHUNK_MIN);
         check(1000, 70_099, 700);
         check(1000, u64::MAX, 1000);
+    }
+
+    #[test]
+    fn pieces_grow_and_shrink_until_they_take_their_share_of_a_slice() {
+        let settle = |slice: u64, row: u64| {
+            let mut pace = Pace::LONG;
+            pace.aim(Duration::from_micros(slice));
+            for _ in 0..10 {
+                let (rows, places) = (pace.rows, pace.places);
+                pace.took_rows(rows, Duration::from_micros(rows as u64 * row));
+                pace.took_places(places, Duration::from_micros(places as u64 * row));
+            }
+            (pace.rows, pace.places)
+        };
+        assert_eq!(settle(4_000, 10), (100, 100));
+        assert_eq!(settle(40_000, 10), (PIECE_MAX, 1000));
+        assert_eq!(settle(4, 10), (ROWS_MIN, PLACES_MIN));
+        assert_eq!(Pace { places: 40, ..Pace::SHORT }.chunk(64, 8), 320);
+        let mut pace = Pace::LONG;
+        pace.aim(Duration::from_micros(4_000));
+        pace.took_rows(3, Duration::from_micros(900));
+        assert_eq!(pace.rows, PIECE_MAX, "a rest tells nothing of a whole piece");
+        pace = Pace::SHORT;
+        pace.took_rows(64, Duration::from_secs(1));
+        assert_eq!(pace.rows, Pace::SHORT.rows);
     }
 }

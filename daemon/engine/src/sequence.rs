@@ -123,10 +123,20 @@ impl Sequence {
         if let Some(Script(script)) = &self.script {
             script(&self.tokens, self.prompt, scratch);
         }
-        let mask = self.output.mask(text)?;
-        let token = self.sampler.draw(scratch, &self.tokens, mask);
+        self.sampler.penalize(scratch, &self.tokens);
+        // A mask looks at the whole vocabulary, and most often the model keeps to the form by itself.
+        let guesses = self.output.guided() && self.top_logprobs.is_none() && self.sampler.may_guess();
+        let guess = guesses.then(|| self.sampler.draw(scratch, None)).flatten();
+        let (token, mask) = match guess {
+            Some(token) if self.output.allows(text, token)? => (guess, None),
+            _ => {
+                let mask = self.output.mask(text)?;
+                (self.sampler.draw(scratch, mask), mask)
+            }
+        };
         self.suspect |= token.is_none();
         let token = token.ok_or_else(|| Error::Internal("the model's logits are not finite".into()))?;
+        self.sampler.count(token);
         self.clock.first_token.get_or_insert_with(Instant::now);
         let logprobs: Vec<_> = self.top_logprobs.map(|top| logprob(logits, token, top, mask)).into_iter().collect();
         self.tokens.push(token);

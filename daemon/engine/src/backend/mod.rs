@@ -257,7 +257,7 @@ impl Backend {
         }
     }
 
-    /// Sizes `act` for the pass and embeds its tokens.
+    /// Sizes `act` for the pass.
     pub(crate) fn begin(&mut self, act: &mut Activations, batch: &Batch) {
         match self {
             Self::Cpu(cpu) => cpu.begin(&mut act.cpu, batch),

@@ -181,23 +181,27 @@ impl Engine {
         let (Some(disk), sequence) = (&mut reuse.disk, &mut running[index]) else { return true };
         disk.hear();
         let (used, first) = (disk::used(), sequence.cached / BLOCK);
-        let keys: Vec<Key> = keys(disk.root, sequence.reusable()).collect();
-        for (depth, key) in keys.into_iter().enumerate().skip(first) {
-            if !disk.contains(&key) {
-                return true;
-            }
-            if depth > first && Instant::now() >= end {
+        let keys: Vec<Key> = keys(disk.root, sequence.reusable()).skip(first).take_while(|key| disk.contains(key)).collect();
+        for (number, batch) in keys.chunks(disk.batch()).enumerate() {
+            if number > 0 && Instant::now() >= end {
                 return false;
             }
-            let Some(mut payload) = disk.read(&key) else { return true };
-            for (layer, bytes) in reuse.layers.iter().enumerate() {
-                let part;
-                (part, payload) = payload.split_at(*bytes);
-                backend.kv_state_mut(sequence.blocks[depth], layer).copy_from_slice(part);
+            let at = sequence.cached / BLOCK;
+            let read = disk.read(batch, &mut |index, mut payload| {
+                for (layer, bytes) in reuse.layers.iter().enumerate() {
+                    let part;
+                    (part, payload) = payload.split_at(*bytes);
+                    backend.kv_state_mut(sequence.blocks[at + index], layer).copy_from_slice(part);
+                }
+            });
+            for (depth, key) in (at..).zip(&batch[..read]) {
+                disk.touch(*key, disk::behind(used, depth));
             }
-            disk.touch(key, disk::behind(used, depth));
-            reuse.counted.disk_tokens += BLOCK as u64;
-            (sequence.reused, sequence.cached) = (sequence.reused + BLOCK, sequence.cached + BLOCK);
+            reuse.counted.disk_tokens += (read * BLOCK) as u64;
+            (sequence.reused, sequence.cached) = (sequence.reused + read * BLOCK, sequence.cached + read * BLOCK);
+            if read < batch.len() {
+                return true;
+            }
         }
         true
     }

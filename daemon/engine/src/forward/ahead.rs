@@ -8,7 +8,7 @@ use std::{ops::Range, time::Instant};
 
 use flash_experts::{Arrival, ExpertId, Experts, LayerId, Slot};
 
-use super::{Cut, Foresight, Forward, Pass, Stage, drop_rows};
+use super::{Cut, Foresight, Forward, Pace, Pass, Stage, drop_rows};
 use crate::{
     backend::{
         Backend,
@@ -132,7 +132,7 @@ impl Forward {
             pass.left.clear();
             pass.left.extend_from_slice(pass.plan.experts());
             pass.stage = Stage::Experts { first: true };
-            self.experts(backend, experts, pass, moe, &mut Cut { piece: 0, enough: &mut || false });
+            self.experts(backend, experts, pass, moe, &mut Cut { pace: &mut Pace::LONG.clone(), end: None });
             backend.combine(&mut pass.act, &pass.plan);
             return;
         }

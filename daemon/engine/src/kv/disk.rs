@@ -1,7 +1,7 @@
 //! KV blocks on disk, the second tier: which there are, what is written, what goes. One file a block, named by a key that stands for
 //! the model, its kernels and every token up to the block's end (SHA-256, so that nobody finds two prefixes with one key). A thread
-//! of its own writes; reads happen on the engine's thread, a block at a time. Nothing that goes wrong here is a request's error: the
-//! block is computed instead.
+//! of its own writes; a few others read, a batch of blocks side by side, because a small file's time is the disk's latency. Nothing that
+//! goes wrong here is a request's error: the block is computed instead.
 //!
 //! A block is written when its prefix is used a second time, or where a request says that it will be; never more a day than
 //! the write budget, whose count survives a restart. What was used longest ago makes room; of one prefix the end goes first.
@@ -12,7 +12,7 @@ use std::{
     io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
     thread::{self, JoinHandle},
     time::{Duration, Instant, SystemTime},
 };
@@ -27,6 +27,11 @@ pub(crate) type Key = [u8; 32];
 
 /// Blocks that wait to be written, besides the one that is.
 const QUEUE: usize = 4;
+/// Threads that read.
+const READERS: usize = 8;
+/// Blocks that are read side by side: at least, at most, and bytes of them between those two.
+const BATCH: (usize, usize) = (READERS, 32);
+const BATCH_BYTES: usize = 4 << 20;
 /// How long others wait for the writer at a time.
 const MOMENT: Duration = Duration::from_millis(20);
 /// After a write that failed: most likely the disk is full.
@@ -72,9 +77,8 @@ pub(crate) struct Disk {
     /// What a prefix's first key follows.
     pub(crate) root: Key,
     /// Bytes of each layer in a block.
-    layers: Vec<usize>,
-    /// The block that was read last.
-    buffer: Vec<u8>,
+    layers: Arc<[usize]>,
+    readers: Readers,
     entries: HashMap<Key, Entry>,
     order: BTreeSet<(u64, Key)>,
     bytes: Bytes,
@@ -121,12 +125,13 @@ impl Disk {
         let mut hasher = Sha256::new_with_prefix(model);
         hasher.update(if cfg!(target_endian = "little") { b"le" } else { b"be" });
         layers.iter().for_each(|bytes| hasher.update((*bytes as u64).to_le_bytes()));
+        let layers: Arc<[usize]> = layers.into();
         let mut disk = Self {
-            budget: config.budget.unwrap_or_else(|| free(&dir)),
+            budget: 0,
             daily: config.daily_writes,
             root: hasher.finalize().into(),
+            readers: Readers::start(&dir, &layers)?,
             layers,
-            buffer: Vec::new(),
             entries: HashMap::new(),
             order: BTreeSet::new(),
             bytes: 0,
@@ -137,7 +142,9 @@ impl Disk {
             counted: Counted::default(),
             dir,
         };
-        for (key, meta) in files(&disk.dir)? {
+        let found = files(&disk.dir)?;
+        disk.budget = config.budget.unwrap_or_else(|| share(free(&disk.dir), found.iter().map(|(_, meta)| meta.len()).sum()));
+        for (key, meta) in found {
             let used = meta.modified()?.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
             disk.insert(key, Entry { bytes: meta.len(), used, stale: false });
         }
@@ -163,18 +170,32 @@ impl Disk {
         }
     }
 
-    /// The layers' bytes of a block, one after the other; `None`: it is not to be had.
-    pub(crate) fn read(&mut self, key: &Key) -> Option<&[u8]> {
-        let path = self.path(key);
-        let Err(error) = record::read(&path, key, &self.layers, &mut self.buffer) else {
-            self.counted.read += 1;
-            return Some(&self.buffer);
-        };
-        tracing::warn!(%error, "a block of the prefix cache cannot be used; it is computed instead");
-        self.counted.bad += 1;
-        self.remove(key);
-        let _ = fs::remove_file(path);
-        None
+    /// Blocks that one [`Disk::read`] takes at most.
+    pub(crate) fn batch(&self) -> usize {
+        (BATCH_BYTES / self.payload().max(1)).clamp(BATCH.0, BATCH.1)
+    }
+
+    /// Reads blocks side by side and gives `each` the layers' bytes of one after the other, in order, up to the first that is not to be had.
+    /// How many those are.
+    pub(crate) fn read(&mut self, keys: &[Key], each: &mut dyn FnMut(usize, &[u8])) -> usize {
+        let mut good = 0;
+        for (key, read) in keys.iter().zip(self.readers.read(keys)) {
+            match read {
+                Ok(payload) => {
+                    each(good, &payload);
+                    good += 1;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a block of the prefix cache cannot be used; it is computed instead");
+                    self.counted.bad += 1;
+                    self.remove(key);
+                    let _ = fs::remove_file(self.path(key));
+                    break;
+                }
+            }
+        }
+        self.counted.read += good as u64;
+        good
     }
 
     /// Whether a block may be written now.
@@ -243,9 +264,13 @@ impl Disk {
         clear_disk_cache(&self.dir)
     }
 
-    /// Bytes that wait to be written, at most, and one block that is read.
+    /// Bytes that wait to be written, at most, and those of a batch that is read.
     pub(crate) fn buffer_bytes(&self) -> Bytes {
-        (QUEUE as Bytes + 1) * self.layers.iter().sum::<usize>() as Bytes
+        ((QUEUE + 1 + self.batch()) * self.payload()) as Bytes
+    }
+
+    fn payload(&self) -> usize {
+        self.layers.iter().sum()
     }
 
     pub(crate) fn report(&self) -> DiskReport {
@@ -351,7 +376,12 @@ fn parse(hex: &str) -> Option<Key> {
 }
 
 fn free(dir: &Path) -> Bytes {
-    rustix::fs::statvfs(dir).map_or(0, |disk| disk.f_bavail * disk.f_frsize / BUDGET_SHARE).min(BUDGET_MAX)
+    rustix::fs::statvfs(dir).map_or(0, |disk| disk.f_bavail * disk.f_frsize)
+}
+
+/// What blocks may take where nobody says: what they have is not free any more, and must not count against them.
+fn share(free: Bytes, ours: Bytes) -> Bytes {
+    (free.saturating_add(ours) / BUDGET_SHARE).min(BUDGET_MAX)
 }
 
 fn read_writes(dir: &Path) -> Writes {
@@ -395,7 +425,7 @@ struct Queue {
 struct Job {
     key: Key,
     used: u64,
-    layers: Vec<usize>,
+    layers: Arc<[usize]>,
     payload: Vec<u8>,
     /// Makes room for it.
     gone: Vec<Key>,
@@ -467,5 +497,59 @@ impl Drop for Writer {
             // A writer that panicked has nothing left to say.
             let _ = thread.join();
         }
+    }
+}
+
+/// Threads that read blocks.
+#[derive(Debug)]
+struct Readers {
+    jobs: mpsc::Sender<(usize, Key)>,
+    done: mpsc::Receiver<(usize, io::Result<Vec<u8>>)>,
+}
+
+impl Readers {
+    /// They end when this is dropped.
+    fn start(dir: &Path, layers: &Arc<[usize]>) -> io::Result<Self> {
+        let (jobs, inbox) = mpsc::channel::<(usize, Key)>();
+        let (outbox, done) = mpsc::channel();
+        let inbox = Arc::new(Mutex::new(inbox));
+        for _ in 0..READERS {
+            let (inbox, outbox, dir, layers) = (inbox.clone(), outbox.clone(), dir.to_owned(), layers.clone());
+            let run = move || {
+                let next = || inbox.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                while let Ok((index, key)) = next() {
+                    if outbox.send((index, record::read(&dir.join(name(&key)), &key, &layers))).is_err() {
+                        return;
+                    }
+                }
+            };
+            thread::Builder::new().name("flash-prefix".into()).spawn(run)?;
+        }
+        Ok(Self { jobs, done })
+    }
+
+    /// Of each key in turn, the block.
+    fn read(&self, keys: &[Key]) -> Vec<io::Result<Vec<u8>>> {
+        for (index, key) in keys.iter().enumerate() {
+            self.jobs.send((index, *key)).expect("readers live as long as this");
+        }
+        let mut read: Vec<_> = keys.iter().map(|_| None).collect();
+        for _ in keys {
+            let (index, block) = self.done.recv().expect("readers live as long as this");
+            read[index] = Some(block);
+        }
+        read.into_iter().map(|block| block.expect("one answer for each key")).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_budget_does_not_shrink_as_it_is_used() {
+        assert_eq!(share(80 << 30, 0), 10 << 30);
+        assert_eq!(share(70 << 30, 10 << 30), 10 << 30, "the same disk, later");
+        assert_eq!(share(1 << 40, 0), BUDGET_MAX);
     }
 }

@@ -69,8 +69,8 @@ pub(super) fn write(path: &Path, key: &Key, used: u64, layers: &[usize], payload
 /// Name of a file that is not whole yet.
 pub(super) const PART: &str = "block.part";
 
-/// The layers' bytes, one after the other, into `payload`; an error is about a file that is not what was written, or none.
-pub(super) fn read(path: &Path, key: &Key, layers: &[usize], payload: &mut Vec<u8>) -> io::Result<()> {
+/// The layers' bytes, one after the other; an error is about a file that is not what was written, or none.
+pub(super) fn read(path: &Path, key: &Key, layers: &[usize]) -> io::Result<Vec<u8>> {
     let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {what}", path.display()));
     let mut file = File::open(path)?;
     if file.metadata()?.len() != size(layers) {
@@ -78,12 +78,12 @@ pub(super) fn read(path: &Path, key: &Key, layers: &[usize], payload: &mut Vec<u
     }
     let mut head = vec![0; HEADER + 16 * layers.len()];
     file.read_exact(&mut head)?;
-    payload.resize(layers.iter().sum(), 0);
-    file.read_exact(payload)?;
-    if header(key, parts(layers, payload)) != head {
+    let mut payload = vec![0; layers.iter().sum()];
+    file.read_exact(&mut payload)?;
+    if header(key, parts(layers, &payload)) != head {
         return Err(wrong("it is not what was written for this block"));
     }
-    Ok(())
+    Ok(payload)
 }
 
 /// Sizes and checksums.

@@ -181,15 +181,21 @@ fn merge(messages: &[Message]) -> Vec<Message> {
             Some(last)
                 if last.role == message.role && message.role != "tool" && last.tool_calls.is_empty() && last.name == message.name =>
             {
-                last.content =
-                    [last.content.as_str(), &message.content].into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n\n");
-                last.reasoning = last.reasoning.take().or_else(|| message.reasoning.clone());
+                last.content = joined(&last.content, &message.content);
+                last.reasoning = match (last.reasoning.take(), &message.reasoning) {
+                    (Some(before), Some(after)) => Some(joined(&before, after)),
+                    (before, after) => before.or_else(|| after.clone()),
+                };
                 last.tool_calls = message.tool_calls.clone();
             }
             _ => merged.push(message.clone()),
         }
     }
     merged
+}
+
+fn joined(before: &str, after: &str) -> String {
+    [before, after].into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("\n\n")
 }
 
 /// For templates without a system role.
@@ -203,5 +209,22 @@ fn fold_system(messages: &[Message]) -> Vec<Message> {
             [&[Message { role: "user".into(), content: reminder(&system.content), ..system.clone() }], rest].concat()
         }
         _ => messages.to_vec(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn merged_messages_keep_all_that_was_thought() {
+        let said = |content: &str, reasoning: Option<&str>| Message {
+            role: "assistant".into(),
+            content: content.into(),
+            reasoning: reasoning.map(Into::into),
+            ..Message::default()
+        };
+        let merged = merge(&[said("a", Some("first")), said("", None), said("b", Some("second"))]);
+        assert_eq!(merged, [said("a\n\nb", Some("first\n\nsecond"))]);
     }
 }

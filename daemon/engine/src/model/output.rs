@@ -93,6 +93,17 @@ impl Output {
         Self { decoder, parser, stops: Stops::new(stops), plain, single, rules, guide, mask: Mask::new(), reasoning_tokens: 0 }
     }
 
+    /// Whether not every token may come next.
+    pub(crate) fn guided(&self) -> bool {
+        self.guide.is_some()
+    }
+
+    /// What [`Output::mask`] says of one token, for less.
+    pub(crate) fn allows(&mut self, text: &Text, token: u32) -> Result<bool, Error> {
+        let Some(guide) = &mut self.guide else { return Ok(true) };
+        Ok(text.think_id() == Some(token) && self.parser.may_think() || guide.allows(token)?)
+    }
+
     /// The tokens that may come next; `None`: all.
     pub(crate) fn mask(&mut self, text: &Text) -> Result<Option<&Mask>, Error> {
         let Some(guide) = &mut self.guide else { return Ok(None) };

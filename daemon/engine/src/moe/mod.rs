@@ -49,7 +49,8 @@ pub(crate) struct Plan {
     first: Vec<usize>,
     tokens: Vec<u32>,
     places: Vec<u32>,
-    order: Vec<u32>,
+    /// Per expert: its places, then where the next of them goes.
+    next: Vec<usize>,
 }
 
 impl Plan {
@@ -102,24 +103,28 @@ impl Plan {
 
     /// Sorts (row, rank) places by expert, when all rows are routed.
     pub(crate) fn group(&mut self) {
-        let (k, chosen) = (self.router.top_k, &self.chosen);
-        self.order.clear();
-        self.order.extend((0..chosen.len() as u32).filter(|place| self.alive[*place as usize / k]));
-        self.order.sort_by_key(|place| chosen[*place as usize]);
-        self.experts.clear();
-        self.first.clear();
-        self.tokens.clear();
-        self.places.clear();
-        for &place in &self.order {
-            let expert = chosen[place as usize];
-            if self.experts.last() != Some(&expert) {
-                self.experts.push(expert);
-                self.first.push(self.places.len());
-            }
-            self.tokens.push(place / k as u32);
-            self.places.push(place);
+        let Self { router, chosen, alive, experts, first, tokens, places, next, .. } = self;
+        let k = router.top_k;
+        let placed = || chosen.iter().enumerate().filter(|(place, _)| alive[place / k]);
+        next.clear();
+        next.resize(router.experts, 0);
+        placed().for_each(|(_, expert)| next[usize::from(expert.0)] += 1);
+        experts.clear();
+        first.clear();
+        let mut at = 0;
+        for (expert, next) in (0u16..).zip(next.iter_mut()).filter(|(_, count)| **count > 0) {
+            experts.push(ExpertId(expert));
+            first.push(at);
+            at += std::mem::replace(next, at);
         }
-        self.first.push(self.places.len());
+        first.push(at);
+        tokens.resize(at, 0);
+        places.resize(at, 0);
+        for (place, expert) in placed() {
+            let at = &mut next[usize::from(expert.0)];
+            (tokens[*at], places[*at]) = ((place / k) as u32, place as u32);
+            *at += 1;
+        }
     }
 
     pub(crate) fn top_k(&self) -> usize {

@@ -163,15 +163,25 @@ fn aligned(bytes: &[i8]) -> usize {
     bytes.as_ptr().align_offset(ALIGN).min(bytes.len())
 }
 
+/// As `resize` with zeros; new memory is touched only when it is used, so that a long prompt's is not cleared at once while others
+/// wait.
+pub(super) fn size<T: Clone + Default>(of: &mut Vec<T>, len: usize) {
+    if of.capacity() == 0 {
+        *of = vec![T::default(); len];
+    } else {
+        of.resize(len, T::default());
+    }
+}
+
 impl Prepared {
     /// Makes room for `rows` rows of `cols`. What is there is of no use any more, unless all is as it was.
     pub(crate) fn resize(&mut self, isa: &Isa, rows: usize, cols: usize, format: Format) {
         let Format::Affine { bits, group, .. } = format else { return *self = Self { cols, ..Self::default() } };
         let fixed = isa.fixed.is_some() && matches!(bits, 4 | 8) && group.is_power_of_two() && group >= 32;
         (self.cols, self.group, self.bits) = (cols, group, if fixed { bits } else { 0 });
-        self.sums.resize(rows * cols / group, 0.0);
-        self.scales.resize(if fixed { rows * cols / group } else { 0 }, 0.0);
-        self.bytes.resize(if fixed { ALIGN + rows * Fixed::row_bytes(cols, bits) } else { 0 }, 0);
+        size(&mut self.sums, rows * cols / group);
+        size(&mut self.scales, if fixed { rows * cols / group } else { 0 });
+        size(&mut self.bytes, if fixed { ALIGN + rows * Fixed::row_bytes(cols, bits) } else { 0 });
     }
 
     /// The rows from `first` on are those of `x` [rows, cols].

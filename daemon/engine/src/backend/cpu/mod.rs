@@ -21,7 +21,7 @@ use attention::{Kv, Queries};
 use experts::{Buffers, Work, Works};
 use flash_experts::{ExpertId, Slice};
 use linear::{Linear, linear};
-use matrix::{Matrix, Prepared};
+use matrix::{Matrix, Prepared, size};
 pub(crate) use pool::physical_cores;
 use pool::{Cells, Pool, TASK_ROWS};
 use simd::Isa;
@@ -288,29 +288,33 @@ impl Cpu {
         &mut self.kv.bytes_mut(&self.shape, block)[layer * bytes..][..bytes]
     }
 
-    /// Sizes `act` for the pass and embeds its tokens.
+    /// Sizes `act` for the pass.
     pub(crate) fn begin(&mut self, act: &mut Activations, batch: &Batch) {
-        let began = Instant::now();
         let Shape { hidden, top_k, .. } = self.shape;
         let rows = batch.rows.len();
-        act.hidden.resize(rows * hidden, 0.0);
-        act.normed.resize(rows * hidden, 0.0);
-        act.out.resize(rows * top_k.max(1) * hidden, 0.0);
+        size(&mut act.hidden, rows * hidden);
+        size(&mut act.normed, rows * hidden);
+        size(&mut act.out, rows * top_k.max(1) * hidden);
         act.turns.clear();
-        for row in &batch.rows {
-            norm::turns(row.position as u32, &self.inverse_frequencies, &mut act.turns);
-        }
+    }
+
+    /// Embeds the tokens of the first layer's next piece: of a long prompt all at once would take longer than others can wait.
+    fn embed(&self, act: &mut Activations, batch: &Batch, piece: Range<usize>) {
+        let hidden = self.shape.hidden;
         let embed = self.embed.view(&self.trunk);
-        for (row, out) in batch.rows.iter().zip(act.hidden.chunks_exact_mut(hidden)) {
+        for (row, out) in batch.rows[piece.clone()].iter().zip(act.hidden[piece.start * hidden..].chunks_exact_mut(hidden)) {
+            norm::turns(row.position as u32, &self.inverse_frequencies, &mut act.turns);
             embed.dequantize_row(row.token as usize, out);
         }
-        self.profile.add(Stage::Projections, began);
     }
 
     /// Attention of `layer` over a piece of the rows, added to the residual. Rows that are not `alive` take no part: their
     /// KV blocks may belong to others by now.
     pub(crate) fn attention(&mut self, layer: usize, act: &mut Activations, batch: &Batch, alive: &[bool], piece: Range<usize>) {
         let began = Instant::now();
+        if layer == 0 {
+            self.embed(act, batch, piece.clone());
+        }
         let Self { isa, pool, shape, trunk, kv, scratch, profile, .. } = self;
         let l = &self.layers[layer];
         let (rows, d, hidden) = (piece.len(), shape.head_dim, shape.hidden);

@@ -116,11 +116,11 @@ impl Compiler {
         })
     }
 
-    /// A grammar for what stands between a call's mark and the end of its own mark.
+    /// A grammar for what stands between a call's mark and the end of its own mark; in Harmony, where the mark is a message's head that
+    /// names the tool, for that name on a line and the message.
     pub(crate) fn one_call(&self, calls: &'static Calls, tools: &[&Tool]) -> Result<Grammar, Error> {
         if calls.style == Style::Harmony {
-            // The message's head has named the tool, which is not known yet.
-            return self.lark(&format!("start: {}\n", inline(&json!({"type": "object"}), true))).map_err(refused);
+            return self.with_tools(&|form| rules::named(tools, form));
         }
         self.with_tools(&|form| Ok(format!("start: body\n{}", rules::bodies(calls, tools, form)?)))
     }
@@ -156,6 +156,15 @@ impl Grammar {
 impl Guide {
     pub(crate) fn mask(&mut self) -> Result<Mask, Error> {
         self.0.compute_mask().map_err(too_complex)
+    }
+
+    /// Whether the mask has this token.
+    pub(crate) fn allows(&mut self, token: u32) -> Result<bool, Error> {
+        let env = self.0.tok_env().map_err(too_complex)?;
+        let trie = env.tok_trie();
+        // One that stands for no text changes nothing, and would never end.
+        let says = (token as usize) < trie.vocab_size() && (!trie.token(token).is_empty() || trie.eos_tokens().contains(&token));
+        Ok(says && self.0.validate_tokens(&[token]).map_err(too_complex)? == 1)
     }
 
     pub(crate) fn take(&mut self, token: u32) -> Result<(), Error> {

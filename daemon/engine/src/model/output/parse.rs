@@ -23,7 +23,7 @@ pub(crate) enum Begun {
     Call,
 }
 
-/// Hears where a grammar may begin and what has been read beyond that place. Says whether the text from there on keeps to one, so that a
+/// Hears where a grammar may begin and what has been read beyond that place, in Harmony with the called function's name on a line before. Says whether the text from there on keeps to one, so that a
 /// call's arguments can be passed on before its end.
 pub(crate) type Watch<'a> = &'a mut dyn FnMut(Begun, &str) -> bool;
 
@@ -317,7 +317,7 @@ impl Parser {
         let header: String = self.held.drain(..at + "<|message|>".len()).collect();
         self.mode = match calls::recipient(&header) {
             Some(name) if !self.schemas.is_empty() => {
-                let passes = watch(Begun::Call, &self.held) && self.schemas.contains_key(name);
+                let passes = watch(Begun::Call, &format!("{name}\n{}", self.held)) && self.schemas.contains_key(name);
                 if passes {
                     say(out, Part::Call(CallPart { index: self.calls, name: name.into(), arguments: String::new() }));
                     self.calls += 1;

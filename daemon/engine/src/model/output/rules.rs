@@ -16,6 +16,10 @@ pub(super) const THOUGHT: &str =
     "thought: \"<|channel|>analysis<|message|>\" musing \"<|start|>assistant\"\nmusing[suffix=\"<|end|>\"]: /(.|\\n)*/\n";
 /// A parameter's text and what ends it.
 const XML_TEXT: &str = "text[suffix=\"\\n</parameter>\\n\"]: /(.|\\n)*/\n";
+/// What ends a parameter, as a pattern.
+const XML_END: &str = "<\\/parameter>";
+/// Longer texts are not counted: a count costs a state for each character.
+const XML_LENGTH_MAX: u64 = 2048;
 
 /// Writes a tool's schema, or a part of it, as a rule's body.
 pub(super) type Form<'a> = &'a dyn Fn(&Tool, &Value) -> Result<String, Error>;
@@ -62,7 +66,9 @@ fn xml(index: usize, tool: &Tool, form: Form) -> Result<String, Error> {
     // A key that XML cannot hold is left out.
     for (number, (key, schema)) in properties.iter().filter(|(key, _)| !key.contains(['>', '<', '\n'])).enumerate() {
         let value = if is_string(Some(schema)) {
-            "text".into()
+            let (value, terminal) = xml_text(&format!("X{index}_{number}"), schema);
+            rules += &terminal;
+            value
         } else {
             let mut schema = schema.clone();
             for definitions in ["$defs", "definitions"] {
@@ -81,6 +87,35 @@ fn xml(index: usize, tool: &Tool, form: Form) -> Result<String, Error> {
     }
     let (head, tail) = (quoted(&format!("\n<function={}>\n", tool.name)), quoted("</function>\n</tool_call>"));
     Ok(format!("t{index}: {head}{parts} {tail}\n{rules}"))
+}
+
+/// A parameter that is text: one of a few, or of a length, or any; with rules of its own, by that name.
+fn xml_text(name: &str, schema: &Value) -> (String, String) {
+    let end = "\n</parameter>\n";
+    let choices = schema.get("const").map(std::slice::from_ref).or_else(|| schema.get("enum")?.as_array().map(Vec::as_slice));
+    let choices: Option<Vec<_>> = choices.filter(|choices| !choices.is_empty()).and_then(|all| all.iter().map(Value::as_str).collect());
+    if let Some(choices) = choices {
+        let choices: Vec<_> = choices.into_iter().map(|choice| quoted(&format!("{choice}{end}"))).collect();
+        return (format!("({})", choices.join(" | ")), String::new());
+    }
+    let length = |key: &str| schema.get(key).and_then(Value::as_u64).filter(|length| *length <= XML_LENGTH_MAX);
+    let (least, most) = (length("minLength").unwrap_or(0), length("maxLength"));
+    if least == 0 && most.is_none() || most.is_some_and(|most| most < least) {
+        return ("text".into(), String::new());
+    }
+    // Without the mark inside, the first mark is the end.
+    let most = most.map_or(String::new(), |most| most.to_string());
+    let text = format!("/(.|\\n){{{least},{most}}}/ & ~/(.|\\n)*{XML_END}(.|\\n)*/");
+    (name.into(), format!("{name}_T: {text}\n{name}: {name}_T {}\n", quoted(end)))
+}
+
+/// Rules for a tool's name on a line of its own and its arguments: what a Harmony parser makes of a message's head.
+pub(super) fn named(tools: &[&Tool], form: Form) -> Result<String, Error> {
+    let mut rules = format!("start: {}\n", (0..tools.len()).map(|index| format!("t{index}")).collect::<Vec<_>>().join(" | "));
+    for (index, tool) in tools.iter().enumerate() {
+        rules += &format!("t{index}: {} a{index}\na{index}: {}\n", quoted(&format!("{}\n", tool.name)), form(tool, &tool.schema())?);
+    }
+    Ok(rules)
 }
 
 /// A literal.

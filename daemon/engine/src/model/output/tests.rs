@@ -182,6 +182,7 @@ fn request(text: &Text, chat: &Chat, format: Option<&Format>, seed: u64) -> Resu
     Ok(Request { sampling, reply, max_tokens: Some(200), ..Request::greedy(text.encode(&prompt)?) })
 }
 
+#[derive(Debug)]
 struct Said {
     parts: Vec<Part>,
     finish: Finish,
@@ -279,6 +280,32 @@ fn replies_of_the_bundled_model_are_valid_for_200_schemas() {
     assert!(whole > 150, "{whole} of 200 came to an end");
 }
 
+/// What is guessed first is what the mask would have allowed: at every step of replies in several forms, for every token there is.
+#[test]
+fn a_token_is_allowed_alone_as_it_is_in_the_mask() {
+    let text = Text::open(&bundled()).unwrap();
+    let schema = json!({"type": "object", "properties": {"s": {"type": "string", "maxLength": 9}, "n": {"type": "number"}}});
+    let cases = [
+        (Format::JsonObject, "{\"a\": [1, \"tw\u{f6}\", {}], \"b\": null}"),
+        (Format::JsonSchema { schema, strict: true }, "{\"s\":\"Pip ran\",\"n\":-1.5e3}"),
+        (Format::Regex("([a-z]+ ){2,5}[0-9]{3}".into()), "one two three 123"),
+        (Format::Lark("start: \"<\" word \">\"\nword: /[^<>]*/".into()), "<any w\u{f6}rd>"),
+    ];
+    for (format, says) in cases {
+        let chat = ask("x");
+        let prompt = text.render(&chat).unwrap();
+        let mut output = super::Output::new(text.reply(&chat, &prompt, Some(&format)).unwrap(), Vec::new());
+        for token in text.encode(says).unwrap() {
+            let mask = output.mask(&text).unwrap().unwrap().clone();
+            for id in 0..text.vocab_size() as u32 + 2 {
+                let masked = (id as usize) < mask.len() && mask.is_allowed(id);
+                assert_eq!(output.allows(&text, id).unwrap(), masked, "{format:?}, {says}: token {id} before {token}");
+            }
+            output.push(&text, token).unwrap();
+        }
+    }
+}
+
 #[test]
 fn calls_are_forced_named_and_typed() {
     for template in [CHATML, CODER_CHAT] {
@@ -374,6 +401,29 @@ fn grammars_begin_where_they_should() {
     for change in [&forced as &dyn Fn(&mut Chat), &|chat: &mut Chat| chat.tools = f()] {
         let said = say(HARMONY_CHAT, says, change, None);
         assert_eq!((said.parts, said.finish), (vec![reasoning("Hm."), call(0, "f", "{\"n\": 5}")], Finish::ToolCalls));
+    }
+    // A call that nobody has asked for is held to its own tool's schema.
+    let g = json!({"type": "object", "properties": {"s": {"enum": ["red"]}}, "required": ["s"], "additionalProperties": false});
+    let says = "<|channel|>commentary to=functions.g <|constrain|>json<|message|>{\"n\": 5}";
+    let said = say(HARMONY_CHAT, says, |chat| chat.tools = [f(), vec![tool("g", g.clone())]].concat(), None);
+    assert!(
+        matches!(&said.parts[..], [Part::Call(call)] if call.name == "g" && call.arguments.replace(' ', "") == "{\"s\":\"red\"}"),
+        "{:?}",
+        said.parts
+    );
+    // In XML, texts are held to their choices and lengths, of characters and not of bytes.
+    let texts = json!({"type": "object", "properties": {"e": {"type": "string", "enum": ["a", "b"]}, "s": {"type": "string", "minLength": 2, "maxLength": 4}, "n": {"type": "integer"}}, "required": ["e", "s"]});
+    for (e, s, valid) in
+        [("a", "\u{fc}\u{fc}\u{fc}\n", true), ("b", "1</p", true), ("c", "xyz", false), ("a", "x", false), ("b", "12345", false)]
+    {
+        let says = format!(
+            "<tool_call>\n<function=f>\n<parameter=e>\n{e}\n</parameter>\n<parameter=s>\n{s}\n</parameter>\n</function>\n</tool_call>"
+        );
+        let said = say(CODER_CHAT, says.leak(), |chat| chat.tools = vec![tool("f", texts.clone())], None);
+        let Some(Part::Call(call)) = said.parts.first() else { panic!("{e} {s}: {said:?}") };
+        let arguments: Value = serde_json::from_str(&call.arguments).unwrap();
+        assert!(jsonschema::validator_for(&texts).unwrap().is_valid(&arguments), "{call:?}");
+        assert_eq!(arguments["e"] == e && arguments["s"] == s, valid, "{call:?}");
     }
     let said = say(HARMONY_CHAT, "<|channel|>final<|message|>\"red\" or so", |_| (), Some(&colour));
     assert_eq!((said.parts, said.finish), (vec![content("\"red\"")], Finish::Stop(None)));
