@@ -19,7 +19,7 @@ const LANES: usize = 16;
 const TILE: usize = 8;
 /// Largest head; others are left to the portable code.
 const HEAD: usize = 256;
-/// Bytes from one head's weights to the next's: a power of two would put all heads' into the same few cache sets.
+/// Numbers from one head's weights to the next's: a power of two would put all heads' into the same few cache sets.
 const ROW: usize = SPAN + 2 * LANES;
 
 /// What a tile's heads keep between their steps.
