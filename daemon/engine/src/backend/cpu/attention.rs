@@ -70,7 +70,7 @@ impl Kv {
 
     /// Bytes of one block.
     pub(super) fn block_bytes(&self, shape: &Shape) -> usize {
-        either!(self, blocks => block_bytes(blocks, shape))
+        either!(self, blocks => block_numbers(blocks, shape) * blocks.number_bytes())
     }
 
     pub(super) fn blocks_used(&self) -> usize {
@@ -87,8 +87,10 @@ impl Kv {
     }
 
     pub(super) fn bytes_mut(&mut self, shape: &Shape, block: BlockId) -> &mut [u8] {
-        let bytes = self.block_bytes(shape);
-        either!(self, blocks => blocks.bytes_mut(block, bytes))
+        either!(self, blocks => {
+            let numbers = block_numbers(blocks, shape);
+            blocks.bytes_mut(block, numbers)
+        })
     }
 
     /// Stores one token's keys and values [kv_heads × head_dim] of `layer`.
@@ -184,19 +186,16 @@ fn run_len<N: Stored>(head_dim: usize) -> usize {
     BLOCK * head_dim + N::BESIDE
 }
 
-fn block_len<N: Stored>(shape: &Shape) -> usize {
+fn block_numbers<N: Stored>(_: &Blocks<N>, shape: &Shape) -> usize {
     shape.layers * 2 * shape.kv_heads * run_len::<N>(shape.head_dim)
-}
-
-fn block_bytes<N: Stored>(_: &Blocks<N>, shape: &Shape) -> usize {
-    block_len::<N>(shape) * size_of::<N>()
 }
 
 fn write<N: Stored>(blocks: &mut Blocks<N>, shape: &Shape, layer: usize, table: &[BlockId], position: usize, sides: [&[f32]; 2]) {
     let (d, token, run) = (shape.head_dim, position % BLOCK, run_len::<N>(shape.head_dim));
-    let block = blocks.get_mut(table[position / BLOCK], block_len::<N>(shape));
-    for (side, (numbers, put)) in sides.into_iter().zip([N::put_key, N::put_value]).enumerate() {
-        for (kv_head, numbers) in numbers.chunks_exact(d).enumerate() {
+    let numbers = block_numbers(blocks, shape);
+    let block = blocks.get_mut(table[position / BLOCK], numbers);
+    for (side, (heads, put)) in sides.into_iter().zip([N::put_key, N::put_value]).enumerate() {
+        for (kv_head, numbers) in heads.chunks_exact(d).enumerate() {
             put(&mut block[shape.run(layer, side, kv_head) * run..][..run], token, numbers);
         }
     }

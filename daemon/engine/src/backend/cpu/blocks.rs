@@ -136,6 +136,11 @@ impl<N: Stored> Blocks<N> {
         }
     }
 
+    #[expect(clippy::unused_self, reason = "of its kind")]
+    pub(super) fn number_bytes(&self) -> usize {
+        size_of::<N>()
+    }
+
     pub(super) fn used(&self) -> usize {
         self.chunks.iter().flatten().map(|chunk| chunk.used.iter().filter(|used| **used).count()).sum()
     }
