@@ -49,7 +49,7 @@ pub struct Outcome {
     pub daemon: [Held; 2],
     /// Keys and values, with nothing running and nothing kept.
     pub kv_bytes: [u64; 2],
-    /// The gateway's with [`OPEN`] open streams: what cannot be dropped, and all that is resident.
+    /// The gateway's with `OPEN` open streams: what cannot be dropped, and all that is resident.
     pub open_bytes: [u64; 2],
     /// From SIGTERM to the end, with nothing to do.
     pub gateway_end: Duration,

@@ -278,7 +278,6 @@ mod tests {
     fn a_bank_that_cannot_be_is_an_error() {
         let record = record(Float::F32);
         let refused = |slots: usize, stride| Bank::new(&record, slots, stride, Dtype::Float32).map(|_| ()).unwrap_err().to_string();
-        assert!(refused(1 << 20, 1 << 26).contains("allocate"), "{}", refused(1 << 20, 1 << 26));
         assert!(refused(usize::MAX, 1 << 26).contains("addressed"));
         assert!(refused(1 << 30, 1 << 31).contains("too large"));
     }
