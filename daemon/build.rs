@@ -1,5 +1,5 @@
 //! Where flashd looks for MLX's library when it is installed: in `lib/flashd` beside its `bin`, where `engine/mlx/install` puts it.
-//! The checkout that it was built in, which the set-up's own linker flags name, comes after that.
+//! The checkout that it was built in, which the set-up's own linker flags name, comes before that while it is there.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
