@@ -21,12 +21,10 @@ pub(crate) async fn run(args: ShowArgs, global: &Global) -> Result<(), Failure> 
     let stats = daemon.admin().stats(StatsRequest {}).await.map_err(failed)?.into_inner();
     let room = room(&stats);
     if global.json {
-        let mut value =
-            json::model(shown.model.as_ref().unwrap_or(&Model::default()), fits(shown.model.as_ref().unwrap_or(&Model::default()), room));
-        value["recommended_expert_cache"] = json!(recommended(shown.model.as_ref().unwrap_or(&Model::default()), room));
+        let model = shown.model.unwrap_or_default();
+        let mut value = json::model(&model, fits(&model, room));
+        value["recommended_expert_cache"] = json!(recommended(&model, room));
         value["chat_template"] = json!(shown.chat_template);
-        value["calls_tools"] = json!(shown.calls_tools);
-        value["thinks"] = json!(shown.thinks);
         value["infills"] = json!(shown.infills);
         value["sampling"] = json!({
             "temperature": shown.temperature, "top_k": shown.top_k, "top_p": shown.top_p, "min_p": shown.min_p,
@@ -64,8 +62,8 @@ fn text(shown: &ShowResponse, room: Option<u64>) -> String {
     };
     let can: Vec<&str> = [
         ("a chat template", !shown.chat_template.is_empty()),
-        ("tools", shown.calls_tools),
-        ("thinking", shown.thinks),
+        ("tools", model.tools),
+        ("thinking", model.reasoning),
         ("filling gaps", shown.infills),
     ]
     .into_iter()
@@ -113,21 +111,14 @@ mod tests {
     #[test]
     fn what_fits_is_recommended() {
         // 10 of trunk, 90 of experts, a working set of 2 × 3 × 5 = 30.
-        let model = Model { size_bytes: 100, trunk_bytes: 10, expert_bytes: 5, top_k: 2, layers: 3, ..Model::default() };
+        let model = Model { size_bytes: 100, trunk_bytes: 10, expert_bytes: 5, top_k: 2, layers: 3, reasoning: true, ..Model::default() };
         let check = |room, expected: Option<&str>| assert_eq!(recommended(&model, room).as_deref(), expected, "{room:?}");
         check(Some(100), Some("100%"));
         check(Some(55), Some("50%"));
         check(Some(39), None);
         check(Some(5), None);
         check(None, None);
-        let shown = ShowResponse {
-            model: Some(model),
-            thinks: true,
-            temperature: 0.5,
-            top_p: 1.0,
-            repetition_penalty: 1.0,
-            ..ShowResponse::default()
-        };
+        let shown = ShowResponse { model: Some(model), temperature: 0.5, top_p: 1.0, repetition_penalty: 1.0, ..ShowResponse::default() };
         let text = text(&shown, Some(55));
         for part in ["all are 90 B, one token's 30 B; --expert-cache 50%", "has           thinking", "temperature 0.5\n"] {
             assert!((text.clone() + "\n").contains(part), "{part} is not in\n{text}");

@@ -187,6 +187,7 @@ fn model() -> Model {
         size_bytes: 53_000_000,
         context_length: CONTEXT,
         experts: 64,
+        reasoning: true,
         ..Model::default()
     }
 }
@@ -273,14 +274,7 @@ impl Models for Script {
             return Err(code::status(code::MODEL_NOT_FOUND, "no model named `nope` is installed; available: tiny"));
         }
         let chat_template = "{{ messages }}\n".into();
-        Ok(Response::new(ShowResponse {
-            model: Some(model()),
-            chat_template,
-            thinks: true,
-            temperature: 0.7,
-            top_p: 1.0,
-            ..ShowResponse::default()
-        }))
+        Ok(Response::new(ShowResponse { model: Some(model()), chat_template, temperature: 0.7, top_p: 1.0, ..ShowResponse::default() }))
     }
 
     async fn list(&self, _: Request<ListRequest>) -> Answer<ListResponse> {

@@ -44,7 +44,7 @@ fn listings_have_json_and_tables() {
     home.run(&["show", "tiny", "--template"]).expect(0, "{{ messages }}\n", "");
     home.run(&["show", "nope"]).expect(1, "", "hint: `flashctl models`");
     let shown = home.run(&["show", "--json"]).json();
-    assert_eq!((&shown["name"], &shown["thinks"], &shown["chat_template"]), (&"tiny".into(), &true.into(), &"{{ messages }}\n".into()));
+    assert_eq!((&shown["name"], &shown["reasoning"], &shown["chat_template"]), (&"tiny".into(), &true.into(), &"{{ messages }}\n".into()));
     home.run(&["tokenize", "local", "three short words"]).expect(0, "0 1 2\n", "3 tokens of 40");
     assert_eq!(home.run(&["daemon", "start", "--json"]).json()["status"], "running");
 }

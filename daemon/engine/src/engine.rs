@@ -5,6 +5,7 @@
 
 mod reuse;
 mod room;
+mod said;
 mod score;
 mod source;
 
@@ -38,6 +39,7 @@ use crate::{
 };
 use reuse::Reuse;
 use room::kv_bytes;
+use said::{note, say};
 use source::source;
 
 /// What `auto` divides where neither the caller nor the system says what is available.
@@ -557,44 +559,6 @@ impl Engine {
             Some(id) => Err(Error::TokenId { id: *id, vocab }),
             None => Ok(()),
         }
-    }
-}
-
-/// Draws a request's next token and delivers what it adds.
-fn say(
-    sequence: &mut Sequence,
-    text: &Text,
-    logits: &[f32],
-    now: Counters,
-    scratch: &mut Vec<f32>,
-    gone: &mut HashSet<RequestId>,
-    deliver: &mut dyn FnMut(RequestId, Event) -> Delivery,
-) {
-    let id = sequence.id;
-    let said = match sequence.advance(text, logits, scratch) {
-        Ok(said) => said,
-        Err(error) => {
-            deliver(id, Event::Failed(error));
-            gone.insert(id);
-            return;
-        }
-    };
-    let mut delivery = Delivery::Taken;
-    if said.finish.is_none() || !said.parts.is_empty() || !said.logprobs.is_empty() {
-        delivery = deliver(id, Event::Token { parts: said.parts, logprobs: said.logprobs, channel: said.channel });
-    }
-    if let (Some(finish), true) = (said.finish, delivery != Delivery::Gone) {
-        deliver(id, Event::Done(sequence.done(finish, now)));
-        delivery = Delivery::Gone;
-    }
-    note(sequence, delivery, gone);
-}
-
-fn note(sequence: &mut Sequence, delivery: Delivery, gone: &mut HashSet<RequestId>) {
-    match delivery {
-        Delivery::Taken => {}
-        Delivery::Full => sequence.paused = true,
-        Delivery::Gone => drop(gone.insert(sequence.id)),
     }
 }
 

@@ -6,6 +6,7 @@ pub(crate) mod chat;
 pub(crate) mod families;
 mod files;
 pub mod hub;
+mod infill;
 pub(crate) mod output;
 pub(crate) mod packed;
 mod pattern;

@@ -20,6 +20,19 @@ pub(super) fn bundled() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/flash-tiny-moe")
 }
 
+/// The bundled model's text files, with some replaced or (`None`) left out.
+pub(super) fn changed(files: &[(&str, Option<&str>)]) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"] {
+        match files.iter().find(|(changed, _)| *changed == name) {
+            Some((_, Some(text))) => fs::write(dir.path().join(name), text).unwrap(),
+            Some((_, None)) => {}
+            None => drop(fs::copy(bundled().join(name), dir.path().join(name)).unwrap()),
+        }
+    }
+    dir
+}
+
 /// A checkpoint to be written: config and tensors by name (dtype, shape); payload bytes count up from 0.
 #[derive(Clone)]
 pub(crate) struct Checkpoint {

@@ -15,6 +15,7 @@ use super::{
     arch::Arch,
     chat::{Chat, Choice, Format},
     files,
+    infill::Infill,
     output::{Compiler, Dialect, Reply, Rules, THINK, Thinking},
     template::Template,
     tokenizer::{Tokenizer, Utf8},
@@ -44,25 +45,6 @@ pub struct Text {
     template_source: String,
     infill: Option<&'static Infill>,
 }
-
-/// Special tokens that frame a gap: before what precedes it, before what follows it, and before what fills it.
-struct Infill {
-    tokens: [&'static str; 3],
-    /// What ends a filling beside the model's own ends, where the tokenizer has it: the next file of a repository, or padding.
-    ends: &'static [&'static str],
-}
-
-const INFILLS: &[Infill] = &[
-    // Qwen's coders, CodeGemma.
-    Infill {
-        tokens: ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
-        ends: &["<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|file_separator|>"],
-    },
-    // StarCoder, Granite.
-    Infill { tokens: ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"], ends: &["<fim_pad>", "<reponame>", "<file_sep>"] },
-    // DeepSeek's coders.
-    Infill { tokens: ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"], ends: &[] },
-];
 
 impl fmt::Debug for Text {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -95,8 +77,8 @@ impl Text {
         let of_model: Ends = files::json(&dir.join("config.json"), files::JSON_MAX)?;
         let mut end_ids = generation.ends.ids().or(of_model.ids()).unwrap_or_default();
         end_ids.extend(special.get("eos_token").and_then(Value::as_str).and_then(|token| tokenizer.id(token)));
-        let infill = INFILLS.iter().find(|infill| infill.tokens.iter().all(|token| tokenizer.id(token).is_some()));
-        end_ids.extend(infill.into_iter().flat_map(|infill| infill.ends).filter_map(|token| tokenizer.id(token)));
+        let infill = Infill::of(&tokenizer);
+        end_ids.extend(infill.into_iter().flat_map(|infill| infill.end_ids(&tokenizer)));
         end_ids.sort_unstable();
         end_ids.dedup();
 
@@ -137,8 +119,7 @@ impl Text {
 
     /// The prompt whose reply stands between two texts.
     pub fn infill(&self, prefix: &str, suffix: &str) -> Result<String, Error> {
-        let [before, after, here] = self.infill.ok_or(Error::Infill)?.tokens;
-        Ok(format!("{before}{prefix}{after}{suffix}{here}"))
+        self.infill.map(|infill| infill.prompt(prefix, suffix)).ok_or(Error::Infill)
     }
 
     /// It has tokens that frame a gap.
@@ -149,16 +130,6 @@ impl Text {
     /// The chat template as the model's files have it; empty if they have none.
     pub fn template_source(&self) -> &str {
         &self.template_source
-    }
-
-    /// Its way of calling tools is known.
-    pub fn calls_tools(&self) -> bool {
-        self.dialect.calls.is_some()
-    }
-
-    /// It marks what it thinks.
-    pub fn thinks(&self) -> bool {
-        self.dialect.thinks
     }
 
     /// The chat template applied; the generation prompt is added unless the last message is to be continued.
@@ -420,26 +391,15 @@ mod tests {
     use std::fs;
 
     use serde_json::json;
-    use tempfile::TempDir;
 
     use super::*;
-    use crate::{Message, model::tests::bundled};
+    use crate::{
+        Message,
+        model::tests::{bundled, changed},
+    };
 
     fn user(content: &str) -> Chat {
         Chat::of(vec![Message { role: "user".into(), content: content.into(), ..Message::default() }])
-    }
-
-    /// The bundled model's text files, with some replaced or (`None`) left out.
-    fn changed(files: &[(&str, Option<&str>)]) -> TempDir {
-        let dir = tempfile::tempdir().unwrap();
-        for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"] {
-            match files.iter().find(|(changed, _)| *changed == name) {
-                Some((_, Some(text))) => fs::write(dir.path().join(name), text).unwrap(),
-                Some((_, None)) => {}
-                None => drop(fs::copy(bundled().join(name), dir.path().join(name)).unwrap()),
-            }
-        }
-        dir
     }
 
     fn refused(files: &[(&str, Option<&str>)], expected: &str) {
@@ -471,39 +431,6 @@ mod tests {
         assert_eq!(text.end_ids(), [8189, 8191]);
         assert_eq!(*text.sampling(), Sampling { temperature: 0.7, top_p: 0.9, top_k: 40, ..Sampling::greedy() });
         assert_eq!((text.vocab_size(), text.token_bytes(8191), text.token_bytes(9999)), (8192, &b""[..], &b""[..]));
-    }
-
-    #[test]
-    fn a_gap_is_framed_in_the_tokenizers_own_way() {
-        let text = Text::open(&bundled()).unwrap();
-        assert!(!text.infills() && matches!(text.infill("a", "b"), Err(Error::Infill)));
-        let json = fs::read_to_string(bundled().join("tokenizer.json")).unwrap();
-        for Infill { tokens, ends } in INFILLS {
-            // In the places of ordinary tokens, which nobody misses here.
-            let mut tokenizer: Value = serde_json::from_str(&json).unwrap();
-            let names: Vec<&str> = tokens.iter().chain(ends.iter()).copied().collect();
-            let vocab = tokenizer["model"]["vocab"].as_object_mut().unwrap();
-            let longest: Vec<String> =
-                vocab.iter().filter(|(token, _)| token.len() > 9).take(names.len()).map(|(token, _)| token.clone()).collect();
-            let ids: Vec<Value> = longest.iter().map(|token| vocab.remove(token).unwrap()).collect();
-            let merges = tokenizer["model"]["merges"].as_array_mut().unwrap();
-            merges.retain(|merge| {
-                let whole = merge.as_array().map(|pair| pair.iter().filter_map(Value::as_str).collect::<String>());
-                let whole = whole.unwrap_or_else(|| merge.as_str().unwrap().replacen(' ', "", 1));
-                !longest.iter().any(|token| whole.contains(token.as_str()))
-            });
-            for (name, id) in names.iter().zip(&ids) {
-                tokenizer["model"]["vocab"].as_object_mut().unwrap().insert((*name).into(), id.clone());
-                let added = json!({ "id": id, "content": name, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true });
-                tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
-            }
-            let text = Text::open(changed(&[("tokenizer.json", Some(&tokenizer.to_string()))]).path()).unwrap();
-            assert!(text.infills(), "{tokens:?}");
-            let prompt = text.encode_raw(&text.infill("x", "y").unwrap()).unwrap();
-            let id = |at: usize| u32::try_from(ids[at].as_u64().unwrap()).unwrap();
-            assert_eq!((prompt.len(), prompt[0], prompt[2], prompt[4]), (5, id(0), id(1), id(2)), "{tokens:?}");
-            assert!((3..names.len()).all(|at| text.end_ids().contains(&id(at))), "{ends:?}");
-        }
     }
 
     #[test]

@@ -49,8 +49,6 @@ pub(in crate::service) fn shown(model: v1::Model, text: &Text) -> v1::ShowRespon
     v1::ShowResponse {
         model: Some(model),
         chat_template: text.template_source().into(),
-        calls_tools: text.calls_tools(),
-        thinks: text.thinks(),
         infills: text.infills(),
         temperature: sampling.temperature,
         top_k: u32(sampling.top_k),
