@@ -8,7 +8,7 @@ use std::{
 };
 
 #[doc(hidden)]
-pub use crate::backend::cpu::{Attention, Decoded, Multiplied, Products};
+pub use crate::backend::cpu::{Attention, Decoded, FeedForwards, Multiplied, Products};
 use crate::{
     Bytes, CacheBudget, Delivery, Engine, Error, Event, Io, Kernels, Lookahead, Options, PolicyKind, Profile, Report, Request, Sampling,
     Stage, Step,

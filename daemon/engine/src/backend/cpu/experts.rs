@@ -22,6 +22,7 @@ impl Place {
             weight: part(self.weight),
             scales: part(self.scales),
             biases: part(self.biases),
+            then: None,
         }
     }
 }
@@ -63,26 +64,46 @@ pub(super) fn feed_forward(pool: &Pool, isa: &Isa, works: &[Work<'_>], x: &Acts<
         let mid = Cells::new(mid);
         let pieces = Pieces::new(pool, works.iter().map(|work| work.gate.rows), 2 * row_bytes(&works[0].gate));
         pool.run(pieces.count(), &|piece| {
-            with_tiles(most, |tiles| pieces.get(piece).for_each(|(index, rows)| works[index].gate_up(isa, x, &rows, &mid, tiles)));
+            with_tiles(most, |tiles| {
+                pieces.get(piece).for_each(|(index, rows, then)| {
+                    works[index].gate_up(isa, x, &rows, then.map(|next| works[next].gate.from(0)), &mid, tiles);
+                });
+            });
         });
     }
     let mid = prepared.of((pool, isa), &mid[..rows * width], width, works[0].down.format);
     let out = Cells::new(out);
     let pieces = Pieces::new(pool, works.iter().map(|work| work.down.rows), row_bytes(&works[0].down));
     pool.run(pieces.count(), &|piece| {
-        with_tiles(most, |[tile]| pieces.get(piece).for_each(|(index, rows)| works[index].down(isa, &mid, &rows, &out, tile)));
+        with_tiles(most, |[tile]| {
+            pieces.get(piece).for_each(|(index, rows, then)| {
+                works[index].down(isa, &mid, &rows, then.map(|next| works[next].down.from(0)), &out, tile);
+            });
+        });
     });
 }
 
 impl Work<'_> {
     /// mid[first + t] = silu(gate · x) ⊙ up · x, some of its columns.
-    fn gate_up(&self, isa: &Isa, x: &Acts<'_>, rows: &Range<usize>, mid: &Cells<'_>, [gates, ups]: &mut [&mut [f32]; 2]) {
+    fn gate_up(
+        &self,
+        isa: &Isa,
+        x: &Acts<'_>,
+        rows: &Range<usize>,
+        then: Option<[&[u8]; 3]>,
+        mid: &Cells<'_>,
+        [gates, ups]: &mut [&mut [f32]; 2],
+    ) {
+        let last = rows.end;
         let (mut first, width) = (self.first, self.gate.rows);
         for tokens in self.tokens.chunks(TOKENS_MAX) {
-            each_tile(rows.clone(), |rows| {
+            each_tile(rows.clone(), tokens.len(), |rows| {
                 let cells = rows.len() * tokens.len();
-                (isa.rows)(&self.gate, rows.clone(), x, tokens, &mut gates[..cells]);
-                (isa.rows)(&self.up, rows.clone(), x, tokens, &mut ups[..cells]);
+                let (mut gate, mut up) = (self.gate, self.up);
+                gate.then = Some(up.from(rows.start));
+                up.then = if rows.end < last { Some(gate.from(rows.end)) } else { then };
+                (isa.rows)(&gate, rows.clone(), x, tokens, &mut gates[..cells]);
+                (isa.rows)(&up, rows.clone(), x, tokens, &mut ups[..cells]);
                 (isa.swiglu)(&mut gates[..cells], &ups[..cells]);
                 for (row, gates) in rows.zip(gates.chunks_exact(tokens.len())) {
                     for (t, value) in gates.iter().enumerate() {
@@ -95,15 +116,17 @@ impl Work<'_> {
     }
 
     /// out[place] = down · mid[first + t], some of its columns.
-    fn down(&self, isa: &Isa, mid: &Acts<'_>, rows: &Range<usize>, out: &Cells<'_>, tile: &mut [f32]) {
+    fn down(&self, isa: &Isa, mid: &Acts<'_>, rows: &Range<usize>, then: Option<[&[u8]; 3]>, out: &Cells<'_>, tile: &mut [f32]) {
+        let last = rows.end;
         let (mut first, hidden) = (self.first as u32, self.down.rows);
         let mut ids = [0; TOKENS_MAX];
         for places in self.places.chunks(TOKENS_MAX) {
             let ids = &mut ids[..places.len()];
             ids.iter_mut().zip(first..).for_each(|(id, row)| *id = row);
-            each_tile(rows.clone(), |rows| {
+            each_tile(rows.clone(), places.len(), |rows| {
                 let tile = &mut tile[..rows.len() * places.len()];
-                (isa.rows)(&self.down, rows.clone(), mid, ids, tile);
+                let down = Matrix { then: then.filter(|_| rows.end == last), ..self.down };
+                (isa.rows)(&down, rows.clone(), mid, ids, tile);
                 for (row, values) in rows.zip(tile.chunks_exact(places.len())) {
                     for (place, value) in places.iter().zip(values) {
                         out.set(*place as usize * hidden + row, *value);

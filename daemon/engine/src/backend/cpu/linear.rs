@@ -11,17 +11,28 @@ use super::{
     simd::{Isa, TOKENS_MAX},
 };
 
-/// Rows of weights computed between two writes of results; with [`TOKENS_MAX`] tokens the buffer is 8 KiB.
+/// Rows of weights computed between two writes of results for many tokens; with [`TOKENS_MAX`] of them the buffer is 8 KiB.
 const ROWS: usize = 32;
+
+/// Results between two writes for few tokens: of longer runs of rows, which memory gives faster.
+const RESULTS: usize = 512;
+
+/// So many are few.
+const FEW: usize = RESULTS / ROWS;
 
 /// What a piece reads at least: about a microsecond, several times what handing it out costs.
 const PIECE_BYTES: usize = 16 << 10;
 
-/// Calls `f` with N buffers for results of [`ROWS`] × `tokens`, at most [`TOKENS_MAX`]. A decode step's are small: to clear large ones takes
-/// longer than a small model's piece.
+/// Rows of weights computed between two writes of results, by tokens.
+fn run_rows(tokens: usize) -> usize {
+    if tokens <= FEW { RESULTS / tokens.max(1) } else { ROWS }
+}
+
+/// Calls `f` with N buffers for results of as many rows. A decode step's are small: to clear large ones takes longer than a small model's
+/// piece.
 pub(super) fn with_tiles<const N: usize>(tokens: usize, f: impl FnOnce(&mut [&mut [f32]; N])) {
-    if tokens == 1 {
-        let mut tiles = [[0.0; ROWS]; N];
+    if tokens <= FEW {
+        let mut tiles = [[0.0; RESULTS]; N];
         f(&mut tiles.each_mut().map(|tile| &mut tile[..]));
     } else {
         let mut tiles = [[0.0; ROWS * TOKENS_MAX]; N];
@@ -43,21 +54,27 @@ pub(super) struct Linear<'a> {
 pub(super) fn linear(pool: &Pool, isa: &Isa, tokens: usize, jobs: &[Linear<'_>]) {
     let pieces = Pieces::new(pool, jobs.iter().map(|job| job.w.rows), tokens * jobs.first().map_or(0, |job| job.w.row_bytes()));
     pool.run(pieces.count(), &|piece| {
-        with_tiles(tokens, |[tile]| pieces.get(piece).for_each(|(job, rows)| jobs[job].rows(isa, tokens, &rows, tile)));
+        with_tiles(tokens, |[tile]| {
+            pieces.get(piece).for_each(|(job, rows, then)| {
+                jobs[job].rows(isa, tokens, &rows, then.map(|next| jobs[next].w.from(0)), tile);
+            });
+        });
     });
 }
 
 impl Linear<'_> {
-    fn rows(&self, isa: &Isa, tokens: usize, rows: &Range<usize>, tile: &mut [f32]) {
+    fn rows(&self, isa: &Isa, tokens: usize, rows: &Range<usize>, then: Option<[&[u8]; 3]>, tile: &mut [f32]) {
+        let last = rows.end;
         let mut ids = [0u32; TOKENS_MAX];
         for first in (0..tokens).step_by(TOKENS_MAX) {
             let count = TOKENS_MAX.min(tokens - first);
             for (i, id) in ids[..count].iter_mut().enumerate() {
                 *id = (first + i) as u32;
             }
-            each_tile(rows.clone(), |rows| {
+            each_tile(rows.clone(), count, |rows| {
                 let out = &mut tile[..rows.len() * count];
-                (isa.rows)(&self.w, rows.clone(), &self.x, &ids[..count], out);
+                let w = Matrix { then: then.filter(|_| rows.end == last), ..self.w };
+                (isa.rows)(&w, rows.clone(), &self.x, &ids[..count], out);
                 for (row, out) in rows.zip(out.chunks_exact(count)) {
                     for (i, value) in out.iter().enumerate() {
                         self.out.set((first + i) * self.width + self.at + row, *value);
@@ -68,10 +85,11 @@ impl Linear<'_> {
     }
 }
 
-/// Cuts `rows` into runs of at most [`ROWS`].
-pub(super) fn each_tile(rows: Range<usize>, mut f: impl FnMut(Range<usize>)) {
-    for start in rows.clone().step_by(ROWS) {
-        f(start..(start + ROWS).min(rows.end));
+/// Cuts `rows` into runs whose results for so many tokens fit the buffers.
+pub(super) fn each_tile(rows: Range<usize>, tokens: usize, mut f: impl FnMut(Range<usize>)) {
+    let most = run_rows(tokens);
+    for start in rows.clone().step_by(most) {
+        f(start..(start + most).min(rows.end));
     }
 }
 
@@ -105,13 +123,13 @@ impl Pieces {
         self.count
     }
 
-    /// The jobs and their rows of a piece.
-    pub(super) fn get(&self, piece: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
+    /// The jobs and their rows of a piece, each with the job that comes next in it.
+    pub(super) fn get(&self, piece: usize) -> impl Iterator<Item = (usize, Range<usize>, Option<usize>)> {
         let Range { start, end } = self.walk(piece).0;
         let first = self.ends.partition_point(|job_end| *job_end <= start);
         self.ends.iter().enumerate().skip(first).map_while(move |(job, job_end)| {
             let begin = if job == 0 { 0 } else { self.ends[job - 1] };
-            (begin < end).then(|| (job, start.max(begin) - begin..end.min(*job_end) - begin))
+            (begin < end).then(|| (job, start.max(begin) - begin..end.min(*job_end) - begin, (*job_end < end).then_some(job + 1)))
         })
     }
 
@@ -145,7 +163,7 @@ mod tests {
                 let mut seen: Vec<Vec<usize>> = jobs.iter().map(|rows| vec![0; *rows]).collect();
                 for piece in 0..pieces.count() {
                     assert!(pieces.get(piece).count() > 0, "{jobs:?}");
-                    for (job, rows) in pieces.get(piece) {
+                    for (job, rows, _) in pieces.get(piece) {
                         seen[job][rows].iter_mut().for_each(|row| *row += 1);
                     }
                 }

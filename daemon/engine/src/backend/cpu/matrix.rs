@@ -18,6 +18,9 @@ pub(crate) struct Matrix<'a> {
     /// One per group, empty unless affine.
     pub(crate) scales: &'a [u8],
     pub(crate) biases: &'a [u8],
+    /// Codes, scales and biases of the rows that are multiplied next, if those are not the ones that follow in memory: kernels that
+    /// prefetch ask for them meanwhile.
+    pub(crate) then: Option<[&'a [u8]; 3]>,
 }
 
 impl<'a> Matrix<'a> {
@@ -28,6 +31,11 @@ impl<'a> Matrix<'a> {
             Format::F16 | Format::Bf16 => self.cols * 2,
             Format::Affine { bits, .. } => self.cols * usize::from(bits) / 8,
         }
+    }
+
+    /// What [`Matrix::then`] of the matrix before is, if rows from `row` on come next.
+    pub(crate) fn from(&self, row: usize) -> [&'a [u8]; 3] {
+        [self.weight, self.scales, self.biases].map(|part| &part[part.len() / self.rows * row..])
     }
 
     pub(crate) fn row(&self, row: usize) -> &'a [u8] {
@@ -188,20 +196,19 @@ impl Prepared {
     pub(crate) fn fill(&mut self, pool: &Pool, isa: &Isa, first: usize, x: &[f32]) {
         let Self { cols, group, bits, .. } = *self;
         let Some(groups) = cols.checked_div(group) else { return };
+        let row_bytes = Fixed::row_bytes(cols, bits.max(4));
+        let start = (aligned(&self.bytes) + first * row_bytes).min(self.bytes.len());
+        let of_fixed = self.scales.get_mut(first * groups..).unwrap_or_default().chunks_mut(TASK_ROWS * groups);
+        let of_fixed = of_fixed.zip(self.bytes[start..].chunks_mut(TASK_ROWS * row_bytes));
         let rows = x.chunks(TASK_ROWS * cols).zip(self.sums[first * groups..].chunks_mut(TASK_ROWS * groups));
-        pool.each(rows, |(x, sums)| sums.iter_mut().zip(x.chunks_exact(group)).for_each(|(sum_of, x)| *sum_of = sum(x)));
-        if let Some(fixed) = isa.fixed.filter(|_| bits > 0) {
-            let row_bytes = Fixed::row_bytes(cols, bits);
-            let scales = self.scales[first * groups..].chunks_mut(TASK_ROWS * groups);
-            let start = aligned(&self.bytes) + first * row_bytes;
-            let bytes = self.bytes[start..].chunks_mut(TASK_ROWS * row_bytes);
-            pool.each(x.chunks(TASK_ROWS * cols).zip(scales).zip(bytes), |((x, scales), bytes)| {
-                let rows = scales.chunks_exact_mut(groups).zip(bytes.chunks_exact_mut(row_bytes));
-                for (x, (scales, bytes)) in x.chunks_exact(cols).zip(rows) {
-                    fixed(x, FixedRow { bits, group, scales, bytes });
-                }
-            });
-        }
+        pool.each(rows.zip(of_fixed.map(Some).chain(std::iter::repeat_with(|| None))), |((x, sums), of_fixed)| {
+            sums.iter_mut().zip(x.chunks_exact(group)).for_each(|(sum_of, x)| *sum_of = sum(x));
+            let Some((fixed, (scales, bytes))) = isa.fixed.zip(of_fixed) else { return };
+            let rows = scales.chunks_exact_mut(groups).zip(bytes.chunks_exact_mut(row_bytes));
+            for (x, (scales, bytes)) in x.chunks_exact(cols).zip(rows) {
+                fixed(x, FixedRow { bits, group, scales, bytes });
+            }
+        });
     }
 
     /// For `x`, whose rows were filled in.

@@ -25,7 +25,7 @@ use matrix::{Matrix, Prepared, size};
 pub(crate) use pool::physical_cores;
 use pool::{Cells, Pool, TASK_ROWS};
 use simd::Isa;
-pub use speed::{Attention, Decoded, Multiplied, Products};
+pub use speed::{Attention, Decoded, FeedForwards, Multiplied, Products};
 
 use crate::{
     Bytes, Error, Kernels,
@@ -164,6 +164,7 @@ impl Owned {
             weight: trunk.get(self.weight),
             scales: side(self.scales),
             biases: side(self.biases),
+            then: None,
         }
     }
 }

@@ -7,7 +7,8 @@ use flash_experts::Pages;
 
 use super::{
     Kv, PIECE_MAX, Shape,
-    attention::{Queries, UNITS, Work},
+    attention::{self, Queries, UNITS},
+    experts::{Buffers, Work, Works, feed_forward},
     linear::{Linear, linear},
     matrix::{Matrix, Prepared},
     pool::{Cells, Pool},
@@ -72,7 +73,7 @@ struct Bench {
     shape: Shape,
     kv: Kv,
     table: Table,
-    work: Work,
+    work: attention::Work,
 }
 
 impl Bench {
@@ -100,7 +101,7 @@ impl Bench {
             }
         }
         let pool = Pool::new(of.threads).expect("threads");
-        let work = Work::new(&shape, UNITS * of.threads);
+        let work = attention::Work::new(&shape, UNITS * of.threads);
         Self { isa, pool, shape, kv, table, work }
     }
 
@@ -167,7 +168,15 @@ impl Products {
         let side = [(); 2].map(|()| filled(count * side_bytes, |i| if odd(i) { 0x3c } else { 0 }));
         let matrix = |index: usize| {
             let [scales, biases] = side.each_ref().map(|side| &side.as_slice()[index * side_bytes..][..side_bytes]);
-            Matrix { rows, cols, format, weight: &weight.as_slice()[index * rows * row_bytes..][..rows * row_bytes], scales, biases }
+            Matrix {
+                rows,
+                cols,
+                format,
+                weight: &weight.as_slice()[index * rows * row_bytes..][..rows * row_bytes],
+                scales,
+                biases,
+                then: None,
+            }
         };
         let x: Vec<f32> = (0..tokens * cols).map(|_| next()).collect();
         let (mut out, mut prepared) = (vec![0.0; tokens * rows], Prepared::default());
@@ -193,6 +202,76 @@ impl Products {
             Multiplied { kernels: isa.name, bytes, operations, median_s: times[times.len() / 2], best_s: times[0], memory_bytes_s }
         });
         measured.collect()
+    }
+}
+
+/// Some of a layer's experts, run together as a step runs them.
+#[derive(Clone, Copy, Debug)]
+pub struct FeedForwards {
+    pub hidden: usize,
+    /// Of an expert.
+    pub width: usize,
+    /// Experts that a step uses, with as many tokens each.
+    pub experts: usize,
+    pub tokens: usize,
+    pub threads: usize,
+}
+
+impl FeedForwards {
+    /// By the best kernels that this CPU has, 4 bits, groups of 64: each step uses other experts, of as many as no cache holds, in any
+    /// order.
+    pub fn measure(&self, steps: usize) -> Multiplied {
+        let Self { hidden, width, experts, tokens, threads } = *self;
+        let memory_bytes_s = memory_bandwidth(threads, None);
+        let format = Format::Affine { bits: 4, group: 64, params: Float::Bf16 };
+        let (codes, side) = (hidden * width / 2, hidden * width / 64 * 2);
+        let bytes = 3 * (codes + 2 * side);
+        let count = CACHE.div_ceil(bytes).next_multiple_of(experts);
+        let mut next = noise();
+        let weights = filled(count * bytes, |i| if i % bytes % (codes + 2 * side) < codes { (256.0 * next()) as i8 as u8 } else { 0x3c });
+        let matrix = |expert: usize, part: usize, rows: usize, cols: usize| {
+            let of = &weights.as_slice()[expert * bytes + part * bytes / 3..];
+            Matrix {
+                rows,
+                cols,
+                format,
+                weight: &of[..codes],
+                scales: &of[codes..][..side],
+                biases: &of[codes + side..][..side],
+                then: None,
+            }
+        };
+        let x: Vec<f32> = (0..tokens * hidden).map(|_| next()).collect();
+        let (pool, isa) = (Pool::new(threads).expect("threads"), Isa::available()[0]);
+        let (mut prepared, mut out) = (Prepared::default(), vec![0.0; experts * tokens * hidden]);
+        let mut buffers = Buffers { mid: vec![0.0; experts * tokens * width], prepared: Prepared::default() };
+        let acts = prepared.of((&pool, &isa), &x, hidden, format);
+        let rows: Vec<u32> = (0..(experts * tokens) as u32).collect();
+        let mut order: Vec<usize> = (0..count).collect();
+        order.sort_by_cached_key(|_| next().to_bits());
+        let mut times: Vec<f64> = order
+            .chunks(experts)
+            .cycle()
+            .take(steps)
+            .map(|chosen| {
+                let works = chosen.iter().enumerate().map(|(i, expert)| Work {
+                    gate: matrix(*expert, 0, width, hidden),
+                    up: matrix(*expert, 1, width, hidden),
+                    down: matrix(*expert, 2, hidden, width),
+                    tokens: &rows[..tokens],
+                    places: &rows[i * tokens..][..tokens],
+                    first: i * tokens,
+                });
+                let works: Works<'_> = works.collect();
+                let start = Instant::now();
+                feed_forward(&pool, &isa, &works, &acts, &mut buffers, &mut out);
+                start.elapsed().as_secs_f64()
+            })
+            .collect();
+        times.sort_unstable_by(f64::total_cmp);
+        let operations = (6 * hidden * width * experts * tokens) as f64;
+        let bytes = (experts * bytes) as Bytes;
+        Multiplied { kernels: isa.name, bytes, operations, median_s: times[times.len() / 2], best_s: times[0], memory_bytes_s }
     }
 }
 

@@ -153,7 +153,7 @@ unsafe fn one<const BITS: usize, P: Param, const R: usize>(
     // SAFETY: `fixed_point` checked every length that these pointers are moved within.
     unsafe {
         let codes: [*const u8; R] = from_fn(|r| w.weight.as_ptr().add((row + r) * bytes));
-        let mut ahead = ahead::<R>(codes[0], bytes);
+        let mut ahead = codes[0].wrapping_add(ahead::<R>(bytes));
         prefetch_sides::<R>(w, row);
         let mut xs: *const __m256i = x.fixed.bytes.as_ptr().add(token * Fixed::row_bytes(w.cols, BITS as u8)).cast();
         let mut total = [_mm256_setzero_ps(); R];
@@ -232,7 +232,7 @@ unsafe fn many<const BITS: usize, P: Param, const R: usize>(
         // All were just written.
         let totals = &mut *(totals as *mut [MaybeUninit<[__m256; R]>] as *mut [[__m256; R]]);
         let codes: [*const u8; R] = from_fn(|r| w.weight.as_ptr().add((row + r) * bytes));
-        let mut ahead = ahead::<R>(codes[0], bytes);
+        let mut ahead = codes[0].wrapping_add(ahead::<R>(bytes));
         prefetch_sides::<R>(w, row);
         let mut at = 0;
         for first in (0..groups).step_by(CHUNK) {

@@ -82,6 +82,31 @@ impl Wide for Bf16 {
     }
 }
 
+/// Of a matrix's rows up to `end` and their activations; found once, because a narrow row takes no longer than these divisions.
+#[derive(Clone, Copy)]
+struct Sizes {
+    group: usize,
+    /// Of a row, whose codes are so many bytes, and whose scales or biases.
+    groups: usize,
+    bytes: usize,
+    side_bytes: usize,
+    /// Bytes of a token's fixed point.
+    stride: usize,
+    end: usize,
+    /// Of codes, scales and biases: where row 0 would be if those of [`Matrix::then`] came at `end`.
+    then: [*const u8; 3],
+}
+
+impl Sizes {
+    fn of<const BITS: usize>(w: &Matrix<'_>, x: &Acts<'_>, end: usize) -> Self {
+        let (bytes, stride) = (w.row_bytes(), Fixed::row_bytes(w.cols, BITS as u8));
+        let side_bytes = w.scales.len() / w.rows;
+        let [codes, scales, biases] = w.then.unwrap_or_else(|| w.from(end)).map(|part| part.as_ptr());
+        let then = [codes.wrapping_sub(end * bytes), scales.wrapping_sub(end * side_bytes), biases.wrapping_sub(end * side_bytes)];
+        Self { group: x.group, groups: w.cols / x.group, bytes, side_bytes, stride, end, then }
+    }
+}
+
 /// Token tiles outside, rows inside: a tile's activations stay in the first cache for all rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn product<const EXACT: bool, const BITS: usize, P: Wide>(
@@ -91,17 +116,18 @@ unsafe fn product<const EXACT: bool, const BITS: usize, P: Wide>(
     tokens: &[u32],
     out: &mut [f32],
 ) {
+    let sizes = Sizes::of::<BITS>(w, x, range.end);
     for (index, tile) in tokens.chunks(TOKENS).enumerate() {
         let to = (index * TOKENS, tokens.len());
         // SAFETY: `rows` checked the lengths.
         unsafe {
             match *tile {
-                [a] => column::<EXACT, BITS, P, 4, 1>(w, range.clone(), x, [a], out, to),
-                [a, b] => column::<EXACT, BITS, P, 2, 2>(w, range.clone(), x, [a, b], out, to),
-                [a, b, c] => column::<EXACT, BITS, P, 2, 3>(w, range.clone(), x, [a, b, c], out, to),
-                [a, b, c, d] => column::<EXACT, BITS, P, 2, 4>(w, range.clone(), x, [a, b, c, d], out, to),
-                [a, b, c, d, e] => column::<EXACT, BITS, P, 2, 5>(w, range.clone(), x, [a, b, c, d, e], out, to),
-                [a, b, c, d, e, f, ..] => column::<EXACT, BITS, P, 2, TOKENS>(w, range.clone(), x, [a, b, c, d, e, f], out, to),
+                [a] => column::<EXACT, BITS, P, 4, 1>(w, &sizes, range.clone(), x, [a], out, to),
+                [a, b] => column::<EXACT, BITS, P, 2, 2>(w, &sizes, range.clone(), x, [a, b], out, to),
+                [a, b, c] => column::<EXACT, BITS, P, 2, 3>(w, &sizes, range.clone(), x, [a, b, c], out, to),
+                [a, b, c, d] => column::<EXACT, BITS, P, 2, 4>(w, &sizes, range.clone(), x, [a, b, c, d], out, to),
+                [a, b, c, d, e] => column::<EXACT, BITS, P, 2, 5>(w, &sizes, range.clone(), x, [a, b, c, d, e], out, to),
+                [a, b, c, d, e, f, ..] => column::<EXACT, BITS, P, 2, TOKENS>(w, &sizes, range.clone(), x, [a, b, c, d, e, f], out, to),
                 [] => {}
             }
         }
@@ -112,6 +138,7 @@ unsafe fn product<const EXACT: bool, const BITS: usize, P: Wide>(
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn column<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, const T: usize>(
     w: &Matrix<'_>,
+    sizes: &Sizes,
     range: Range<usize>,
     x: &Acts<'_>,
     tokens: [u32; T],
@@ -124,10 +151,10 @@ unsafe fn column<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, 
         // SAFETY: `rows` checked the lengths.
         unsafe {
             if row + R <= range.end {
-                tile::<EXACT, BITS, P, R, T>(w, row, x, tokens, out, to.1);
+                tile::<EXACT, BITS, P, R, T>(w, sizes, row, x, tokens, out, to.1);
                 row += R;
             } else {
-                tile::<EXACT, BITS, P, 1, T>(w, row, x, tokens, out, to.1);
+                tile::<EXACT, BITS, P, 1, T>(w, sizes, row, x, tokens, out, to.1);
                 row += 1;
             }
         }
@@ -141,14 +168,15 @@ unsafe fn column<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn tile<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, const T: usize>(
     w: &Matrix<'_>,
+    sizes: &Sizes,
     row: usize,
     x: &Acts<'_>,
     tokens: [u32; T],
     out: &mut [f32],
     width: usize,
 ) {
-    let (group, groups, bytes) = (x.group, w.cols / x.group, w.row_bytes());
-    let (stride, columns) = (Fixed::row_bytes(w.cols, BITS as u8), 512 / BITS);
+    let Sizes { group, groups, bytes, side_bytes, stride, end, then } = *sizes;
+    let columns = 512 / BITS;
     // Groups of 16 blocks at the most; a group may span two blocks of 8-bit codes.
     let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     let shift = _mm512_set1_epi32((group * BITS / 32).trailing_zeros() as i32);
@@ -159,12 +187,13 @@ unsafe fn tile<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, co
         let xs: [*const i8; T] = std::array::from_fn(|t| x.fixed.bytes.as_ptr().add(tokens[t] as usize * stride));
         let x_scales: [*const f32; T] = std::array::from_fn(|t| x.fixed.scales.as_ptr().add(tokens[t] as usize * groups));
         let sums: [*const f32; T] = std::array::from_fn(|t| x.sums.as_ptr().add(tokens[t] as usize * groups));
-        let mut ahead = ahead::<R>(codes[0], bytes);
-        if T == 1 {
-            for side in [w.scales, w.biases] {
-                let row_bytes = side.len() / w.rows;
+        let far = ahead::<R>(bytes);
+        let mut ahead = if (end - row) * bytes > far { codes[0] } else { then[0].wrapping_add(row * bytes) }.wrapping_add(far);
+        if T < TOKENS {
+            for (side, then) in [(w.scales, then[1]), (w.biases, then[2])] {
+                let from = if row + PREFETCH_ROWS < end { side.as_ptr() } else { then };
                 for r in 0..R {
-                    _mm_prefetch::<_MM_HINT_T0>(side.as_ptr().wrapping_add((row + r + PREFETCH_ROWS) * row_bytes).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add((row + r + PREFETCH_ROWS) * side_bytes).cast());
                 }
             }
         }
@@ -190,7 +219,7 @@ unsafe fn tile<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, co
                 let mut w_of = [[_mm512_setzero_si512(); 2]; R];
                 for r in 0..R {
                     let from = codes[r].add(start * BITS / 8);
-                    if T == 1 {
+                    if T < TOKENS {
                         _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
                         ahead = ahead.wrapping_add(64);
                     }

@@ -202,8 +202,8 @@ const FIXED_MAX: f32 = 32_000.0;
 /// A decode step streams rows from memory, several at a time. Four at a time defeat the CPU's own prefetcher, and a third of the
 /// bandwidth is left; asked for in the order in which they lie, their lines come as fast as one row's. So far ahead, because fewer than
 /// all rows of a tile would be what these ask for themselves.
-fn ahead<const R: usize>(first: *const u8, row_bytes: usize) -> *const u8 {
-    first.wrapping_add((R * row_bytes).max(4096))
+fn ahead<const R: usize>(row_bytes: usize) -> usize {
+    (R * row_bytes).max(4096)
 }
 
 /// The same for scales and biases, which are an eighth of the bytes.
@@ -348,7 +348,7 @@ macro_rules! kernels {
             unsafe {
                 let from: [*const u8; R] = std::array::from_fn(|r| w.weight.as_ptr().add((row + r) * w.row_bytes()));
                 let xs: [*const f32; T] = std::array::from_fn(|t| x.x.as_ptr().add(tokens[t] as usize * x.cols));
-                let mut ahead = ahead::<R>(from[0], w.row_bytes());
+                let mut ahead = from[0].wrapping_add(ahead::<R>(w.row_bytes()));
                 let mut sums = [[splat(0.0); T]; R];
                 for col in (0..x.cols).step_by(LANES) {
                     // One row comes in order by itself.

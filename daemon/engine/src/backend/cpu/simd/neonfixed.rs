@@ -163,7 +163,7 @@ unsafe fn tile<D: Dot, const BITS: usize, P: Param, const U: usize, const T: usi
     unsafe {
         let mut codes_at = units.map(|unit| unit.map(|row| w.weight.as_ptr().add(row * bytes)));
         let mut xs: [*const i8; T] = from_fn(|t| x.fixed.bytes.as_ptr().add(tokens[t] as usize * stride));
-        let mut ahead = ahead::<U>(codes_at[0][0], D::ROWS * bytes);
+        let mut ahead = codes_at[0][0].wrapping_add(ahead::<U>(D::ROWS * bytes));
         let mut total = [[vdupq_n_f32(0.0); T]; U];
         for g in 0..groups {
             // Of the two instructions for a vector of codes.

@@ -22,7 +22,15 @@ struct Owned {
 
 impl Owned {
     fn view(&self) -> Matrix<'_> {
-        Matrix { rows: self.rows, cols: self.cols, format: self.format, weight: &self.weight, scales: &self.scales, biases: &self.biases }
+        Matrix {
+            rows: self.rows,
+            cols: self.cols,
+            format: self.format,
+            weight: &self.weight,
+            scales: &self.scales,
+            biases: &self.biases,
+            then: None,
+        }
     }
 }
 
