@@ -2,13 +2,14 @@
 //! loaded, with the files out of the page cache. On a synthetic model, because the bundled one's context is too short.
 //!
 //! Each round has prompts of its own; medians of the rounds. Prints figures beside their bounds and judges none.
-//! `cargo bench -p flash-engine --bench prefix` writes 1.1 GB to the temporary folder; `-- SHAPE LAYERS` takes another model.
+//! `cargo bench -p flash-engine --bench prefix` writes 1.1 GB to the temporary folder; `-- SHAPE LAYERS` takes another model. With
+//! `--features mlx` and `-- mlx` it is MLX that computes, which has nothing on disk.
 
 use std::{fs, path::Path, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 use flash_engine::{
-    CacheBudget, Delivery, DiskCache, Engine, Event, Options, Request, Step,
+    CacheBudget, Delivery, DiskCache, Engine, Event, Kernels, Options, Request, Step,
     synth::{Routing, Synth, write},
 };
 
@@ -62,7 +63,11 @@ fn median(mut values: Vec<f64>) -> f64 {
 fn main() -> Result<()> {
     // cargo adds `--bench`.
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
-    let (shape, layers) = match &args[..] {
+    let (mlx, args) = match &args[..] {
+        [mlx, args @ ..] if mlx == "mlx" => (true, args),
+        args => (false, args),
+    };
+    let (shape, layers) = match args {
         [] => ("qwen3-30b-a3b".into(), 2),
         [shape, layers] => (shape.clone(), layers.parse()?),
         _ => anyhow::bail!("takes SHAPE and LAYERS, or nothing"),
@@ -72,7 +77,9 @@ fn main() -> Result<()> {
     let synth = Synth { shape: shape.clone(), layers: Some(layers), context: Some(32_768), seed: 1, routing: Routing::Uniform };
     write(&model, &synth, &mut |_| true)?;
     let disk = DiskCache { dir: cache.clone(), budget: Some(8 << 30), daily_writes: u64::MAX };
-    let options = Options { expert_cache: CacheBudget::Share(1.0), disk_cache: Some(disk), ..Options::default() };
+    let kernels = if mlx { Kernels::Mlx } else { Kernels::Auto };
+    let disk_cache = (!mlx).then_some(disk);
+    let options = Options { kernels, expert_cache: CacheBudget::Share(1.0), disk_cache, ..Options::default() };
     let load = || Engine::load(&model, &options, &mut |_| {});
     let vocab = load()?.info().vocab_size;
     let mut state = 1u64;
@@ -85,7 +92,6 @@ fn main() -> Result<()> {
     };
     for length in PROMPTS {
         let mut times = [const { Vec::new() }; 3];
-        let mut block_bytes = 0;
         for _ in 0..ROUNDS {
             flash_engine::clear_disk_cache(&cache)?;
             let prompt = tokens(length);
@@ -93,10 +99,8 @@ fn main() -> Result<()> {
             let mut engine = load()?;
             // Experts are in memory before the clock runs.
             ask(&mut engine, &tokens(2048))?;
-            for (state, expected) in [0, length, length].into_iter().enumerate() {
+            for (state, expected) in [0, length, length].into_iter().take(if mlx { 2 } else { 3 }).enumerate() {
                 if state == 2 {
-                    let found = engine.report().prefix;
-                    block_bytes = found.bytes / found.blocks as u64;
                     drop(engine);
                     forget(&cache)?;
                     engine = load()?;
@@ -106,11 +110,14 @@ fn main() -> Result<()> {
                 times[state].push(time);
             }
         }
-        let [cold, ..] = times.clone().map(median);
-        println!(
-            "{shape}, {layers} layers, {length} tokens in blocks of {block_bytes} bytes and a question of {QUESTION}; medians of {ROUNDS}"
-        );
-        for ((name, times), bound) in ["computed", "from memory", "from disk, after a restart"].iter().zip(&times).zip(BOUNDS) {
+        let cold = median(times[0].clone());
+        println!("{shape}, {layers} layers, {length} tokens and a question of {QUESTION}; medians of {ROUNDS}");
+        for ((name, times), bound) in ["computed", "from memory", "from disk, after a restart"]
+            .iter()
+            .zip(&times)
+            .zip(BOUNDS)
+            .filter(|((_, times), _)| !times.is_empty())
+        {
             let time = median(times.clone());
             let (least, most) = times.iter().fold((f64::MAX, 0.0f64), |(least, most), time| (least.min(*time), most.max(*time)));
             println!(

@@ -424,6 +424,7 @@ impl Engine {
         let mut cut = Cut { pace, end: Some(end) };
         let done = self.forward.advance(&mut self.backend, &mut self.experts, &mut pass, &mut cut);
         let sequence = &mut self.running[index];
+        sequence.hurried |= decoded.is_some();
         let id = sequence.id;
         if let Some(lost) = pass.lost.pop() {
             self.backend.settle(&mut pass.act);
@@ -435,6 +436,9 @@ impl Engine {
         let rows = pass.batch.rows.len();
         if done {
             sequence.cached += rows;
+            if !sequence.hurried && rows == CHUNK_MIN {
+                sequence.on_grid = sequence.cached;
+            }
             self.publish(index);
         }
         let sequence = &mut self.running[index];

@@ -21,6 +21,10 @@ pub(crate) struct Sequence {
     pub(crate) cached: usize,
     /// Those of them that were there already.
     pub(crate) reused: usize,
+    /// Those of its prompt, if they were computed in chunks as any other request's are.
+    pub(crate) on_grid: usize,
+    /// Others decoded while a chunk was read, which is cut into shorter pieces then.
+    pub(crate) hurried: bool,
     /// [`Done::price`]
     pub(crate) price: Option<&'static str>,
     /// First tokens that are to be kept on disk.
@@ -79,6 +83,8 @@ impl Sequence {
             tokens: request.prompt,
             cached: 0,
             reused: 0,
+            on_grid: 0,
+            hurried: false,
             price: None,
             keep: request.keep,
             suspect: false,

@@ -16,10 +16,11 @@ use mlx::{Mlx, must};
 
 use crate::{
     Bytes, Error, Kernels, MlxReport,
-    kv::{BlockId, Table},
+    kv::{BLOCK, BlockId, Table},
     model::families::{Ffn, Model},
     moe::Plan,
     profile::{Profile, Stage},
+    schedule::CHUNK_MIN,
 };
 
 /// Which backend computes and why no other does, for `doctor`.
@@ -229,8 +230,23 @@ impl Backend {
         either!(self, backend => backend.free_kv(block));
     }
 
-    /// Bytes of a KV block that are each layer's; `None`: blocks cannot be shared, because a row's bits may depend on the chunk
-    /// that it was computed in, or because there are none.
+    /// Tokens of a prompt that others can begin with, or as many again. More than a block: a row's bits depend on the chunk that it was
+    /// computed in, and what is shared is copied, by [`Backend::end_kv`] and by whoever goes on from it.
+    pub(crate) fn kv_grain(&self) -> usize {
+        if self.lazy() { CHUNK_MIN } else { BLOCK }
+    }
+
+    /// A sequence ends, whose last block is `own`: of its prompt stay the chunks that end with `lasts`, one after the other.
+    #[cfg_attr(not(feature = "mlx"), expect(unused_variables, reason = "blocks are shared as they are"))]
+    pub(crate) fn end_kv(&mut self, own: BlockId, lasts: &[BlockId]) {
+        match self {
+            Self::Cpu(_) => {}
+            #[cfg(feature = "mlx")]
+            Self::Mlx(mlx) => must(mlx.end_kv(own, lasts)),
+        }
+    }
+
+    /// Bytes of a KV block that are each layer's; `None`: there are no blocks, and none can be written to disk.
     pub(crate) fn kv_layers(&self) -> Option<Vec<usize>> {
         match self {
             Self::Cpu(cpu) => Some(cpu.kv_layers()),
@@ -244,7 +260,7 @@ impl Backend {
         match self {
             Self::Cpu(cpu) => cpu.kv_state(block, layer),
             #[cfg(feature = "mlx")]
-            Self::Mlx(_) => unreachable!("MLX shares no blocks"),
+            Self::Mlx(_) => unreachable!("MLX has no blocks"),
         }
     }
 
@@ -253,7 +269,7 @@ impl Backend {
         match self {
             Self::Cpu(cpu) => cpu.kv_state_mut(block, layer),
             #[cfg(feature = "mlx")]
-            Self::Mlx(_) => unreachable!("MLX shares no blocks"),
+            Self::Mlx(_) => unreachable!("MLX has no blocks"),
         }
     }
 

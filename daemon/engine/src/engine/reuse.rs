@@ -2,8 +2,9 @@
 //! computed, evicted when their memory is wanted, written to disk when the prefix comes a second time.
 //!
 //! Exact, because a row's bits do not depend on the chunk or the request that it was computed in, and because shared blocks are
-//! never written again: a sequence goes on behind them. Where bits do depend on the chunk (MLX), and while routing is forced, nothing
-//! is shared.
+//! never written again: a sequence goes on behind them. Where bits do depend on the chunk (MLX), whole chunks of prompts are shared
+//! that were computed as those of any other request, once their request has ended, and nothing of what was generated; not on disk yet.
+//! While routing is forced, nothing is shared.
 
 use std::{
     collections::{HashSet, VecDeque},
@@ -34,7 +35,9 @@ const PENDING_MAX: usize = 4096;
 pub(super) struct Reuse {
     pub(super) blocks: Blocks,
     prefix: Prefix,
-    /// Bytes of each layer in a block; empty: nothing is shared.
+    /// [`Backend::kv_grain`]; 0: nothing is shared.
+    grain: usize,
+    /// Bytes of each layer in a block; empty: none is written to disk.
     layers: Vec<usize>,
     /// Memory that idle blocks may take if nobody else wants it.
     budget: Bytes,
@@ -57,7 +60,8 @@ impl Reuse {
             CacheBudget::Bytes(bytes) => (bytes, false),
         };
         let layers = backend.kv_layers().filter(|_| budget > 0).unwrap_or_default();
-        let mut reuse = Self { layers, budget, auto, allowed: budget, ..Self::default() };
+        let grain = if budget > 0 { backend.kv_grain() } else { 0 };
+        let mut reuse = Self { grain, layers, budget, auto, allowed: budget, ..Self::default() };
         if let Some(config) = options.disk_cache.as_ref().filter(|_| !reuse.layers.is_empty()) {
             match Disk::open(config, &identity(backend, model), reuse.layers.clone()) {
                 Ok(disk) => reuse.disk = Some(disk),
@@ -72,13 +76,27 @@ impl Reuse {
 
     /// Blocks that a request has to be given beside those that others hold.
     pub(super) fn needed(&self, sequence: &Sequence) -> usize {
-        let held = self.prefix.path(sequence.reusable()).filter(|(_, block)| self.blocks.is_busy(*block)).count();
-        sequence.positions().div_ceil(BLOCK) - held
+        let known = self.known(sequence.reusable());
+        let held = self.prefix.path(known).filter(|(_, block)| self.blocks.is_busy(*block)).count();
+        sequence.positions().div_ceil(BLOCK) - held + self.copied(known.len())
+    }
+
+    /// What there is of a prompt.
+    fn known<'a>(&self, tokens: &'a [u32]) -> &'a [u32] {
+        let known = self.prefix.path(tokens).count() * BLOCK;
+        &tokens[..known - known.checked_rem(self.grain).unwrap_or(known)]
+    }
+
+    /// Blocks that a sequence has twice which begins with so many tokens of others'.
+    pub(super) fn copied(&self, tokens: usize) -> usize {
+        if self.grain > BLOCK { tokens / BLOCK } else { 0 }
     }
 
     /// Gives a sequence its blocks, those of the longest known prefix first.
     pub(super) fn start(&mut self, sequence: &mut Sequence) {
-        let path = self.prefix.share(&mut self.blocks, sequence.reusable(), 0);
+        let known = self.known(sequence.reusable());
+        let path = self.prefix.share(&mut self.blocks, known, 0);
+        sequence.on_grid = known.len();
         let fresh = sequence.positions().div_ceil(BLOCK) - path.len();
         let fresh: Vec<_> = self.blocks.take(fresh).collect();
         sequence.blocks = path.iter().map(|(_, block)| *block).chain(fresh).collect();
@@ -133,14 +151,19 @@ fn identity(backend: &Backend, model: &Model) -> Vec<u8> {
 impl Engine {
     /// Whether what is computed now may be shared.
     fn shares(&self) -> bool {
-        !self.reuse.layers.is_empty() && self.forward.forced.is_none()
+        self.reuse.grain > 0 && self.forward.forced.is_none()
+    }
+
+    /// And whether blocks can be taken up by others while their sequence runs.
+    fn shares_at_once(&self) -> bool {
+        self.reuse.grain == BLOCK && self.shares()
     }
 
     /// Whether a neighbour is just computing what comes next in this sequence's prompt: to wait for it is to have it for nothing. Not
     /// for a small part of what that computes, which would take longer than to compute it.
     pub(super) fn waits(&self, index: usize) -> bool {
         let sequence = &self.running[index];
-        if !self.shares() || sequence.pass.is_some() || sequence.suspect {
+        if !self.shares_at_once() || sequence.pass.is_some() || sequence.suspect {
             return false;
         }
         self.running.iter().enumerate().filter(|(other, _)| *other != index).any(|(_, neighbour)| {
@@ -156,7 +179,7 @@ impl Engine {
     /// Goes on in a prompt with blocks that are there by now, in memory or on disk. False: the time is up, and there are more.
     pub(super) fn reuse(&mut self, index: usize, end: Instant) -> bool {
         let Sequence { record, suspect, cached, .. } = self.running[index];
-        if !self.shares() || record || suspect || !cached.is_multiple_of(BLOCK) {
+        if !self.shares_at_once() || record || suspect || !cached.is_multiple_of(BLOCK) {
             return true;
         }
         self.publish(index);
@@ -208,9 +231,10 @@ impl Engine {
 
     /// Lets others find what a sequence has computed.
     pub(super) fn publish(&mut self, index: usize) {
+        let shares = self.shares_at_once();
         let sequence = &mut self.running[index];
-        if !self.reuse.layers.is_empty() && self.forward.forced.is_none() && !sequence.suspect {
-            let freed = share_computed(&mut self.reuse, sequence);
+        if shares && !sequence.suspect {
+            let freed = share_computed(&mut self.reuse, sequence, sequence.cached);
             freed.into_iter().for_each(|block| self.backend.free_kv(block));
         }
     }
@@ -220,7 +244,12 @@ impl Engine {
         if sequence.suspect {
             self.forget_prefixes();
         } else if self.shares() {
-            let freed = share_computed(&mut self.reuse, &mut sequence);
+            let (own, grain) = (sequence.blocks.last().copied(), self.reuse.grain);
+            let computed = if grain == BLOCK { sequence.cached } else { sequence.on_grid };
+            let freed = share_computed(&mut self.reuse, &mut sequence, computed);
+            let lasts: Vec<_> =
+                sequence.blocks[..computed / BLOCK].chunks_exact(grain / BLOCK).map(|chunk| chunk[chunk.len() - 1]).collect();
+            own.into_iter().for_each(|own| self.backend.end_kv(own, &lasts));
             freed.into_iter().for_each(|block| self.backend.free_kv(block));
         }
         let counted = &mut self.reuse.counted;
@@ -300,7 +329,7 @@ impl Engine {
     pub(super) fn prefix_report(&self) -> PrefixReport {
         let (reuse, block_bytes) = (&self.reuse, self.backend.kv_block_bytes());
         PrefixReport {
-            on: !reuse.layers.is_empty(),
+            on: reuse.grain > 0,
             blocks: reuse.prefix.len(),
             bytes: reuse.prefix.len() as Bytes * block_bytes,
             block_tokens: BLOCK,
@@ -317,9 +346,9 @@ impl Engine {
     }
 }
 
-/// Puts a sequence's computed blocks into the index; gives those that nobody has any more.
-fn share_computed(reuse: &mut Reuse, sequence: &mut Sequence) -> Vec<BlockId> {
-    let computed = &sequence.tokens[..sequence.cached];
+/// Puts a sequence's blocks into the index, of its first tokens; gives those that nobody has any more.
+fn share_computed(reuse: &mut Reuse, sequence: &mut Sequence, computed: usize) -> Vec<BlockId> {
+    let computed = &sequence.tokens[..computed];
     let freed = reuse.prefix.publish(&mut reuse.blocks, computed, Arc::make_mut(&mut sequence.blocks));
     let keep = sequence.keep.min(sequence.cached);
     if keep >= BLOCK {

@@ -30,9 +30,10 @@ impl Engine {
         }
     }
 
-    /// KV blocks that requests hold.
+    /// KV blocks that requests hold, and their copies of those.
     pub(super) fn busy_bytes(&self) -> Bytes {
-        self.reuse.blocks.busy() as Bytes * self.backend.kv_block_bytes()
+        let copied = self.running.iter().map(|sequence| self.reuse.copied(sequence.reused)).sum::<usize>();
+        (self.reuse.blocks.busy() + copied) as Bytes * self.backend.kv_block_bytes()
     }
 
     /// What a full cache may shrink to so that another request fits: one token's working set.

@@ -278,6 +278,11 @@ impl Mlx {
         self.kv.free(block);
     }
 
+    /// As [`crate::backend::Backend::end_kv`].
+    pub(crate) fn end_kv(&mut self, own: BlockId, lasts: &[BlockId]) -> Result<()> {
+        self.kv.end(own, lasts)
+    }
+
     /// Embeds the tokens of a pass.
     pub(crate) fn begin(&self, act: &mut Activations, batch: &Batch) -> Result<()> {
         *act = Activations::default();
