@@ -77,6 +77,8 @@ pub fn connect_lazy(path: &Path) -> Channel {
     // tonic wants a URI; the connector ignores it.
     let endpoint = Endpoint::from_static("http://flashd");
     let endpoint = endpoint.initial_stream_window_size(STREAM_WINDOW_BYTES).initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+    // Frames of streams that a client has left come for a while; after 1,024 of them h2 would close the connection, and with it all others.
+    let endpoint = endpoint.http2_max_local_error_reset_streams(None);
     endpoint.connect_with_connector_lazy(tower::service_fn(move |_| {
         let path = path.clone();
         async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
