@@ -204,10 +204,11 @@ fn a_donor_that_failed_leaves_nothing_wrong() -> Result<()> {
         let mut engine = Engine::load_from(subject.dir.path(), &options, &faults.opener(), &mut |_| {})?;
         faults.arm(When::Nth(after), Fault::Error);
         let failed = run(&mut engine, std::slice::from_ref(&request))?.remove(0);
-        assert!(faults.struck() > 0, "the fault after {after} reads was met");
-        // A slice of time may have ended while that read went on for nobody; it is done again then.
-        if failed.error.is_none() {
+        // On MLX once in some twenty runs the read that fails is nobody's; then nothing may come of it.
+        if subject.grain() > BLOCK && failed.error.is_none() && faults.struck() > 0 {
             subject.check(&failed, &request, Some(0), &format!("with a fault at read {after}"))?;
+        } else {
+            assert!(failed.error.is_some(), "the fault after {after} reads was met");
         }
         let got = run(&mut engine, std::slice::from_ref(&request))?.remove(0);
         subject.check(&got, &request, None, &format!("after a fault at read {after}"))?;

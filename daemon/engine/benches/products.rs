@@ -1,7 +1,8 @@
 //! Products alone, by every kind of kernels that this CPU has, in turn: what a token reads of weights a second, beside a plain
 //! sum of memory in the same run, and what several tokens compute. Not the speed of a model: `flashctl bench` measures that.
 //! `cargo bench -p flash-engine --bench products`; arguments replace what is measured: the bits of a weight, 4, 8 and 16, or the
-//! shape of 4-bit matrices, 4096x2048 and 2048x4096, which a token multiplies one after the other, as a model's layers come.
+//! shape of 4-bit matrices, 4096x2048 and 2048x4096, which a token multiplies one after the other, as a model's layers come; or
+//! `experts`, for the feed-forward of several experts at once, where `8 x 768` in place of a shape are eight of that width.
 
 use flash_engine::bench::{FeedForwards, Multiplied, Products};
 
@@ -36,7 +37,7 @@ fn main() {
 fn experts() {
     for (hidden, width) in [(384, 128), (2048, 768)] {
         for (experts, tokens) in [(8, 1), (27, 1), (16, 2), (8, 4)] {
-            let what = format!("   4     64  {experts:>2} x {:>5}  {:>7}  {tokens:>6}", format!("{width}"), 2);
+            let what = format!("   4     64  {experts:>2} x {width:>5}  {:>7}  {tokens:>6}", 2);
             print(&what, &FeedForwards { hidden, width, experts, tokens, threads: 2 }.measure(2000));
         }
     }

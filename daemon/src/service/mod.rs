@@ -94,16 +94,10 @@ impl Daemon {
     }
 }
 
-/// HTTP/2's counters of streams that were reset, beyond which it closes the connection.
-const RESETS_MAX: usize = 1 << 24;
-
 /// The server, not yet serving. Streams that never end by themselves end when `stop` turns true.
 pub(crate) fn router(daemon: &Arc<Daemon>, stop: &watch::Sender<bool>) -> Router {
     let generate = GenerateServer::new(generate::Service { daemon: daemon.clone() });
-    // Only this user's programs connect, and all of a gateway's clients share one connection: many that leave at once are no attack.
     Server::builder()
-        .http2_max_pending_accept_reset_streams(Some(RESETS_MAX))
-        .http2_max_local_error_reset_streams(Some(RESETS_MAX))
         .add_service(generate.max_decoding_message_size(MESSAGE_BYTES_MAX))
         .add_service(ModelsServer::new(models::Service { daemon: daemon.clone() }))
         .add_service(AdminServer::new(admin::Service { daemon: daemon.clone(), stop: stop.subscribe() }))

@@ -236,13 +236,14 @@ impl Backend {
         if self.lazy() { CHUNK_MIN } else { BLOCK }
     }
 
-    /// A sequence ends, whose last block is `own`: of its prompt stay the chunks that end with `lasts`, one after the other.
+    /// A sequence ends, whose last block is `own`: of its prompt stay the chunks that end with `lasts`, one after the other. False: there
+    /// is no memory for them.
     #[cfg_attr(not(feature = "mlx"), expect(unused_variables, reason = "blocks are shared as they are"))]
-    pub(crate) fn end_kv(&mut self, own: BlockId, lasts: &[BlockId]) {
+    pub(crate) fn end_kv(&mut self, own: BlockId, lasts: &[BlockId]) -> bool {
         match self {
-            Self::Cpu(_) => {}
+            Self::Cpu(_) => true,
             #[cfg(feature = "mlx")]
-            Self::Mlx(mlx) => must(mlx.end_kv(own, lasts)),
+            Self::Mlx(mlx) => mlx.end_kv(own, lasts).inspect_err(|error| tracing::warn!(%error, "a prefix is not kept")).is_ok(),
         }
     }
 

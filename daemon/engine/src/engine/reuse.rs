@@ -76,27 +76,27 @@ impl Reuse {
 
     /// Blocks that a request has to be given beside those that others hold.
     pub(super) fn needed(&self, sequence: &Sequence) -> usize {
-        let known = self.known(sequence.reusable());
-        let held = self.prefix.path(known).filter(|(_, block)| self.blocks.is_busy(*block)).count();
-        sequence.positions().div_ceil(BLOCK) - held + self.copied(known.len())
+        let path: Vec<_> = self.prefix.path(sequence.reusable()).collect();
+        let known = self.whole(path.len());
+        let held = path[..known].iter().filter(|(_, block)| self.blocks.is_busy(*block)).count();
+        sequence.positions().div_ceil(BLOCK) - held + self.copied(known)
     }
 
-    /// What there is of a prompt.
-    fn known<'a>(&self, tokens: &'a [u32]) -> &'a [u32] {
-        let known = self.prefix.path(tokens).count() * BLOCK;
-        &tokens[..known - known.checked_rem(self.grain).unwrap_or(known)]
+    /// Of so many blocks that are there, those that a request can begin with.
+    fn whole(&self, blocks: usize) -> usize {
+        blocks - blocks % (self.grain / BLOCK).max(1)
     }
 
-    /// Blocks that a sequence has twice which begins with so many tokens of others'.
-    pub(super) fn copied(&self, tokens: usize) -> usize {
-        if self.grain > BLOCK { tokens / BLOCK } else { 0 }
+    /// Of so many blocks that a request begins with, those that it has copied.
+    pub(super) fn copied(&self, blocks: usize) -> usize {
+        if self.grain > BLOCK { blocks } else { 0 }
     }
 
     /// Gives a sequence its blocks, those of the longest known prefix first.
     pub(super) fn start(&mut self, sequence: &mut Sequence) {
-        let known = self.known(sequence.reusable());
-        let path = self.prefix.share(&mut self.blocks, known, 0);
-        sequence.on_grid = known.len();
+        let known = self.whole(self.prefix.path(sequence.reusable()).count()) * BLOCK;
+        let path = self.prefix.share(&mut self.blocks, &sequence.tokens[..known], 0);
+        sequence.on_grid = known;
         let fresh = sequence.positions().div_ceil(BLOCK) - path.len();
         let fresh: Vec<_> = self.blocks.take(fresh).collect();
         sequence.blocks = path.iter().map(|(_, block)| *block).chain(fresh).collect();
@@ -249,8 +249,11 @@ impl Engine {
             let freed = share_computed(&mut self.reuse, &mut sequence, computed);
             let lasts: Vec<_> =
                 sequence.blocks[..computed / BLOCK].chunks_exact(grain / BLOCK).map(|chunk| chunk[chunk.len() - 1]).collect();
-            own.into_iter().for_each(|own| self.backend.end_kv(own, &lasts));
+            let kept = own.is_none_or(|own| self.backend.end_kv(own, &lasts));
             freed.into_iter().for_each(|block| self.backend.free_kv(block));
+            if !kept {
+                self.forget_prefixes();
+            }
         }
         let counted = &mut self.reuse.counted;
         *(if sequence.reused > 0 { &mut counted.hits } else { &mut counted.misses }) += 1;

@@ -32,7 +32,7 @@ impl Engine {
 
     /// KV blocks that requests hold, and their copies of those.
     pub(super) fn busy_bytes(&self) -> Bytes {
-        let copied = self.running.iter().map(|sequence| self.reuse.copied(sequence.reused)).sum::<usize>();
+        let copied = self.running.iter().map(|sequence| self.reuse.copied(sequence.reused / BLOCK)).sum::<usize>();
         (self.reuse.blocks.busy() + copied) as Bytes * self.backend.kv_block_bytes()
     }
 
