@@ -2,11 +2,15 @@
 //! must agree with the reference kernels' at 99.5% of the positions and the perplexity must lie within 0.1% of theirs.
 //! Not a speed measurement. Run by hand and before a kernel becomes the default:
 //! `cargo bench -p flash-engine --bench accuracy`. Two names replace the kernels: `--features mlx … -- cpu mlx` compares backends.
+//!
+//! Where two experts are as likely as each other, down to rounding, the kernels may choose differently and both be right; one such
+//! choice changes every later logit of its text. So choices that differ are counted, and logits compared once more with the
+//! reference's choices forced upon both.
 
 use std::{collections::BTreeMap, fs, path::Path, process::ExitCode};
 
 use anyhow::{Context, Result};
-use flash_engine::{CacheBudget, Engine, Kernels, Options};
+use flash_engine::{CacheBudget, Delivery, Engine, Event, Kernels, Options, Request, Step};
 
 const AGREEMENT_MIN: f64 = 0.995;
 const PERPLEXITY_CHANGE_MAX: f64 = 0.001;
@@ -28,6 +32,11 @@ struct Total {
     serving_loss: f64,
     /// The largest difference of two logits, of the largest logit.
     apart: f32,
+    /// The same where both were routed alike.
+    alike: f32,
+    /// Choices of `top_k` experts, and those that are other sets.
+    choices: usize,
+    other: usize,
 }
 
 impl Total {
@@ -37,9 +46,12 @@ impl Total {
         self.predicted += reference.best.len() - 1;
         self.reference_loss += reference.loss;
         self.serving_loss += serving.loss;
-        let difference = reference.logits.iter().zip(&serving.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        let largest = reference.logits.iter().map(|logit| logit.abs()).fold(0.0, f32::max);
-        self.apart = self.apart.max(difference / largest);
+        self.apart = self.apart.max(reference.apart(serving));
+    }
+
+    fn route(&mut self, reference: &[Vec<u16>], serving: &[Vec<u16>]) {
+        self.choices += reference.len();
+        self.other += reference.iter().zip(serving).filter(|(a, b)| a != b).count();
     }
 
     fn agreement(&self) -> f64 {
@@ -54,8 +66,40 @@ impl Total {
     fn print(&self, name: &str) {
         let perplexity = (self.reference_loss / self.predicted as f64).exp();
         let (agreement, change) = (100.0 * self.agreement(), 100.0 * self.change());
-        println!("{name:<14}{:>9}{agreement:>11.3}%{perplexity:>13.4}{change:>+12.4}%{:>12.1e}", self.positions, self.apart);
+        print!("{name:<14}{:>9}{agreement:>11.3}%{perplexity:>13.4}{change:>+12.4}%{:>12.1e}", self.positions, self.apart);
+        println!("{:>12.1e}{:>11} of {}", self.alike, self.other, self.choices);
     }
+}
+
+impl Score {
+    fn apart(&self, other: &Self) -> f32 {
+        let difference = self.logits.iter().zip(&other.logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        difference / self.logits.iter().map(|logit| logit.abs()).fold(0.0, f32::max)
+    }
+}
+
+/// What a text's tokens are routed to, [tokens × MoE layers, top_k].
+fn routing(engine: &mut Engine, tokens: &[u32]) -> Result<Vec<u16>> {
+    engine.admit(Request { record_routing: true, max_tokens: Some(1), ..Request::greedy(tokens.to_vec()) })?;
+    let mut routing = Vec::new();
+    while engine.step(&mut |_, event| {
+        if let Event::Routing { ids, .. } = event {
+            routing.extend(ids);
+        }
+        Delivery::Taken
+    }) == Step::Worked
+    {}
+    Ok(routing)
+}
+
+/// As sets.
+fn choices(routing: &[u16], top_k: usize) -> Vec<Vec<u16>> {
+    let sorted = |choice: &[u16]| {
+        let mut choice = choice.to_vec();
+        choice.sort_unstable();
+        choice
+    };
+    routing.chunks_exact(top_k).map(sorted).collect()
 }
 
 fn score(engine: &mut Engine, tokens: &[u32]) -> Result<Score> {
@@ -85,14 +129,29 @@ fn main() -> Result<ExitCode> {
     let [reference, serving] = *named.first_chunk().unwrap_or(&[Kernels::Reference, Kernels::Auto]);
     let (mut reference, mut serving) = (engine(reference)?, engine(serving)?);
     println!("{} against {}", serving.report().kernels, reference.report().kernels);
-    println!("{:<14}{:>9}{:>12}{:>13}{:>13}{:>12}", "text", "tokens", "top-1 equal", "perplexity", "change", "logits");
+    println!(
+        "{:<14}{:>9}{:>12}{:>13}{:>13}{:>12}{:>12}  routed otherwise",
+        "text", "tokens", "top-1 equal", "perplexity", "change", "logits", "same routes"
+    );
+    let top_k = reference.info().top_k;
     let mut total = Total::default();
     for (domain, tokens) in &texts {
         let (expected, got) = (score(&mut reference, tokens)?, score(&mut serving, tokens)?);
         let mut text = Total::default();
         text.add(&expected, &got);
+        let (routes, others) = (routing(&mut reference, tokens)?, routing(&mut serving, tokens)?);
+        text.route(&choices(&routes, top_k), &choices(&others, top_k));
+        for engine in [&mut reference, &mut serving] {
+            engine.force_routing(Some(&routes))?;
+        }
+        text.alike = score(&mut reference, tokens)?.apart(&score(&mut serving, tokens)?);
+        for engine in [&mut reference, &mut serving] {
+            engine.force_routing(None)?;
+        }
         text.print(domain);
         total.add(&expected, &got);
+        total.alike = total.alike.max(text.alike);
+        (total.choices, total.other) = (total.choices + text.choices, total.other + text.other);
     }
     total.print("all");
     let passed = total.agreement() >= AGREEMENT_MIN && total.change().abs() <= PERPLEXITY_CHANGE_MAX;

@@ -8,7 +8,7 @@
 
 use std::{arch::x86_64::*, array::from_fn, mem::MaybeUninit, ops::Range};
 
-use super::{Bf16, F16, F32, FIXED_MAX, Isa, PREFETCH_ROWS, Param, TOKENS_MAX, ahead, avx2, avx512, by_kind, fixed_point};
+use super::{Bf16, F16, F32, FIXED_MAX, Isa, PREFETCH_ROWS, Param, ahead, avx2, avx512, fixed_point};
 use crate::{
     backend::cpu::matrix::{Acts, Fixed, FixedRow, Matrix},
     model::weights::{Float, Format},
@@ -34,24 +34,47 @@ pub(super) const WITH_AVX512: Isa = Isa {
     ..avx512::ISA
 };
 
-/// Of a tile: with as many sums in registers, each vector of activations serves four products. 3 × 3 was 6% slower, 2 × 4 14%.
-const ROWS: usize = 4;
-const TOKENS: usize = 2;
+/// Rows of many tokens' tiles: each vector of activations that is loaded serves as many products, and there are registers for their sums.
+const ROWS: usize = 8;
+const PLANES_MAX: usize = 4;
+/// Tokens whose activations stay in the second cache while all rows pass: CPUs share it between two threads.
+const TOKENS_NEAR: usize = 16;
 /// Groups whose scales are one vector.
 const CHUNK: usize = 8;
 /// Of a row's codes in one chunk, as vectors of 16-bit numbers; groups have at most 128 columns.
 const WIDE: usize = CHUNK * 128 / 16;
 
 fn rows(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
-    let Some(kind) = fixed_point(w, &range, x, tokens, out) else { return (avx2::ISA.rows)(w, range, x, tokens, out) };
+    let Some((bits, params)) = fixed_point(w, &range, x, tokens, out) else { return (avx2::ISA.rows)(w, range, x, tokens, out) };
+    let product = match (bits, x.group) {
+        (4, 32) => product::<4, 32>,
+        (4, 64) => product::<4, 64>,
+        (4, _) => product::<4, 128>,
+        (_, 32) => product::<8, 32>,
+        (_, 64) => product::<8, 64>,
+        _ => product::<8, 128>,
+    };
     // SAFETY: the features were detected (see ISA) and every access of the tiles lies inside what `fixed_point` asserted.
-    unsafe { by_kind!(kind, product, (w, range, x, tokens, out)) }
+    unsafe { product(params, w, range, x, tokens, out) }
 }
 
 /// `count` numbers, which must be readable with all before them, and zeros.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn some<P: Param>(from: *const u8, at: usize, count: usize) -> __m256 {
+unsafe fn some(kind: Float, from: *const u8, at: usize, count: usize) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match kind {
+            Float::F32 => some_of::<F32>(from, at, count),
+            Float::F16 => some_of::<F16>(from, at, count),
+            Float::Bf16 => some_of::<Bf16>(from, at, count),
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn some_of<P: Param>(from: *const u8, at: usize, count: usize) -> __m256 {
     // SAFETY: the caller's promise.
     unsafe {
         if count == CHUNK {
@@ -70,133 +93,187 @@ unsafe fn some<P: Param>(from: *const u8, at: usize, count: usize) -> __m256 {
     }
 }
 
-/// The codes of one plane.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn plane<const BITS: usize>(codes: __m256i, plane: usize) -> __m256i {
-    let mask = _mm256_set1_epi16((1 << BITS) - 1);
-    match plane * BITS {
-        0 => _mm256_and_si256(codes, mask),
-        4 => _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask),
-        8 if BITS == 4 => _mm256_and_si256(_mm256_srli_epi16::<8>(codes), mask),
-        8 => _mm256_srli_epi16::<8>(codes),
-        _ => _mm256_srli_epi16::<12>(codes),
+/// How rows are cut, by the bits of a code and the columns of a group.
+struct Cut<const BITS: usize, const GROUP: usize>;
+
+impl<const BITS: usize, const GROUP: usize> Cut<BITS, GROUP> {
+    const PLANES: usize = 16 / BITS;
+    /// Codes in 32 bytes.
+    const COLUMNS: usize = 256 / BITS;
+    /// What has sums of its own: a group, of so many blocks, or two that share one.
+    const BLOCKS: usize = if Self::SHARED { 1 } else { GROUP / Self::COLUMNS };
+    const SHARED: bool = GROUP < Self::COLUMNS;
+
+    /// Of a chunk of so many groups.
+    fn steps(groups: usize) -> usize {
+        if Self::SHARED { groups.div_ceil(2) } else { groups }
     }
-}
 
-/// The block at `from`, of which `left` bytes are left of the row: 32 or, with groups of 32 columns, 16 at its end.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn block(from: *const u8, left: usize) -> __m256i {
-    // SAFETY: the caller's promise.
-    unsafe { if left >= 32 { _mm256_loadu_si256(from.cast()) } else { _mm256_zextsi128_si256(_mm_loadu_si128(from.cast())) } }
-}
-
-/// How a row of codes is cut.
-#[derive(Clone, Copy)]
-struct Cut {
-    groups: usize,
-    /// Bytes of a row.
-    bytes: usize,
-    /// Of a group.
-    blocks: usize,
-    /// Of a chunk that is whole.
-    steps: usize,
-    /// Which of a chunk's groups the lanes of its first step belong to, and how far the next step is.
-    lanes: __m256i,
-    next: __m256i,
-}
-
-impl Cut {
+    /// The block at `from`, of which `left` bytes are left of the row: where two groups share one, it may be half.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn new<const BITS: usize>(w: &Matrix<'_>, group: usize) -> Self {
-        let columns = 256 / BITS;
-        let (per_step, lanes) = if group < columns { (2, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)) } else { (1, _mm256_setzero_si256()) };
-        let next = _mm256_set1_epi32(per_step as i32);
-        Self { groups: w.cols / group, bytes: w.row_bytes(), blocks: (group / columns).max(1), steps: CHUNK / per_step, lanes, next }
+    unsafe fn block(from: *const u8, left: usize) -> __m256i {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if Self::SHARED && left < 32 { _mm256_zextsi128_si256(_mm_loadu_si128(from.cast())) } else { _mm256_loadu_si256(from.cast()) }
+        }
+    }
+
+    /// The codes of one plane.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn plane(codes: __m256i, plane: usize) -> __m256i {
+        let mask = _mm256_set1_epi16((1 << BITS) - 1);
+        match plane * BITS {
+            0 => _mm256_and_si256(codes, mask),
+            4 => _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask),
+            8 if BITS == 4 => _mm256_and_si256(_mm256_srli_epi16::<8>(codes), mask),
+            8 => _mm256_srli_epi16::<8>(codes),
+            _ => _mm256_srli_epi16::<12>(codes),
+        }
+    }
+}
+
+/// Scales of a chunk's groups, where each can be had for all lanes by one load: the units that shuffle have enough to do.
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+struct Scales([f32; CHUNK]);
+
+impl Scales {
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn new(scales: __m256) -> Self {
+        let mut all = [0.0; CHUNK];
+        // SAFETY: eight floats.
+        unsafe { _mm256_storeu_ps(all.as_mut_ptr(), scales) };
+        Self(all)
+    }
+
+    /// Of a step's lanes.
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn of(&self, step: usize, shared: bool) -> __m256 {
+        if shared {
+            let [low, high] = [2 * step, 2 * step + 1].map(|group| _mm_set1_ps(self.0[group % CHUNK]));
+            _mm256_set_m128(high, low)
+        } else {
+            _mm256_set1_ps(self.0[step % CHUNK])
+        }
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn product<const BITS: usize, P: Param>(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
-    let cut = Cut::new::<BITS>(w, x.group);
-    let mut row = range.start;
-    while row < range.end {
-        let out = &mut out[(row - range.start) * tokens.len()..];
-        let whole = row + ROWS <= range.end;
-        // SAFETY: `fixed_point` checked the lengths.
-        unsafe {
-            match (tokens, whole) {
-                ([token], true) => one::<BITS, P, ROWS>(&cut, w, row, x, *token as usize, out),
-                ([token], false) => one::<BITS, P, 1>(&cut, w, row, x, *token as usize, out),
-                (_, true) => many::<BITS, P, ROWS>(&cut, w, row, x, tokens, out),
-                (_, false) => many::<BITS, P, 1>(&cut, w, row, x, tokens, out),
-            }
+unsafe fn product<const BITS: usize, const GROUP: usize>(
+    params: Float,
+    w: &Matrix<'_>,
+    range: Range<usize>,
+    x: &Acts<'_>,
+    tokens: &[u32],
+    out: &mut [f32],
+) {
+    for (tile, few_tokens) in tokens.chunks(TOKENS_NEAR).enumerate() {
+        let mut row = range.start;
+        while row < range.end {
+            let to = &mut out[(row - range.start) * tokens.len() + tile * TOKENS_NEAR..];
+            let (left, width) = (range.end - row, tokens.len());
+            // SAFETY: `fixed_point` checked the lengths.
+            row += unsafe {
+                match *few_tokens {
+                    [a] if left >= 4 => few::<BITS, GROUP, 4, 1>(params, w, row, x, [a], to, width),
+                    [a] => few::<BITS, GROUP, 1, 1>(params, w, row, x, [a], to, width),
+                    [a, b] if left >= 4 => few::<BITS, GROUP, 4, 2>(params, w, row, x, [a, b], to, width),
+                    [a, b] => few::<BITS, GROUP, 1, 2>(params, w, row, x, [a, b], to, width),
+                    [a, b, c] if left >= 2 => few::<BITS, GROUP, 2, 3>(params, w, row, x, [a, b, c], to, width),
+                    [a, b, c] => few::<BITS, GROUP, 1, 3>(params, w, row, x, [a, b, c], to, width),
+                    [a, b, c, d] if left >= 2 => few::<BITS, GROUP, 2, 4>(params, w, row, x, [a, b, c, d], to, width),
+                    [a, b, c, d] => few::<BITS, GROUP, 1, 4>(params, w, row, x, [a, b, c, d], to, width),
+                    _ if left >= ROWS => many::<BITS, GROUP, ROWS>(params, w, row, x, few_tokens, to, width),
+                    _ => many::<BITS, GROUP, 1>(params, w, row, x, few_tokens, to, width),
+                }
+            };
         }
-        row += if whole { ROWS } else { 1 };
     }
 }
 
-/// R rows × one token: codes go from memory to registers. The sums are those of `many`, in its order.
+/// R rows × T tokens: codes go from memory to registers. The sums are those of `many`, in its order. Gives R.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn one<const BITS: usize, P: Param, const R: usize>(
-    cut: &Cut,
+unsafe fn few<const BITS: usize, const GROUP: usize, const R: usize, const T: usize>(
+    params: Float,
     w: &Matrix<'_>,
     row: usize,
     x: &Acts<'_>,
-    token: usize,
+    tokens: [u32; T],
     out: &mut [f32],
-) {
-    let Cut { groups, bytes, .. } = *cut;
+    width: usize,
+) -> usize {
+    let (groups, bytes, blocks, planes) = (w.cols / GROUP, w.row_bytes(), Cut::<BITS, GROUP>::BLOCKS, Cut::<BITS, GROUP>::PLANES);
+    let tokens = tokens.map(|token| token as usize);
     // SAFETY: `fixed_point` checked every length that these pointers are moved within.
     unsafe {
         let codes: [*const u8; R] = from_fn(|r| w.weight.as_ptr().add((row + r) * bytes));
+        let mut xs: [*const __m256i; T] =
+            tokens.map(|token| x.fixed.bytes.as_ptr().add(token * Fixed::row_bytes(w.cols, BITS as u8)).cast());
         let mut ahead = codes[0].wrapping_add(ahead::<R>(bytes));
         prefetch_sides::<R>(w, row);
-        let mut xs: *const __m256i = x.fixed.bytes.as_ptr().add(token * Fixed::row_bytes(w.cols, BITS as u8)).cast();
-        let mut total = [_mm256_setzero_ps(); R];
+        let mut totals = [[_mm256_setzero_ps(); T]; R];
         let mut at = 0;
         for first in (0..groups).step_by(CHUNK) {
             let here = (groups - first).min(CHUNK);
-            let x_scales = some::<F32>(x.fixed.scales.as_ptr().cast(), token * groups + first, here);
-            let sums = some::<F32>(x.sums.as_ptr().cast(), token * groups + first, here);
-            let mut scales = [_mm256_setzero_ps(); R];
+            let of_token = |of: &[f32]| tokens.map(|token| some_of::<F32>(of.as_ptr().cast(), token * groups + first, here));
+            let (x_scales, sums) = (of_token(x.fixed.scales), of_token(x.sums));
+            let mut scales = [[Scales([0.0; CHUNK]); T]; R];
             for r in 0..R {
                 let from = (row + r) * groups + first;
-                scales[r] = _mm256_mul_ps(some::<P>(w.scales.as_ptr(), from, here), x_scales);
-                total[r] = _mm256_fmadd_ps(some::<P>(w.biases.as_ptr(), from, here), sums, total[r]);
+                let (scale, bias) = (some(params, w.scales.as_ptr(), from, here), some(params, w.biases.as_ptr(), from, here));
+                for t in 0..T {
+                    scales[r][t] = Scales::new(_mm256_mul_ps(scale, x_scales[t]));
+                    totals[r][t] = _mm256_fmadd_ps(bias, sums[t], totals[r][t]);
+                }
             }
-            let mut lanes = cut.lanes;
-            for _ in 0..(here * cut.steps).div_ceil(CHUNK) {
-                let mut dots = [_mm256_setzero_si256(); R];
-                for _ in 0..cut.blocks {
-                    let blocks: [__m256i; R] = from_fn(|r| block(codes[r].add(at), bytes - at));
-                    for p in 0..16 / BITS {
-                        let x = _mm256_loadu_si256(xs);
-                        xs = xs.add(1);
-                        for r in 0..R {
-                            dots[r] = _mm256_add_epi32(dots[r], _mm256_madd_epi16(plane::<BITS>(blocks[r], p), x));
+            for step in 0..Cut::<BITS, GROUP>::steps(here) {
+                for r in 0..R {
+                    let mut dots = [_mm256_setzero_si256(); T];
+                    for b in 0..blocks {
+                        let codes = Cut::<BITS, GROUP>::block(codes[r].add(at + 32 * b), bytes - at);
+                        for p in 0..planes {
+                            let w = Cut::<BITS, GROUP>::plane(codes, p);
+                            for t in 0..T {
+                                let x = _mm256_loadu_si256(xs[t].add(b * planes + p));
+                                dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(w, x));
+                            }
                         }
                     }
-                    // Two blocks a line.
-                    for _ in 0..if at % 64 == 0 { R.div_ceil(2) } else { R / 2 } {
-                        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                        ahead = ahead.wrapping_add(64);
+                    for t in 0..T {
+                        let scale = scales[r][t].of(step, Cut::<BITS, GROUP>::SHARED);
+                        totals[r][t] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[t]), totals[r][t]);
                     }
-                    at += 32;
                 }
-                for r in 0..R {
-                    total[r] = _mm256_fmadd_ps(_mm256_permutevar8x32_ps(scales[r], lanes), _mm256_cvtepi32_ps(dots[r]), total[r]);
-                }
-                lanes = _mm256_add_epi32(lanes, cut.next);
+                ahead = prefetch_codes::<R>(ahead, at, blocks);
+                at += 32 * blocks;
+                xs = xs.map(|x| x.add(blocks * planes));
             }
         }
         for r in 0..R {
-            out[r] = avx2::total(total[r]);
+            for t in 0..T {
+                out[r * width + t] = avx2::total(totals[r][t]);
+            }
         }
     }
+    R
+}
+
+/// As many lines as R rows of so many blocks are, two blocks a line; where the next of them are.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn prefetch_codes<const R: usize>(mut ahead: *const u8, at: usize, blocks: usize) -> *const u8 {
+    for b in 0..blocks {
+        for _ in 0..if (at / 32 + b) % 2 == 0 { R.div_ceil(2) } else { R / 2 } {
+            _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+            ahead = ahead.wrapping_add(64);
+        }
+    }
+    ahead
 }
 
 #[inline]
@@ -211,20 +288,21 @@ fn prefetch_sides<const R: usize>(w: &Matrix<'_>, row: usize) {
 }
 
 /// R rows × all tokens: a chunk's codes are widened once, to the stack. It and the sums leave room in the first cache, through which
-/// activations then pass from the second, each for R products.
+/// activations then pass from the second, each for R products. Gives R.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn many<const BITS: usize, P: Param, const R: usize>(
-    cut: &Cut,
+unsafe fn many<const BITS: usize, const GROUP: usize, const R: usize>(
+    params: Float,
     w: &Matrix<'_>,
     row: usize,
     x: &Acts<'_>,
     tokens: &[u32],
     out: &mut [f32],
-) {
-    let Cut { groups, bytes, .. } = *cut;
+    width: usize,
+) -> usize {
+    let (groups, bytes, blocks, planes) = (w.cols / GROUP, w.row_bytes(), Cut::<BITS, GROUP>::BLOCKS, Cut::<BITS, GROUP>::PLANES);
     let mut wide = [const { MaybeUninit::<[__m256i; R]>::uninit() }; WIDE];
-    let mut totals = [const { MaybeUninit::<[__m256; R]>::uninit() }; TOKENS_MAX];
+    let mut totals = [const { MaybeUninit::<[__m256; R]>::uninit() }; TOKENS_NEAR];
     let totals = &mut totals[..tokens.len()];
     totals.iter_mut().for_each(|total| _ = total.write([_mm256_setzero_ps(); R]));
     // SAFETY: `fixed_point` checked every length that these pointers are moved within.
@@ -237,45 +315,37 @@ unsafe fn many<const BITS: usize, P: Param, const R: usize>(
         let mut at = 0;
         for first in (0..groups).step_by(CHUNK) {
             let here = (groups - first).min(CHUNK);
-            let steps = (here * cut.steps).div_ceil(CHUNK);
+            let steps = Cut::<BITS, GROUP>::steps(here);
             let start = at * 2 * 8 / BITS;
-            for i in 0..steps * cut.blocks {
+            for i in 0..steps * blocks {
+                let of_block = &mut wide[i * planes..(i + 1) * planes];
                 for r in 0..R {
-                    let codes = block(codes[r].add(at), bytes - at);
-                    for p in 0..16 / BITS {
-                        (*wide[i * (16 / BITS) + p].as_mut_ptr())[r] = plane::<BITS>(codes, p);
+                    let codes = Cut::<BITS, GROUP>::block(codes[r].add(at), bytes - at);
+                    for p in 0..planes {
+                        (*of_block[p].as_mut_ptr())[r] = Cut::<BITS, GROUP>::plane(codes, p);
                     }
                 }
-                for _ in 0..if at % 64 == 0 { R.div_ceil(2) } else { R / 2 } {
-                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                    ahead = ahead.wrapping_add(64);
-                }
+                ahead = prefetch_codes::<R>(ahead, at, 1);
                 at += 32;
             }
-            let part = Part {
-                first,
-                here,
-                steps,
-                start,
-                scales: from_fn(|r| some::<P>(w.scales.as_ptr(), (row + r) * groups + first, here)),
-                biases: from_fn(|r| some::<P>(w.biases.as_ptr(), (row + r) * groups + first, here)),
-                wide: wide.as_ptr().cast(),
-            };
-            let (tiles, rest) = tokens.as_chunks::<TOKENS>();
-            let (to_tiles, to_rest) = totals.as_chunks_mut::<TOKENS>();
-            for (tile, to) in tiles.iter().zip(to_tiles) {
-                part.add::<BITS, TOKENS>(cut, x, *tile, to.each_mut());
+            let mut part =
+                Part { first, here, start, scales: [_mm256_setzero_ps(); R], biases: [_mm256_setzero_ps(); R], wide: wide.as_ptr().cast() };
+            for r in 0..R {
+                let from = (row + r) * groups + first;
+                part.scales[r] = some(params, w.scales.as_ptr(), from, here);
+                part.biases[r] = some(params, w.biases.as_ptr(), from, here);
             }
-            for (token, to) in rest.iter().zip(to_rest) {
-                part.add::<BITS, 1>(cut, x, [*token], [to]);
+            for (token, totals) in tokens.iter().zip(&mut *totals) {
+                part.add::<BITS, GROUP>(x, *token as usize, totals);
             }
         }
         for (t, total) in totals.iter().enumerate() {
             for r in 0..R {
-                out[r * tokens.len() + t] = avx2::total(total[r]);
+                out[r * width + t] = avx2::total(total[r]);
             }
         }
     }
+    R
 }
 
 /// A chunk of R rows.
@@ -283,7 +353,6 @@ struct Part<const R: usize> {
     /// Its first group, and how many it has.
     first: usize,
     here: usize,
-    steps: usize,
     /// Where its activations start in a token's row.
     start: usize,
     scales: [__m256; R],
@@ -293,46 +362,43 @@ struct Part<const R: usize> {
 }
 
 impl<const R: usize> Part<R> {
+    /// Every load but those of activations is part of an instruction that multiplies or adds: their number is what this takes.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn add<const BITS: usize, const T: usize>(&self, cut: &Cut, x: &Acts<'_>, tokens: [u32; T], totals: [&mut [__m256; R]; T]) {
-        let stride = Fixed::row_bytes(x.cols, BITS as u8);
+    unsafe fn add<const BITS: usize, const GROUP: usize>(&self, x: &Acts<'_>, token: usize, totals: &mut [__m256; R]) {
+        let (groups, blocks, planes) = (x.cols / GROUP, Cut::<BITS, GROUP>::BLOCKS, Cut::<BITS, GROUP>::PLANES);
         // SAFETY: `fixed_point` checked every length that these pointers are moved within.
         unsafe {
-            let mut scales = [[_mm256_setzero_ps(); T]; R];
-            for t in 0..T {
-                let from = tokens[t] as usize * cut.groups + self.first;
-                let x_scales = some::<F32>(x.fixed.scales.as_ptr().cast(), from, self.here);
-                let sums = some::<F32>(x.sums.as_ptr().cast(), from, self.here);
-                for r in 0..R {
-                    scales[r][t] = _mm256_mul_ps(self.scales[r], x_scales);
-                    totals[t][r] = _mm256_fmadd_ps(self.biases[r], sums, totals[t][r]);
-                }
+            let from = token * groups + self.first;
+            let x_scales = some_of::<F32>(x.fixed.scales.as_ptr().cast(), from, self.here);
+            let sums = some_of::<F32>(x.sums.as_ptr().cast(), from, self.here);
+            let mut scales = [Scales([0.0; CHUNK]); R];
+            let mut all = *totals;
+            for r in 0..R {
+                scales[r] = Scales::new(_mm256_mul_ps(self.scales[r], x_scales));
+                all[r] = _mm256_fmadd_ps(self.biases[r], sums, all[r]);
             }
-            let mut xs: [*const __m256i; T] = from_fn(|t| x.fixed.bytes.as_ptr().add(tokens[t] as usize * stride + self.start).cast());
-            let (mut wide, mut lanes) = (self.wide, cut.lanes);
-            for _ in 0..self.steps {
-                let mut dots = [[_mm256_setzero_si256(); T]; R];
-                for _ in 0..cut.blocks {
-                    for p in 0..16 / BITS {
-                        let x: [__m256i; T] = from_fn(|t| _mm256_loadu_si256(xs[t].add(p)));
-                        for (dots, w) in dots.iter_mut().zip(&*wide.add(p)) {
-                            for t in 0..T {
-                                dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(*w, x[t]));
-                            }
+            let mut xs: *const __m256i = x.fixed.bytes.as_ptr().add(token * Fixed::row_bytes(x.cols, BITS as u8) + self.start).cast();
+            let mut wide = self.wide;
+            for step in 0..Cut::<BITS, GROUP>::steps(self.here) {
+                let mut dots = [_mm256_setzero_si256(); R];
+                for _ in 0..blocks {
+                    let x: [__m256i; PLANES_MAX] =
+                        from_fn(|p| if p < planes { _mm256_loadu_si256(xs.add(p)) } else { _mm256_setzero_si256() });
+                    for r in 0..R {
+                        for p in 0..planes {
+                            dots[r] = _mm256_add_epi32(dots[r], _mm256_madd_epi16(x[p], (*wide.add(p))[r]));
                         }
                     }
-                    wide = wide.add(16 / BITS);
-                    xs = xs.map(|x| x.add(16 / BITS));
+                    wide = wide.add(planes);
+                    xs = xs.add(planes);
                 }
                 for r in 0..R {
-                    for t in 0..T {
-                        let scale = _mm256_permutevar8x32_ps(scales[r][t], lanes);
-                        totals[t][r] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[r][t]), totals[t][r]);
-                    }
+                    let scale = scales[r].of(step, Cut::<BITS, GROUP>::SHARED);
+                    all[r] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[r]), all[r]);
                 }
-                lanes = _mm256_add_epi32(lanes, cut.next);
             }
+            *totals = all;
         }
     }
 }

@@ -1,0 +1,65 @@
+"""flashd and llama.cpp in turn, in memory: tokens a second and their share of what memory allows.
+
+    python llama.py --flashctl F --llama-bench L --model DIR --gguf FILE [--prompt 512] [--generate 64] [--rounds 7]
+
+Each round is one run of ours and one of llama.cpp's with and without repacked weights, three repetitions each: a first one after
+loading is not its best. Medians of rounds; of llama.cpp's, for a round, the better packing's median and its best repetition.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+from statistics import median
+
+
+def ours(args, prompt: int, generate: int) -> dict:
+    command = [args.flashctl, "bench", args.model, "--cache", "100%", "--prompt", str(prompt), "--gen", str(generate), "--json"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    rows = [row for row in map(json.loads, lines) if row["event"] == "row"]
+    return next(row for row in rows if row["cache"] != "none" and row["state"] == "warm")
+
+
+def theirs(args, flag: str, tokens: int) -> list[float]:
+    """Of the better packing's repetitions."""
+    none = "-p" if flag == "-n" else "-n"
+    runs = []
+    for repack in "10":
+        command = [args.llama_bench, "-m", args.gguf, none, "0", flag, str(tokens), "-t", str(args.threads), "--repack", repack, "-o", "json"]
+        found = json.loads(subprocess.run([*command, "-r", "3"], check=True, capture_output=True, text=True).stdout)
+        runs.append(found[0]["samples_ts"])
+    return max(runs, key=median)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ["flashctl", "llama-bench", "model", "gguf"]:
+        parser.add_argument(f"--{name}", required=True)
+    for name, value in [("prompt", 512), ("generate", 64), ("rounds", 7), ("threads", len(os.sched_getaffinity(0)))]:
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+
+    kinds = [("decode", "-n", args.generate, "decode_tok_s"), ("prefill", "-p", args.prompt, "prefill_tok_s")]
+    found = {kind: [] for kind, _, tokens, _ in kinds if tokens}
+    for _ in range(args.rounds):
+        for kind, flag, tokens, speed in kinds:
+            if not tokens:
+                continue
+            row = ours(args, 4, tokens) if kind == "decode" else ours(args, tokens, 0)
+            samples = theirs(args, flag, tokens)
+            figures = {
+                "ours": row[speed],
+                "llama.cpp": median(samples),
+                "its best": max(samples),
+                "ratio": row[speed] / median(samples),
+                "to its best": row[speed] / max(samples),
+            }
+            if kind == "decode":
+                figures["of the bound"] = row["of_overlapped"]
+            found[kind].append(figures)
+            print(kind, *(f"{name} {value:.4g}" for name, value in figures.items()), sep="  ", flush=True)
+    for kind, rounds in found.items():
+        print(f"median of {len(rounds)}: {kind}", *(f"{name} {median(r[name] for r in rounds):.4g}" for name in rounds[0]), sep="  ")
+
+
+main()
