@@ -1,7 +1,7 @@
 //! The accuracy gate of the kernels that serve by default: on the bundled model's held-out text, the most likely token
 //! must agree with the reference kernels' at 99.5% of the positions and the perplexity must lie within 0.1% of theirs.
 //! Not a speed measurement. Run by hand and before a kernel becomes the default:
-//! `cargo bench -p flash-engine --bench accuracy`. Two names replace the kernels: `--features mlx … -- cpu mlx` compares backends.
+//! `cargo bench -p flash-engine --bench accuracy`. Two names replace the kernels: `--features mlx … -- cpu mlx` compares backends. Names of texts leave out the others.
 //!
 //! Where two experts are as likely as each other, down to rounding, the kernels may choose differently and both be right; one such
 //! choice changes every later logit of its text. So choices that differ are counted, and logits compared once more with the
@@ -9,7 +9,7 @@
 
 use std::{collections::BTreeMap, fs, path::Path, process::ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use flash_engine::{CacheBudget, Delivery, Engine, Event, Kernels, Options, Request, Step};
 
 const AGREEMENT_MIN: f64 = 0.995;
@@ -124,8 +124,14 @@ fn main() -> Result<ExitCode> {
         let options = Options { kernels, expert_cache: CacheBudget::Share(1.0), ..Options::default() };
         Engine::load(&model, &options, &mut |_| {})
     };
-    let named: Vec<Kernels> =
-        std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).map(|name| name.parse()).collect::<Result<_, _>>()?;
+    let (mut named, mut chosen) = (Vec::new(), Vec::new());
+    for arg in std::env::args().skip(1).filter(|arg| !arg.starts_with('-')) {
+        match arg.parse::<Kernels>() {
+            Ok(kernels) => named.push(kernels),
+            Err(_) if texts.contains_key(&arg) => chosen.push(arg),
+            Err(error) => bail!("{error}; or a text: {}", texts.keys().map(String::as_str).collect::<Vec<_>>().join(", ")),
+        }
+    }
     let [reference, serving] = *named.first_chunk().unwrap_or(&[Kernels::Reference, Kernels::Auto]);
     let (mut reference, mut serving) = (engine(reference)?, engine(serving)?);
     println!("{} against {}", serving.report().kernels, reference.report().kernels);
@@ -135,7 +141,7 @@ fn main() -> Result<ExitCode> {
     );
     let top_k = reference.info().top_k;
     let mut total = Total::default();
-    for (domain, tokens) in &texts {
+    for (domain, tokens) in texts.iter().filter(|(domain, _)| chosen.is_empty() || chosen.contains(domain)) {
         let (expected, got) = (score(&mut reference, tokens)?, score(&mut serving, tokens)?);
         let mut text = Total::default();
         text.add(&expected, &got);
