@@ -268,7 +268,7 @@ unsafe fn few<const BITS: usize, const GROUP: usize, const R: usize, const T: us
 #[target_feature(enable = "avx2,fma,f16c")]
 fn prefetch_codes<const R: usize>(mut ahead: *const u8, at: usize, blocks: usize) -> *const u8 {
     for b in 0..blocks {
-        for _ in 0..if (at / 32 + b) % 2 == 0 { R.div_ceil(2) } else { R / 2 } {
+        for _ in 0..if (at / 32 + b).is_multiple_of(2) { R.div_ceil(2) } else { R / 2 } {
             _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
             ahead = ahead.wrapping_add(64);
         }
@@ -321,8 +321,8 @@ unsafe fn many<const BITS: usize, const GROUP: usize, const R: usize>(
                 let of_block = &mut wide[i * planes..(i + 1) * planes];
                 for r in 0..R {
                     let codes = Cut::<BITS, GROUP>::block(codes[r].add(at), bytes - at);
-                    for p in 0..planes {
-                        (*of_block[p].as_mut_ptr())[r] = Cut::<BITS, GROUP>::plane(codes, p);
+                    for (p, rows) in of_block.iter_mut().enumerate() {
+                        (*rows.as_mut_ptr())[r] = Cut::<BITS, GROUP>::plane(codes, p);
                     }
                 }
                 ahead = prefetch_codes::<R>(ahead, at, 1);
@@ -385,9 +385,9 @@ impl<const R: usize> Part<R> {
                 for _ in 0..blocks {
                     let x: [__m256i; PLANES_MAX] =
                         from_fn(|p| if p < planes { _mm256_loadu_si256(xs.add(p)) } else { _mm256_setzero_si256() });
-                    for r in 0..R {
-                        for p in 0..planes {
-                            dots[r] = _mm256_add_epi32(dots[r], _mm256_madd_epi16(x[p], (*wide.add(p))[r]));
+                    for (r, dot) in dots.iter_mut().enumerate() {
+                        for (p, x) in x[..planes].iter().enumerate() {
+                            *dot = _mm256_add_epi32(*dot, _mm256_madd_epi16(*x, (*wide.add(p))[r]));
                         }
                     }
                     wide = wide.add(planes);
