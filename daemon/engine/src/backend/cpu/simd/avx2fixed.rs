@@ -363,6 +363,7 @@ struct Part<const R: usize> {
 
 impl<const R: usize> Part<R> {
     /// Every load but those of activations is part of an instruction that multiplies or adds: their number is what this takes.
+    #[expect(clippy::needless_range_loop, reason = "with iterators, what it compiles to was slower")]
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn add<const BITS: usize, const GROUP: usize>(&self, x: &Acts<'_>, token: usize, totals: &mut [__m256; R]) {
@@ -385,9 +386,9 @@ impl<const R: usize> Part<R> {
                 for _ in 0..blocks {
                     let x: [__m256i; PLANES_MAX] =
                         from_fn(|p| if p < planes { _mm256_loadu_si256(xs.add(p)) } else { _mm256_setzero_si256() });
-                    for (r, dot) in dots.iter_mut().enumerate() {
-                        for (p, x) in x[..planes].iter().enumerate() {
-                            *dot = _mm256_add_epi32(*dot, _mm256_madd_epi16(*x, (*wide.add(p))[r]));
+                    for r in 0..R {
+                        for p in 0..planes {
+                            dots[r] = _mm256_add_epi32(dots[r], _mm256_madd_epi16(x[p], (*wide.add(p))[r]));
                         }
                     }
                     wide = wide.add(planes);
