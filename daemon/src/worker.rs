@@ -36,8 +36,6 @@ use crate::{Error, config::KeepAlive, hot::HotSets, pressure, stats::Totals};
 pub(crate) const EVENTS: usize = 64;
 /// … and room beyond them for a last word (Failed) to a paused request.
 pub(crate) const EVENTS_SPARE: usize = 4;
-/// So long without a command is quiet.
-const QUIET: Duration = Duration::from_secs(2);
 /// Events of a benchmark that may be unread before progress is left out.
 pub(crate) const BENCH_EVENTS: usize = 256;
 /// Places in the command channel besides the waiting requests'.
@@ -243,14 +241,8 @@ impl Thread {
         }
     }
 
-    /// Sleeps until a command, or until the idle model is to go. In a longer sleep, free memory goes back first.
+    /// Sleeps until a command, or until the idle model is to go.
     fn wait(&self) -> Result<Command, RecvTimeoutError> {
-        if self.unload_at().is_none_or(|at| at > Instant::now() + QUIET) {
-            match self.inbox.recv_timeout(QUIET) {
-                Err(RecvTimeoutError::Timeout) => pressure::give_back(),
-                found => return found,
-            }
-        }
         match self.unload_at() {
             Some(at) => self.inbox.recv_timeout(at.saturating_duration_since(Instant::now())),
             None => self.inbox.recv().map_err(RecvTimeoutError::from),

@@ -15,7 +15,6 @@ mod metrics;
 mod ollama;
 mod openai;
 mod ops;
-mod quiet;
 mod reply;
 mod router;
 mod sse;
@@ -43,7 +42,6 @@ use error::{Code, Failure};
 use io::{Activity, Timed};
 use metrics::Metrics;
 use openai::responses::store::Store;
-use quiet::Quiet;
 use router::Connection;
 use upstream::Upstream;
 
@@ -94,8 +92,7 @@ pub async fn serve(config: Config, listener: TcpListener, shutdown: impl Future<
         responses: Mutex::default(),
         config,
     });
-    let server =
-        Server { app: app.clone(), routes: router::router(app.clone()), bound, connections: TaskTracker::new(), quiet: Quiet::default() };
+    let server = Server { app: app.clone(), routes: router::router(app.clone()), bound, connections: TaskTracker::new() };
     tokio::select! {
         () = server.accept(&listener) => {}
         () = shutdown => {}
@@ -123,7 +120,6 @@ struct Server {
     bound: IpAddr,
     /// Those that shutdown waits for.
     connections: TaskTracker,
-    quiet: Quiet,
 }
 
 impl Server {
@@ -143,7 +139,6 @@ impl Server {
 
     fn connection(&self, stream: TcpStream, peer: SocketAddr) -> impl Future<Output = ()> + Send + 'static {
         let (app, routes) = (self.app.clone(), self.routes.clone());
-        let (quiet, connections) = (self.quiet.clone(), self.connections.clone());
         let connection = Connection { peer, bound: self.bound, activity: Arc::new(Activity::default()) };
         async move {
             // Events must not wait for each other; a failure only costs latency.
@@ -175,7 +170,6 @@ impl Server {
             if let Err(error) = outcome {
                 tracing::debug!(%peer, error, "connection ended");
             }
-            quiet.ended(connections);
         }
     }
 }

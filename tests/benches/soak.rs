@@ -14,8 +14,7 @@ fn main() -> Result<()> {
     let number = |at: usize, default: u32| numbers.get(at).copied().unwrap_or(default);
     let (seconds, connections) = (number(0, 300), number(1, 200));
     println!("{connections} connections for {seconds} s");
-    let time = std::time::Duration::from_secs(seconds.into());
-    println!("{}", soak(Soak { connections: connections as usize, time, quiet: std::time::Duration::from_secs(5) })?);
+    println!("{}", soak(Soak { connections: connections as usize, time: std::time::Duration::from_secs(seconds.into()) })?);
     Ok(())
 }
 

@@ -1,4 +1,5 @@
-"""A Q4_0 GGUF of random weights in the shape of one of `flashctl bench synth`'s models, for llama.cpp to run beside ours.
+"""A Q4_0 GGUF of random weights in the shape of one of `flashctl bench synth`'s models or of the bundled one, for llama.cpp to run beside
+ours.
 
     pip install gguf && python random_gguf.py OUT.gguf qwen3-30b-a3b|olmoe|bundled [LAYERS]
 
@@ -28,7 +29,7 @@ def codes(*dims: int, small: bool = False):
 
     def make() -> np.ndarray:
         count = int(np.prod(dims)) // 32
-        # To draw 17 GB takes minutes; no row of a layer comes twice where it would matter, in the cache of a CPU.
+        # To draw 17 GB takes minutes. What is repeated lies elsewhere in memory, so caches gain nothing.
         pool = np.empty(min(count, 1 << 20), BLOCK)
         pool["codes"] = random.integers(0, 256, (len(pool), 16), dtype=np.uint8)
         # Codes less 8 deviate by 4.6, around -1/2: signs that change make that 0.

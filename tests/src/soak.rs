@@ -31,8 +31,6 @@ const JSON: (&str, &str) = ("Content-Type", "application/json");
 pub struct Soak {
     pub connections: usize,
     pub time: Duration,
-    /// What is held before and after is the least of so long: processes give memory back when they have been left alone for a while.
-    pub quiet: Duration,
 }
 
 /// What one process holds.
@@ -94,11 +92,11 @@ pub fn soak(soak: Soak) -> Result<Outcome> {
     let asks = asks(&served.gateway.address)?;
     // Once around first: whatever grows once has grown then.
     run(&served.gateway.address, &asks, soak.connections, Duration::ZERO)?;
-    let before = served.held(soak.quiet)?;
+    let before = served.held()?;
     let (finished, left) = run(&served.gateway.address, &asks, soak.connections, soak.time)?;
-    let after = served.held(soak.quiet)?;
+    let after = served.held()?;
     let open_bytes = served.with_open_streams()?;
-    served.held(Duration::ZERO)?;
+    served.held()?;
     let gateway_end = ended(&mut served.gateway.process)?;
     let daemon_end = ended(&mut served.daemon.process)?;
     let [gateway, daemon] = [0, 1].map(|process| [before.0[process], after.0[process]]);
@@ -118,7 +116,7 @@ impl Served {
     }
 
     /// What gateway and daemon hold when all is quiet, and the bytes of keys and values with nothing kept for later.
-    fn held(&self, quiet: Duration) -> Result<([Held; 2], u64)> {
+    fn held(&self) -> Result<([Held; 2], u64)> {
         let idle = |snapshot: &v1::Snapshot| snapshot.requests.is_some_and(|requests| requests.running + requests.waiting == 0);
         let snapshot = self.runtime.block_on(async {
             self.client.wait_stats("every request has ended", DEADLINE, idle).await?;
@@ -129,17 +127,7 @@ impl Served {
         ensure!(memory.kv_reserved_bytes == 0, "no request runs, and {} bytes are reserved", memory.kv_reserved_bytes);
         // Connections are closed on our side; the gateway's side follows.
         wait_until("the gateway closes its connections", || connections(&self.gateway.address).is_ok_and(|count| count == 0))?;
-        let processes = [self.gateway.process.pid(), self.daemon.process.pid()];
-        let mut least = [held(processes[0])?, held(processes[1])?];
-        let end = Instant::now() + quiet;
-        while Instant::now() < end {
-            thread::sleep(Duration::from_millis(100));
-            for (least, process) in least.iter_mut().zip(processes) {
-                let now = held(process)?;
-                *least = Held { descriptors: now.descriptors, bytes: least.bytes.min(now.bytes) };
-            }
-        }
-        Ok((least, memory.kv_bytes))
+        Ok(([held(self.gateway.process.pid())?, held(self.daemon.process.pid())?], memory.kv_bytes))
     }
 
     fn with_open_streams(&self) -> Result<[u64; 2]> {

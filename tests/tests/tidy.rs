@@ -37,7 +37,6 @@ const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("daemon/engine/src/backend/cpu/pool.rs", "workers borrow the engine thread's buffers for the length of a call"),
     ("daemon/engine/src/backend/mlx/", "memory that MLX owns"),
     ("daemon/src/pressure/", "mach calls"),
-    ("gateway/src/quiet.rs", "the allocator's call that gives memory back"),
     ("tests/tests/allocations.rs", "an allocator that counts"),
 ];
 

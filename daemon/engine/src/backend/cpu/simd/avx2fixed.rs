@@ -171,14 +171,14 @@ unsafe fn product<const BITS: usize, const GROUP: usize>(
     tokens: &[u32],
     out: &mut [f32],
 ) {
-    for (tile, few_tokens) in tokens.chunks(TOKENS_NEAR).enumerate() {
+    for (tile, near) in tokens.chunks(TOKENS_NEAR).enumerate() {
         let mut row = range.start;
         while row < range.end {
             let to = &mut out[(row - range.start) * tokens.len() + tile * TOKENS_NEAR..];
             let (left, width) = (range.end - row, tokens.len());
             // SAFETY: `fixed_point` checked the lengths.
             row += unsafe {
-                match *few_tokens {
+                match *near {
                     [a] if left >= 4 => few::<BITS, GROUP, 4, 1>(params, w, row, x, [a], to, width),
                     [a] => few::<BITS, GROUP, 1, 1>(params, w, row, x, [a], to, width),
                     [a, b] if left >= 4 => few::<BITS, GROUP, 4, 2>(params, w, row, x, [a, b], to, width),
@@ -187,8 +187,8 @@ unsafe fn product<const BITS: usize, const GROUP: usize>(
                     [a, b, c] => few::<BITS, GROUP, 1, 3>(params, w, row, x, [a, b, c], to, width),
                     [a, b, c, d] if left >= 2 => few::<BITS, GROUP, 2, 4>(params, w, row, x, [a, b, c, d], to, width),
                     [a, b, c, d] => few::<BITS, GROUP, 1, 4>(params, w, row, x, [a, b, c, d], to, width),
-                    _ if left >= ROWS => many::<BITS, GROUP, ROWS>(params, w, row, x, few_tokens, to, width),
-                    _ => many::<BITS, GROUP, 1>(params, w, row, x, few_tokens, to, width),
+                    _ if left >= ROWS => many::<BITS, GROUP, ROWS>(params, w, row, x, near, to, width),
+                    _ => many::<BITS, GROUP, 1>(params, w, row, x, near, to, width),
                 }
             };
         }
