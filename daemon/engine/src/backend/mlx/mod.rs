@@ -80,12 +80,11 @@ pub(crate) struct Mlx {
 #[derive(Debug)]
 struct Layer {
     attn_norm: Array,
-    q: Matrix,
-    k: Matrix,
-    v: Matrix,
+    /// Queries, keys and values.
+    qkv: Vec<Matrix>,
     o: Matrix,
-    q_norm: Array,
-    k_norm: Array,
+    /// Of queries' and keys' heads [heads + kv_heads, head_dim].
+    qk_norm: Array,
     ffn_norm: Array,
     ffn: LayerFfn,
 }
@@ -119,6 +118,8 @@ pub(crate) struct Activations {
     routed: Vec<Option<Routed>>,
     foreseen: Option<Array>,
     logits: Option<Array>,
+    /// The pass before, until MLX has something to do.
+    last: Option<Box<Activations>>,
 }
 
 impl Mlx {
@@ -140,7 +141,7 @@ impl Mlx {
         let norm = vector(weights, &model.norm, dtype)?;
         let mut layers = Vec::with_capacity(model.layers.len());
         for (index, spec) in model.layers.iter().enumerate() {
-            let layer = Layer::read(weights, spec, dtype)?;
+            let layer = Layer::read(arch, weights, spec, dtype)?;
             // Else MLX would keep both what was read and what it is to become.
             eval(layer.arrays()).map_err(failed)?;
             layers.push(layer);
@@ -285,7 +286,7 @@ impl Mlx {
 
     /// Embeds the tokens of a pass.
     pub(crate) fn begin(&self, act: &mut Activations, batch: &Batch) -> Result<()> {
-        *act = Activations::default();
+        *act = Activations { last: Some(Box::new(std::mem::take(act))), ..Activations::default() };
         if !batch.rows.is_empty() {
             let ids = indices(batch.rows.iter().map(|row| row.token));
             act.hidden.push(self.embed.rows(&ids)?);
@@ -313,21 +314,29 @@ impl Mlx {
         let before = act.before.as_ref().expect("a pass begins with its first piece");
         let x = if rows == before.dim(0) { before.clone() } else { before.try_index(piece.start as i32..piece.end as i32)? };
         let normed = fast::rms_norm(&x, Some(&l.attn_norm), eps)?;
-        let heads = |w: &Matrix, norm: Option<&Array>| {
-            let split = w.product(&normed)?.reshape(&[1, rows, -1, d])?;
-            let split = if norm.is_some() { fast::rms_norm(&split, norm, eps)? } else { split };
-            split.transpose_axes(&[0, 2, 1, 3])
-        };
-        let (q, k, v) = (heads(&l.q, Some(&l.q_norm))?, heads(&l.k, Some(&l.k_norm))?, heads(&l.v, None)?);
+        // Queries and keys stay together as long as they can: what is asked of MLX once takes half the time to ask.
+        let qkv = l.qkv.iter().map(|w| w.product(&normed)).collect::<Result<Vec<_>>>()?;
+        let qkv = concatenate(&qkv, -1)?.reshape(&[1, rows, -1, d])?;
+        let (heads, turned) = (self.arch.heads as i32, (self.arch.heads + self.arch.kv_heads) as i32);
+        let qk = fast::rms_norm(qkv.try_index((Ellipsis, 0..turned, ..))?, None, eps)?.multiply(&l.qk_norm)?;
+        let [qk, v] = [qk, qkv.try_index((Ellipsis, turned.., ..))?].map(|array| array.transpose_axes(&[0, 2, 1, 3]));
+        let (qk, v) = (qk?, v?);
+        if layer == 0 {
+            // MLX has had nothing to do so far: the rest of the layer, and to drop the pass before, can wait.
+            async_eval([&qk, &v])?;
+            act.last = None;
+        }
         let mut attended = Vec::new();
         for run in runs(batch, piece) {
             let of_run = |array: &Array| array.try_index((Ellipsis, run.rows.clone(), ..));
+            let qk = of_run(&qk)?;
             if !alive[run.first] {
-                attended.push(of_run(&q)?);
+                attended.push(qk.try_index((.., 0..heads))?);
                 continue;
             }
-            let turn = |array: &Array| fast::rope(array, d, false, self.arch.rope_theta, 1.0, run.position as i32, None);
-            attended.push(self.kv.attend(layer, &run, &turn(&of_run(&q)?)?, turn(&of_run(&k)?)?, of_run(&v)?)?);
+            let qk = fast::rope(qk, d, false, self.arch.rope_theta, 1.0, run.position as i32, None)?;
+            let (q, k) = (qk.try_index((.., 0..heads))?, qk.try_index((.., heads..))?);
+            attended.push(self.kv.attend(layer, &run, &q, k, of_run(&v)?)?);
         }
         let attended = concatenate(&attended, 2)?.transpose_axes(&[0, 2, 1, 3])?.reshape(&[rows, -1])?;
         act.hidden.push(x.add(l.o.product(&attended)?)?);
@@ -469,20 +478,22 @@ impl Mlx {
 }
 
 impl Layer {
-    fn read(weights: &Weights, spec: &LayerSpec, dtype: Dtype) -> std::result::Result<Self, Error> {
+    fn read(arch: &Arch, weights: &Weights, spec: &LayerSpec, dtype: Dtype) -> std::result::Result<Self, Error> {
         let matrix = |spec| Matrix::read(weights, spec, dtype);
         let ffn = match &spec.ffn {
             FfnSpec::Dense(ffn) => LayerFfn::Dense([matrix(&ffn.gate)?, matrix(&ffn.up)?, matrix(&ffn.down)?]),
             FfnSpec::Moe { router, experts } => LayerFfn::Moe { router: matrix(router)?, record: Record::new(&experts[0]), bank: None },
         };
+        let head_norm = |norm, heads: usize| {
+            let norm = vector(weights, norm, dtype)?;
+            ops::broadcast_to(&norm, &[heads as i32, norm.dim(0)]).map_err(failed)
+        };
+        let qk_norm = [head_norm(&spec.q_norm, arch.heads)?, head_norm(&spec.k_norm, arch.kv_heads)?];
         Ok(Self {
             attn_norm: vector(weights, &spec.attn_norm, dtype)?,
-            q: matrix(&spec.q)?,
-            k: matrix(&spec.k)?,
-            v: matrix(&spec.v)?,
+            qkv: Matrix::stacked(weights, &[&spec.q, &spec.k, &spec.v], dtype)?,
             o: matrix(&spec.o)?,
-            q_norm: vector(weights, &spec.q_norm, dtype)?,
-            k_norm: vector(weights, &spec.k_norm, dtype)?,
+            qk_norm: concatenate(&qk_norm, 0).map_err(failed)?,
             ffn_norm: vector(weights, &spec.ffn_norm, dtype)?,
             ffn,
         })
@@ -497,8 +508,8 @@ impl Layer {
             LayerFfn::Dense(ffn) => ffn,
             LayerFfn::Moe { router, .. } => std::slice::from_ref(router),
         };
-        let matrices = [&self.q, &self.k, &self.v, &self.o].into_iter().chain(ffn);
-        matrices.flat_map(Matrix::arrays).chain([&self.attn_norm, &self.q_norm, &self.k_norm, &self.ffn_norm])
+        let matrices = self.qkv.iter().chain([&self.o]).chain(ffn);
+        matrices.flat_map(Matrix::arrays).chain([&self.attn_norm, &self.qk_norm, &self.ffn_norm])
     }
 }
 

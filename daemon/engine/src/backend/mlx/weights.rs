@@ -38,6 +38,28 @@ impl Matrix {
         Ok(Self { format: spec.format, weight, affine })
     }
 
+    /// Matrices over the same columns, one below the other: as few as their formats allow.
+    pub(super) fn stacked(weights: &Weights, specs: &[&MatrixSpec], dtype: Dtype) -> std::result::Result<Vec<Self>, Error> {
+        let mut stacked: Vec<Self> = Vec::new();
+        for spec in specs {
+            let matrix = Self::read(weights, spec, dtype)?;
+            match stacked.last_mut() {
+                Some(above) if above.format == matrix.format => *above = above.with(&matrix).map_err(super::failed)?,
+                _ => stacked.push(matrix),
+            }
+        }
+        Ok(stacked)
+    }
+
+    fn with(&self, below: &Self) -> Result<Self> {
+        let join = |above: &Array, below: &Array| ops::concatenate(&[above, below], 0);
+        let affine = match (&self.affine, &below.affine) {
+            (Some(above), Some(below)) => Some((join(&above.0, &below.0)?, join(&above.1, &below.1)?)),
+            _ => None,
+        };
+        Ok(Self { format: self.format, weight: join(&self.weight, &below.weight)?, affine })
+    }
+
     pub(super) fn arrays(&self) -> impl Iterator<Item = &Array> {
         std::iter::once(&self.weight).chain(self.affine.iter().flat_map(|(scales, biases)| [scales, biases]))
     }
