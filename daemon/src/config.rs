@@ -277,7 +277,6 @@ impl Sources<'_> {
     fn options(&mut self, home: &Path) -> Result<Options, Error> {
         let at_least_1 = |text: &str| text.parse().ok().filter(|number| *number >= 1);
         let or_auto = |text: &str| if text == "auto" { Some(None) } else { at_least_1(text).map(Some) };
-        let cache_wants = "a share such as 25%, a size such as 512MiB, or auto";
         let memory = |text: &str| if text == "auto" { Some(None) } else { parse_bytes(text).ok().map(Some) };
         if self.flags.fast_math {
             self.flags.kernels = Some("fast-math".into());
@@ -287,7 +286,7 @@ impl Sources<'_> {
                 "expert_cache",
                 |raw| raw.expert_cache.as_ref(),
                 "auto",
-                cache_wants,
+                CacheBudget::WANTS,
                 |text| text.parse::<CacheBudget>().ok(),
             )?,
             memory: self.pick("memory", |raw| raw.memory.as_ref(), "auto", "a size such as 12GiB, or auto", memory)?,
@@ -306,7 +305,13 @@ impl Sources<'_> {
             io: self.pick("io", |raw| raw.io.as_ref(), "auto", "auto, direct, buffered, uring or mmap", |text| text.parse().ok())?,
             policy: self.pick("policy", |raw| raw.policy.as_ref(), "lfru", "lfru, lru, lcp or none", |text| text.parse().ok())?,
             lookahead: self.pick("lookahead", |raw| raw.lookahead.as_ref(), "auto", "auto, on or off", |text| text.parse().ok())?,
-            prefix_cache: self.pick("prefix_cache", |raw| raw.prefix_cache.as_ref(), "auto", cache_wants, |text| text.parse().ok())?,
+            prefix_cache: self.pick(
+                "prefix_cache",
+                |raw| raw.prefix_cache.as_ref(),
+                "auto",
+                CacheBudget::WANTS,
+                |text| text.parse().ok(),
+            )?,
             disk_cache: self.disk_cache(home)?,
             available: None,
             script: None,

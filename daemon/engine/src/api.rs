@@ -513,6 +513,11 @@ pub struct Progress {
 /// Hears a job's progress; `false` stops it with [`Error::Cancelled`].
 pub type Tell<'a> = &'a mut dyn FnMut(Progress) -> bool;
 
+impl CacheBudget {
+    /// What [`CacheBudget::from_str`] reads, for messages.
+    pub const WANTS: &str = "a share such as 25%, a size such as 512MiB, or auto";
+}
+
 impl FromStr for CacheBudget {
     type Err = Error;
 
@@ -528,7 +533,7 @@ impl FromStr for CacheBudget {
                 _ => Err(Error::Setting { value: text.into(), wants: "a percentage from 0% to 100%" }),
             };
         }
-        parse_bytes(text).map(Self::Bytes)
+        parse_bytes(text).map(Self::Bytes).map_err(|_| Error::Setting { value: text.into(), wants: Self::WANTS })
     }
 }
 
