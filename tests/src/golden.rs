@@ -4,7 +4,9 @@
 use std::{collections::BTreeMap, fs, io::BufReader, path::Path};
 
 use anyhow::{Context, Result};
+use npyz::NpyFile;
 use serde_json::Value;
+use zip::ZipArchive;
 
 use crate::daemon::bundled_model;
 
@@ -23,11 +25,12 @@ pub fn read(name: &str) -> Result<Vec<Golden>> {
     let json: Value = read_json(&folder.join(format!("{name}.json")))?;
     let prompts = json["prompts"].as_array().context("prompts")?;
     let path = folder.join(format!("{name}_logits.npz"));
-    let mut archive = npyz::npz::NpzArchive::new(BufReader::new(fs::File::open(&path).with_context(|| path.display().to_string())?))?;
+    let mut archive = ZipArchive::new(BufReader::new(fs::File::open(&path).with_context(|| path.display().to_string())?))?;
     let mut goldens = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
-        let array = archive.by_name(&format!("prompt{index}"))?.with_context(|| format!("prompt{index} in {}", path.display()))?;
-        goldens.push(Golden { prompt: ids(&prompt["token_ids"])?, greedy: ids(&prompt["greedy"])?, logits: array.into_vec::<f32>()? });
+        let array = archive.by_name(&format!("prompt{index}.npy")).with_context(|| format!("prompt{index} in {}", path.display()))?;
+        let logits = NpyFile::new(array)?.into_vec::<f32>()?;
+        goldens.push(Golden { prompt: ids(&prompt["token_ids"])?, greedy: ids(&prompt["greedy"])?, logits });
     }
     Ok(goldens)
 }
