@@ -1,5 +1,5 @@
 //! What only root can show: a daemon in a memory cgroup (v1) whose limit falls while it streams gives its expert cache
-//! back instead of being killed, and its tokens stay the same. Run by `.ci/run`, or with `--ignored`.
+//! back instead of being killed, and its tokens stay the same. Run by `.ci/run`; needs `--features root`.
 #![cfg(target_os = "linux")]
 
 use std::{
@@ -88,7 +88,6 @@ async fn stream(client: Client, request: GenerateRequest, expected: Vec<u32>, st
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "makes a memory cgroup: needs root"]
 async fn a_falling_limit_shrinks_the_cache_and_changes_no_token() -> Result<()> {
     let cgroup = Cgroup::new()?;
     let home = Home::new()?;
