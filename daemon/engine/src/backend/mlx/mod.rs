@@ -286,6 +286,7 @@ impl Mlx {
 
     /// Embeds the tokens of a pass.
     pub(crate) fn begin(&self, act: &mut Activations, batch: &Batch) -> Result<()> {
+        act.last = None; // if the pass before came to nothing
         *act = Activations { last: Some(Box::new(std::mem::take(act))), ..Activations::default() };
         if !batch.rows.is_empty() {
             let ids = indices(batch.rows.iter().map(|row| row.token));
