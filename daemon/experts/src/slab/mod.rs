@@ -224,9 +224,11 @@ mod tests {
     }
 
     /// Every byte of every file is 7.
+    #[cfg(target_os = "linux")]
     #[derive(Debug)]
     struct Sevens;
 
+    #[cfg(target_os = "linux")]
     impl Storage for Sevens {
         fn name(&self) -> &str {
             "sevens"
@@ -257,6 +259,7 @@ mod tests {
         }
     }
 
+    #[cfg(target_os = "linux")]
     fn open(slab: Slab, layers: usize, slots_per_layer: usize, slices: &[Slice]) -> Experts {
         let source = Source { files: vec![Box::new(Sevens)], layers: vec![vec![Record::unchecked(slices.to_vec()); 8]; layers] };
         Experts::open(source, slab, Config { top_k: 1, slots_per_layer, loaders: 2, policy: PolicyKind::Lfru }).unwrap()
