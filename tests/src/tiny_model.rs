@@ -66,6 +66,8 @@ pub struct Spec {
     pub seed: u64,
     pub format: Format,
     pub router: Router,
+    /// Of `v_proj`, where it is quantised otherwise than its neighbours.
+    pub value_bits: Option<u8>,
     pub naming: Naming,
     /// 1 = a single model.safetensors without an index.
     pub shards: usize,
@@ -89,6 +91,7 @@ impl Default for Spec {
             seed: 1,
             format: Format::Affine { bits: 4, group: 32, params: Float::Bf16 },
             router: Router::EightBits,
+            value_bits: None,
             naming: Naming::Stacked,
             shards: 1,
             tied: false,
@@ -154,6 +157,13 @@ impl Spec {
         }
     }
 
+    fn value_format(&self) -> Format {
+        match (self.value_bits, self.format) {
+            (Some(bits), Format::Affine { group, params, .. }) => Format::Affine { bits, group, params },
+            (_, format) => format,
+        }
+    }
+
     /// Of norms, scales and biases.
     fn float(&self) -> Float {
         match self.format {
@@ -183,7 +193,7 @@ impl TinyModel {
             let (q, kv) = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
             model.matrix(&mut rng, &path("self_attn.q_proj"), q, hidden, 1.0 / root(hidden), format);
             model.matrix(&mut rng, &path("self_attn.k_proj"), kv, hidden, 1.0 / root(hidden), format);
-            model.matrix(&mut rng, &path("self_attn.v_proj"), kv, hidden, 1.0 / root(hidden), format);
+            model.matrix(&mut rng, &path("self_attn.v_proj"), kv, hidden, 1.0 / root(hidden), model.spec.value_format());
             model.matrix(&mut rng, &path("self_attn.o_proj"), hidden, q, 1.0 / root(q), format);
             if model.spec.dense.contains(&layer) {
                 model.ffn(&mut rng, &path("mlp"), model.spec.dense_width());
@@ -291,6 +301,9 @@ impl TinyModel {
                     Router::EightBits => quantization[path] = json!({"group_size": group, "bits": 8}),
                     Router::Unquantised => quantization[path] = json!(false),
                 }
+            }
+            for (bits, layer) in spec.value_bits.iter().flat_map(|bits| (0..spec.layers).map(move |layer| (bits, layer))) {
+                quantization[format!("model.layers.{layer}.self_attn.v_proj")] = json!({"group_size": group, "bits": bits});
             }
             config["quantization"] = quantization.clone();
             config["quantization_config"] = quantization;

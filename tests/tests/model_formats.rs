@@ -83,6 +83,7 @@ fn every_width_and_group_of_affine_quantisation() -> Result<()> {
 fn layouts() -> Result<()> {
     let spec = Spec::default;
     check("sharded", Spec { shards: 3, ..spec() })?;
+    check("values of more bits than queries and keys", Spec { value_bits: Some(6), ..spec() })?;
     check("tied head", Spec { tied: true, ..spec() })?;
     check("quantised, one tensor per expert", Spec { naming: Naming::PerExpert, ..spec() })?;
     check("plain, stacked", Spec { format: Format::Plain(Float::Bf16), ..spec() })?;

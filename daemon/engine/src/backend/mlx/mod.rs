@@ -315,7 +315,7 @@ impl Mlx {
         let before = act.before.as_ref().expect("a pass begins with its first piece");
         let x = if rows == before.dim(0) { before.clone() } else { before.try_index(piece.start as i32..piece.end as i32)? };
         let normed = fast::rms_norm(&x, Some(&l.attn_norm), eps)?;
-        // Queries and keys stay together as long as they can: what is asked of MLX once takes half the time to ask.
+        // Fewer operations: queries and keys stay together for as long as both want the same.
         let qkv = l.qkv.iter().map(|w| w.product(&normed)).collect::<Result<Vec<_>>>()?;
         let qkv = concatenate(&qkv, -1)?.reshape(&[1, rows, -1, d])?;
         let (heads, turned) = (self.arch.heads as i32, (self.arch.heads + self.arch.kv_heads) as i32);
