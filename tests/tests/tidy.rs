@@ -32,7 +32,7 @@ const HIDDEN: &[&str] = &[".cargo", ".ci", ".config"];
 const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("daemon/experts/src/slab/", "one allocation, handed out as disjoint slots to several threads"),
     ("daemon/experts/src/store/", "reads into memory that no safe type describes; maps"),
-    ("daemon/engine/src/backend/cpu/simd/", "intrinsics"),
+    ("daemon/kernels/src/simd/", "intrinsics"),
     ("daemon/engine/src/backend/cpu/blocks.rs", "bytes of a mapping as numbers"),
     ("daemon/engine/src/backend/cpu/pool.rs", "workers borrow the engine thread's buffers for the length of a call"),
     ("daemon/engine/src/backend/mlx/", "memory that MLX owns"),
@@ -53,8 +53,9 @@ const BANNED: &[(&str, &str)] = &[
 const IMPORTS: &[(&str, &[&str], &[&str])] = &[
     ("flash-proto", &[], &["tokenizers", "clap"]),
     ("flash-experts", &[], &["tokio", "tonic", "prost", "hyper", "half", "tokenizers"]),
-    ("flash-engine", &["flash-experts"], &["tokio", "tonic", "prost", "hyper"]),
-    ("flashd", &["flash-engine", "flash-experts", "flash-proto"], &["prometheus-client"]),
+    ("flash-kernels", &[], &["flash-experts", "rustix", "libc", "tracing", "serde"]),
+    ("flash-engine", &["flash-experts", "flash-kernels"], &["tokio", "tonic", "prost", "hyper"]),
+    ("flashd", &["flash-engine", "flash-experts", "flash-kernels", "flash-proto"], &["prometheus-client"]),
     ("flashctl", &["flash-proto", "launchd-plist"], &["tokenizers", "minijinja", "prometheus-client"]),
     ("flash-gateway", &["flash-proto"], &["tokenizers", "minijinja"]),
     ("launchd-plist", &[], &["tokio"]),

@@ -15,10 +15,8 @@ use std::sync::Arc;
 
 pub(crate) use blocks::Blocks;
 pub(crate) use disk::Disk;
+pub(crate) use flash_kernels::attention::BLOCK;
 pub(crate) use prefix::{NodeId, Prefix, edges};
-
-/// Tokens of a block.
-pub(crate) const BLOCK: usize = 32;
 
 /// Names a block in the backend's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -11,6 +11,7 @@ use std::{
 };
 
 use flash_experts::Pages;
+pub(crate) use flash_kernels::matrix::{Float, Format};
 use half::{bf16, f16};
 use serde::Deserialize;
 
@@ -26,28 +27,6 @@ const INDEX_MAX: u64 = 100 << 20;
 /// Each is an open file.
 const SHARDS_MAX: usize = 512;
 const ALIGN: usize = 64;
-
-/// How a matrix's numbers are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Format {
-    F32,
-    F16,
-    Bf16,
-    /// MLX affine: little-endian u32 words of packed `bits`-wide codes along a row; per `group` columns one scale and one
-    /// bias (both of dtype `params`): w = scale·q + bias. 3- and 6-bit codes cross word boundaries as MLX packs them.
-    Affine {
-        bits: u8,
-        group: usize,
-        params: Float,
-    },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Float {
-    F32,
-    F16,
-    Bf16,
-}
 
 /// A row-major matrix [rows, cols] as it lies in a file; `scales` and `biases` exist for [`Format::Affine`] only.
 #[derive(Clone, Debug)]
@@ -243,7 +222,7 @@ impl Weights {
     pub(crate) fn vector(&self, name: &str, len: usize) -> Result<VectorSpec, Error> {
         let tensor_name = format!("{name}.weight");
         let tensor = self.shaped(&tensor_name, &[len])?;
-        let float = Float::of(tensor.dtype).ok_or_else(|| self.wrong(&tensor_name, tensor, "expected F32, F16 or BF16".into()))?;
+        let float = float(tensor.dtype).ok_or_else(|| self.wrong(&tensor_name, tensor, "expected F32, F16 or BF16".into()))?;
         Ok(VectorSpec { name: name.into(), len, float, span: tensor.span })
     }
 
@@ -265,7 +244,7 @@ impl Weights {
             (true, None) => quantization.default.ok_or_else(|| wrong("has .scales, but config.json has no quantization".into()))?,
             (false, _) => {
                 self.shaped(&weight_name, &shape(cols))?;
-                let float = Float::of(tensor.dtype).ok_or_else(|| wrong("expected F32, F16 or BF16, as there are no .scales".into()))?;
+                let float = float(tensor.dtype).ok_or_else(|| wrong("expected F32, F16 or BF16, as there are no .scales".into()))?;
                 return Ok(spec(float.into(), tensor.span));
             }
         };
@@ -278,7 +257,7 @@ impl Weights {
         self.shaped(&weight_name, &shape(cols * usize::from(affine.bits) / 32))?;
         let scales = self.shaped(&format!("{name}.scales"), &shape(cols / affine.group))?;
         let biases = self.shaped(&format!("{name}.biases"), &shape(cols / affine.group))?;
-        match (Float::of(scales.dtype), scales.dtype == biases.dtype) {
+        match (float(scales.dtype), scales.dtype == biases.dtype) {
             (Some(params), true) => {
                 let format = Format::Affine { bits: affine.bits, group: affine.group, params };
                 Ok(MatrixSpec { scales: Some(scales.span), biases: Some(biases.span), ..spec(format, tensor.span) })
@@ -377,23 +356,11 @@ fn blobs(folder: &Path) -> Option<PathBuf> {
     entry.file_name()?.to_str()?.starts_with("models--").then(|| entry.join("blobs"))
 }
 
-impl Float {
-    fn of(dtype: Dtype) -> Option<Self> {
-        match dtype {
-            Dtype::F32 => Some(Self::F32),
-            Dtype::F16 => Some(Self::F16),
-            Dtype::Bf16 => Some(Self::Bf16),
-            Dtype::U32 | Dtype::Other { .. } => None,
-        }
-    }
-}
-
-impl From<Float> for Format {
-    fn from(float: Float) -> Self {
-        match float {
-            Float::F32 => Self::F32,
-            Float::F16 => Self::F16,
-            Float::Bf16 => Self::Bf16,
-        }
+fn float(dtype: Dtype) -> Option<Float> {
+    match dtype {
+        Dtype::F32 => Some(Float::F32),
+        Dtype::F16 => Some(Float::F16),
+        Dtype::Bf16 => Some(Float::Bf16),
+        Dtype::U32 | Dtype::Other { .. } => None,
     }
 }

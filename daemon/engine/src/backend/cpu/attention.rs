@@ -2,7 +2,7 @@
 //!
 //! Blocks of [`BLOCK`] tokens; a block holds every layer as [layer][keys, values][kv head], a head's keys as
 //! [head_dim][token] and its values as [token][head_dim]: kernels take the scores of many positions side by side and never
-//! sum across a vector. In fixed point neighbours come in pairs (`fixed_kv.rs`).
+//! sum across a vector. In fixed point neighbours come in pairs ([`fixed_kv`]).
 //!
 //! A context is cut into spans of [`SPAN`] positions, always at the same places. A span's scores, softmax and weighted
 //! values are computed by themselves, then joined in order of position (as in flash-decoding, arXiv 2311.01282, but with
@@ -14,24 +14,24 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use flash_kernels::{
+    Isa,
+    attention::{BLOCK, Partial, SPAN, Stored, Tile, run_len},
+    fixed_kv,
+};
 use half::f16;
 
 use super::{
     Shape,
-    blocks::{Blocks, Stored},
-    fixed_kv,
+    blocks::Blocks,
     pool::{Cells, Pool},
-    simd::Isa,
 };
 use crate::{
     Kernels,
     backend::Row,
-    kv::{BLOCK, BlockId, Table},
+    kv::{BlockId, Table},
 };
 
-/// Positions that are computed by themselves. Of Qwen3-30B's heads, 256 KiB of keys and values and about 20 µs: enough to
-/// forget the joining, few enough that two threads end together.
-pub(super) const SPAN: usize = 512;
 const SPAN_BLOCKS: usize = SPAN / BLOCK;
 /// Pairs of a row and a query head that a unit of work takes along, if it finds as many: what the first tile of them
 /// brought from memory, the others find in the L2 cache.
@@ -121,69 +121,11 @@ pub(super) struct Queries<'a> {
     pub(super) tables: &'a [Table],
 }
 
-/// What a kernel computes in one call: the query heads of some rows that share a kv head, over one span.
-#[derive(Debug)]
-pub(super) struct Tile<'a, N> {
-    /// Blocks of the span, each [head_dim, BLOCK] or as `fixed_kv.rs` says.
-    pub(super) keys: &'a [&'a [N]],
-    /// The same blocks, each [BLOCK, head_dim] or as there.
-    pub(super) values: &'a [&'a [N]],
-    /// [rows, width], of which the first shared × head_dim are queries.
-    pub(super) queries: &'a [f32],
-    pub(super) width: usize,
-    pub(super) head_dim: usize,
-    /// Query heads of a row.
-    pub(super) shared: usize,
-    /// Positions of the span that each row sees, 1 at least.
-    pub(super) counts: &'a [usize],
-    /// What products become scores with.
-    pub(super) scale: f32,
-}
-
-/// Where the results of a tile's pairs (row × shared + head) go.
-#[derive(Debug)]
-pub(super) struct Partial<'a> {
-    /// Highest score.
-    pub(super) max: &'a mut [f32],
-    /// Σ e^(score − max)
-    pub(super) sum: &'a mut [f32],
-    /// Σ e^(score − max) × value [pairs, head_dim]
-    pub(super) acc: &'a mut [f32],
-}
-
-impl<N: Stored> Tile<'_, N> {
-    pub(super) fn pairs(&self) -> usize {
-        self.counts.len() * self.shared
-    }
-
-    pub(super) fn count(&self, pair: usize) -> usize {
-        self.counts[pair / self.shared]
-    }
-
-    pub(super) fn query(&self, pair: usize) -> &[f32] {
-        &self.queries[pair / self.shared * self.width + pair % self.shared * self.head_dim..][..self.head_dim]
-    }
-
-    /// Asserts what kernels rely on.
-    pub(super) fn check(&self, out: &Partial<'_>) {
-        let (pairs, run) = (self.pairs(), run_len::<N>(self.head_dim));
-        assert!(self.keys.len() == self.values.len() && self.keys.len() <= SPAN_BLOCKS);
-        assert!(self.keys.iter().chain(self.values).all(|numbers| numbers.len() == run));
-        assert!(self.counts.iter().all(|count| (1..=self.keys.len() * BLOCK).contains(count)));
-        assert!(out.max.len() >= pairs && out.sum.len() >= pairs && out.acc.len() >= pairs * self.head_dim);
-    }
-}
-
 impl Shape {
     /// Which of a block's runs is that of (layer, K or V, kv head).
     fn run(&self, layer: usize, side: usize, kv_head: usize) -> usize {
         (layer * 2 + side) * self.kv_heads + kv_head
     }
-}
-
-/// Numbers' places in the keys or the values of one head in a block.
-fn run_len<N: Stored>(head_dim: usize) -> usize {
-    BLOCK * head_dim + N::BESIDE
 }
 
 fn block_numbers<N: Stored>(_: &Blocks<N>, shape: &Shape) -> usize {

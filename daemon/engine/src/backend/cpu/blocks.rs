@@ -2,54 +2,12 @@
 //! context waits a fifth of its time for the page table.
 
 use flash_experts::Pages;
-use half::{f16, slice::HalfFloatSliceExt};
+use flash_kernels::attention::Stored;
 
-use crate::kv::{BLOCK, BlockId};
+use crate::kv::BlockId;
 
 /// Bytes of a mapping, about; returned when the last block in it is freed, a single block's memory before that.
 const CHUNK: usize = 32 << 20;
-
-/// What a block holds. Any bits are one.
-pub(super) trait Stored: Copy + Sync {
-    /// Places in a run of keys or values beside these.
-    const BESIDE: usize = 0;
-
-    /// Stores the key of one head and token.
-    fn put_key(run: &mut [Self], token: usize, key: &[f32]);
-    fn put_value(run: &mut [Self], token: usize, value: &[f32]);
-}
-
-impl Stored for f32 {
-    fn put_key(run: &mut [Self], token: usize, key: &[f32]) {
-        spread(run, token, key, |to, from| to.copy_from_slice(from));
-    }
-
-    fn put_value(run: &mut [Self], token: usize, value: &[f32]) {
-        run[token * value.len()..][..value.len()].copy_from_slice(value);
-    }
-}
-
-impl Stored for f16 {
-    fn put_key(run: &mut [Self], token: usize, key: &[f32]) {
-        spread(run, token, key, |to, from| to.convert_from_f32_slice(from));
-    }
-
-    fn put_value(run: &mut [Self], token: usize, value: &[f32]) {
-        run[token * value.len()..][..value.len()].convert_from_f32_slice(value);
-    }
-}
-
-/// Keys lie as [head_dim, BLOCK].
-fn spread<N: Copy + Default>(run: &mut [N], token: usize, key: &[f32], convert: impl Fn(&mut [N], &[f32])) {
-    let mut narrow = [N::default(); 64];
-    for (key, run) in key.chunks(narrow.len()).zip(run.chunks_mut(narrow.len() * BLOCK)) {
-        let narrow = &mut narrow[..key.len()];
-        convert(narrow, key);
-        for (number, places) in narrow.iter().zip(run.chunks_exact_mut(BLOCK)) {
-            places[token] = *number;
-        }
-    }
-}
 
 /// Blocks of equal size by number. Their memory is taken when they are first written.
 #[derive(Debug)]

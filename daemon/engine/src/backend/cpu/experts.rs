@@ -3,12 +3,14 @@
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
+use flash_kernels::{
+    Isa, TOKENS_MAX,
+    matrix::{Acts, Matrix, Prepared},
+};
 
 use super::{
-    linear::{Pieces, each_tile, with_tiles},
-    matrix::{Acts, Matrix, Prepared},
+    linear::{Pieces, each_tile, prepare, with_tiles},
     pool::{Cells, Pool},
-    simd::{Isa, TOKENS_MAX},
 };
 use crate::backend::record::Place;
 
@@ -71,7 +73,7 @@ pub(super) fn feed_forward(pool: &Pool, isa: &Isa, works: &[Work<'_>], x: &Acts<
             });
         });
     }
-    let mid = prepared.of((pool, isa), &mid[..rows * width], width, works[0].down.format);
+    let mid = prepare((pool, isa), prepared, &mid[..rows * width], width, works[0].down.format);
     let out = Cells::new(out);
     let pieces = Pieces::new(pool, works.iter().map(|work| work.down.rows), row_bytes(&works[0].down));
     pool.run(pieces.count(), &|piece| {

@@ -4,12 +4,12 @@
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
-
-use super::{
-    matrix::{Acts, Matrix},
-    pool::{Cells, Pool},
-    simd::{Isa, TOKENS_MAX},
+use flash_kernels::{
+    Isa, TOKENS_MAX,
+    matrix::{Acts, Format, Matrix, Piece, Prepared},
 };
+
+use super::pool::{Cells, Pool, TASK_ROWS};
 
 /// Rows of weights computed between two writes of results for many tokens; with [`TOKENS_MAX`] of them the buffer is 8 KiB.
 const ROWS: usize = 32;
@@ -38,6 +38,13 @@ pub(super) fn with_tiles<const N: usize>(tokens: usize, f: impl FnOnce(&mut [&mu
         let mut tiles = [[0.0; ROWS * TOKENS_MAX]; N];
         f(&mut tiles.each_mut().map(|tile| &mut tile[..]));
     }
+}
+
+/// `x` [rows, cols] as products with matrices of `format` read it.
+pub(super) fn prepare<'a>((pool, isa): (&Pool, &Isa), to: &'a mut Prepared, x: &'a [f32], cols: usize, format: Format) -> Acts<'a> {
+    to.resize(isa, x.len() / cols, cols, format);
+    pool.each(to.pieces(isa, 0, x, TASK_ROWS), Piece::fill);
+    to.acts(x)
 }
 
 /// out[i × width + at + row] = w[row] · x[tokens[i]], for the i-th token and every row.

@@ -1,18 +1,13 @@
 //! The CPU backend: trunk weights and activations in our own memory, experts in slab slots, a pool of pinned workers.
 //!
-//! A method is one block of the decoder over some rows of a pass. Kernels come from [`simd::Isa`]; nothing here depends
+//! A method is one block of the decoder over some rows of a pass. Kernels come from [`Isa`]; nothing here depends
 //! on how many rows, threads or sequences share a pass, nor on the pieces it is computed in.
 
 mod attention;
 mod blocks;
 mod experts;
-mod fixed_kv;
 mod linear;
-mod matrix;
-mod norm;
 mod pool;
-mod portable;
-mod simd;
 mod speed;
 
 use std::{ops::Range, time::Instant};
@@ -20,11 +15,14 @@ use std::{ops::Range, time::Instant};
 use attention::{Kv, Queries};
 use experts::{Buffers, Work, Works};
 use flash_experts::{ExpertId, Slice};
-use linear::{Linear, linear};
-use matrix::{Matrix, Prepared, size};
+use flash_kernels::{
+    Isa,
+    matrix::{Matrix, Piece, Prepared, size},
+    norm,
+};
+use linear::{Linear, linear, prepare};
 pub(crate) use pool::physical_cores;
 use pool::{Cells, Pool, TASK_ROWS};
-use simd::Isa;
 pub use speed::{Attention, Decoded, FeedForwards, Multiplied, Products};
 
 use crate::{
@@ -44,6 +42,14 @@ use crate::{
 pub(crate) const PIECE_MAX: usize = 256;
 /// Expert rows computed together at most, for the same reason.
 pub(crate) const PLACES_MAX: usize = 1024;
+
+fn isa_of(kernels: Kernels) -> Isa {
+    match kernels {
+        Kernels::Reference => Isa::PORTABLE,
+        Kernels::FastMath => Isa::fast_math().unwrap_or(Isa::available()[0]),
+        _ => Isa::available()[0],
+    }
+}
 
 /// The figures that kernels need.
 #[derive(Clone, Debug)]
@@ -173,7 +179,7 @@ impl Cpu {
     /// Reads the trunk (everything but routed experts); `progress` hears the share read so far.
     pub(crate) fn load(model: &Model, kernels: Kernels, progress: &mut dyn FnMut(f64)) -> Result<Self, Error> {
         let (arch, weights) = (&model.arch, &model.weights);
-        let isa = Isa::of(kernels);
+        let isa = isa_of(kernels);
         let mut trunk = Arena::default();
         let embed = Owned::read(weights, &model.embed, &mut trunk)?;
         let head = model.head.as_ref().map(|head| Owned::read(weights, head, &mut trunk)).transpose()?;
@@ -329,10 +335,9 @@ impl Cpu {
             let out = Cells::new(&mut scratch.qkv);
             let [q, k, v] = &mut scratch.prepared;
             let formats = [&l.q, &l.k, &l.v].map(|owned| owned.spec.format);
-            let q_acts = q.of((pool, isa), x, hidden, formats[0]);
+            let q_acts = prepare((pool, isa), q, x, hidden, formats[0]);
             // Most models quantise all three alike.
-            let other =
-                |prepared, format| if format == formats[0] { q_acts } else { Prepared::of(prepared, (pool, isa), x, hidden, format) };
+            let other = |prepared, format| if format == formats[0] { q_acts } else { prepare((pool, isa), prepared, x, hidden, format) };
             let jobs = [
                 Linear { w: l.q.view(trunk), x: q_acts, out: &out, width, at: 0 },
                 Linear { w: l.k.view(trunk), x: other(k, formats[1]), out: &out, width, at: q_width },
@@ -362,7 +367,7 @@ impl Cpu {
             kv.attend((pool, isa), &queries, &mut scratch.attention, &out);
         }
         let began = profile.add(Stage::Attention, began);
-        let x = scratch.prepared[0].of((pool, isa), &scratch.attended[..rows * q_width], q_width, l.o.spec.format);
+        let x = prepare((pool, isa), &mut scratch.prepared[0], &scratch.attended[..rows * q_width], q_width, l.o.spec.format);
         let out = Cells::new(&mut scratch.delta);
         linear(pool, isa, rows, &[Linear { w: l.o.view(trunk), x, out: &out, width: hidden, at: 0 }]);
         add(residual, &scratch.delta);
@@ -382,9 +387,9 @@ impl Cpu {
             LayerFfn::Moe { record, .. } => record.gate.format,
         };
         act.prepared.resize(isa, act.hidden.len() / hidden, hidden, format);
-        act.prepared.fill(pool, isa, piece.start, normed);
+        pool.each(act.prepared.pieces(isa, piece.start, normed, TASK_ROWS), Piece::fill);
         let LayerFfn::Moe { router, .. } = &l.ffn else { return None };
-        let x = scratch.prepared[0].of((pool, isa), normed, hidden, router.spec.format);
+        let x = prepare((pool, isa), &mut scratch.prepared[0], normed, hidden, router.spec.format);
         let out = Cells::new(&mut scratch.routed);
         linear(pool, isa, piece.len(), &[Linear { w: router.view(trunk), x, out: &out, width: shape.experts, at: 0 }]);
         Some(&scratch.routed[..piece.len() * shape.experts])
@@ -398,7 +403,7 @@ impl Cpu {
         let LayerFfn::Moe { router, .. } = &l.ffn else { return None };
         let rows = act.hidden.len() / shape.hidden;
         normalize(pool, &act.hidden, &l.ffn_norm, shape.eps, &mut scratch.normed);
-        let x = scratch.prepared[0].of((pool, isa), &scratch.normed[..rows * shape.hidden], shape.hidden, router.spec.format);
+        let x = prepare((pool, isa), &mut scratch.prepared[0], &scratch.normed[..rows * shape.hidden], shape.hidden, router.spec.format);
         let out = Cells::new(&mut scratch.routed);
         linear(pool, isa, rows, &[Linear { w: router.view(trunk), x, out: &out, width: shape.experts, at: 0 }]);
         Some(&scratch.routed[..rows * shape.experts])
@@ -477,7 +482,7 @@ impl Cpu {
         }
         scratch.logits.resize(rows.len().max(1) * shape.vocab, 0.0);
         let head = self.head.as_ref().unwrap_or(&self.embed).view(trunk);
-        let x = scratch.prepared[0].of((pool, isa), &scratch.normed[..rows.len() * hidden], hidden, head.format);
+        let x = prepare((pool, isa), &mut scratch.prepared[0], &scratch.normed[..rows.len() * hidden], hidden, head.format);
         let out = Cells::new(&mut scratch.logits);
         linear(pool, isa, rows.len(), &[Linear { w: head, x, out: &out, width: shape.vocab, at: 0 }]);
         self.profile.add(Stage::Head, began);

@@ -4,22 +4,23 @@
 use std::time::Instant;
 
 use flash_experts::Pages;
+use flash_kernels::{
+    Isa,
+    matrix::{Float, Format, Matrix, Prepared},
+};
 
 use super::{
     Kv, PIECE_MAX, Shape,
     attention::{self, Queries, UNITS},
     experts::{Buffers, Work, Works, feed_forward},
-    linear::{Linear, linear},
-    matrix::{Matrix, Prepared},
+    linear::{Linear, linear, prepare},
     pool::{Cells, Pool},
-    simd::Isa,
 };
 use crate::{
     Bytes, Kernels,
     backend::Row,
     kv::{BlockId, Table},
     machine::memory_bandwidth,
-    model::weights::{Float, Format},
 };
 
 /// Of KV cache or weights: more than any processor's caches hold, so that a layer's bytes are gone when its turn comes again, as they
@@ -189,7 +190,7 @@ impl Products {
             for (isa, times) in sets.iter().zip(&mut times) {
                 times.extend((0..count).map(|index| {
                     let start = Instant::now();
-                    let x = prepared.of((&pool, isa), &x, cols, format);
+                    let x = prepare((&pool, isa), &mut prepared, &x, cols, format);
                     let out = &Cells::new(&mut out);
                     linear(&pool, isa, tokens, &[Linear { w: matrix(index), x, out, width: rows, at: 0 }]);
                     start.elapsed().as_secs_f64()
@@ -245,7 +246,7 @@ impl FeedForwards {
         let (pool, isa) = (Pool::new(threads).expect("threads"), Isa::available()[0]);
         let (mut prepared, mut out) = (Prepared::default(), vec![0.0; experts * tokens * hidden]);
         let mut buffers = Buffers { mid: vec![0.0; experts * tokens * width], prepared: Prepared::default() };
-        let acts = prepared.of((&pool, &isa), &x, hidden, format);
+        let acts = prepare((&pool, &isa), &mut prepared, &x, hidden, format);
         let rows: Vec<u32> = (0..(experts * tokens) as u32).collect();
         let mut order: Vec<usize> = (0..count).collect();
         order.sort_by_cached_key(|_| next().to_bits());

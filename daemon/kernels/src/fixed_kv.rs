@@ -8,21 +8,19 @@
 //! 32 bits, sixteen lanes to a vector, vectors in the order in which kernels read them: keys as [token / 16][head_dim / 2][16][2], values as
 //! [head_dim / 16][token / 2][16][2]. Memory gives one long row faster than the same lines in another order.
 
-use super::{
-    attention::{Partial, SPAN, Tile},
-    blocks::Stored,
+use crate::{
+    attention::{BLOCK, Partial, SPAN, Stored, Tile},
     matrix::sum,
 };
-use crate::kv::BLOCK;
 
 /// Largest number of a key or a value.
 const KV_MAX: f32 = 8191.0;
 /// Of a query, and of a weight.
-pub(super) const WIDE_MAX: f32 = 32767.0;
+pub const WIDE_MAX: f32 = 32767.0;
 /// Of a vector of pairs.
 const LANES: usize = 16;
 /// Products between two sums in f32: 8 × 8191 × 32767 < 2³¹.
-pub(super) const STEP: usize = 8;
+pub const STEP: usize = 8;
 
 /// The largest magnitude; NaN if there is one. Of magnitudes, bits are ordered as numbers are, and NaN's are above.
 fn most(x: &[f32]) -> f32 {
@@ -83,7 +81,7 @@ fn scale_of(run: &[i16], d: usize, token: usize) -> f32 {
 }
 
 /// Scores, softmax and weighted values of every pair of `tile`.
-pub(super) fn attend(tile: &Tile<'_, i16>, out: Partial<'_>) {
+pub fn attend(tile: &Tile<'_, i16>, out: Partial<'_>) {
     tile.check(&out);
     let (d, mut scores, mut numbers) = (tile.head_dim, [0.0f32; SPAN], [0i16; SPAN]);
     for (pair, acc) in out.acc.chunks_exact_mut(d).enumerate().take(tile.pairs()) {

@@ -9,14 +9,10 @@ use std::ops::Range;
 
 use half::f16;
 
-use super::{
-    attention::{Partial, Tile},
-    matrix::{Acts, Fixed, FixedRow, Matrix},
-    norm, portable,
-};
 use crate::{
-    Kernels,
-    model::weights::{Float, Format},
+    attention::{Partial, Tile},
+    matrix::{Acts, Fixed, FixedRow, Float, Format, Matrix},
+    norm, portable,
 };
 
 mod attend;
@@ -36,30 +32,33 @@ mod neon;
 mod neonfixed;
 
 /// Most tokens one call of [`Isa::rows`] takes.
-pub(crate) const TOKENS_MAX: usize = 64;
+pub const TOKENS_MAX: usize = 64;
+
+/// Makes a row of activations 16-bit fixed point.
+pub type ToFixed = fn(&[f32], FixedRow<'_>);
 
 /// One instruction set's kernels.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Isa {
-    pub(crate) name: &'static str,
+pub struct Isa {
+    pub name: &'static str,
     /// What the model says differently, for kernels that round further than they must.
-    pub(crate) price: Option<&'static str>,
+    pub price: Option<&'static str>,
     /// out[(row − rows.start) × tokens.len() + i] = W[row] · x[tokens[i]]; falls back to portable for shapes and
     /// formats the set has no kernel for.
-    pub(crate) rows: fn(&Matrix<'_>, Range<usize>, &Acts<'_>, &[u32], &mut [f32]),
+    pub rows: fn(&Matrix<'_>, Range<usize>, &Acts<'_>, &[u32], &mut [f32]),
     /// Gives a row of activations as 16-bit fixed point, for products with 4- and 8-bit weights; `None`: they read f32.
-    pub(crate) fixed: Option<fn(&[f32], FixedRow<'_>)>,
+    pub fixed: Option<ToFixed>,
     /// gate = silu(gate) · up
-    pub(crate) swiglu: fn(&mut [f32], &[f32]),
+    pub swiglu: fn(&mut [f32], &[f32]),
     /// Attention of some query heads over one span; portable where the head's size is not whole vectors.
-    pub(crate) attend: fn(&Tile<'_, f32>, Partial<'_>),
-    pub(crate) attend_f16: fn(&Tile<'_, f16>, Partial<'_>),
+    pub attend: fn(&Tile<'_, f32>, Partial<'_>),
+    pub attend_f16: fn(&Tile<'_, f16>, Partial<'_>),
     /// The same with keys and values in 16-bit fixed point, where that is faster.
-    pub(crate) attend_fixed: Option<fn(&Tile<'_, i16>, Partial<'_>)>,
+    pub attend_fixed: Option<fn(&Tile<'_, i16>, Partial<'_>)>,
 }
 
 impl Isa {
-    pub(crate) const PORTABLE: Self = Self {
+    pub const PORTABLE: Self = Self {
         name: "portable",
         price: None,
         rows: portable::rows,
@@ -70,17 +69,8 @@ impl Isa {
         attend_fixed: None,
     };
 
-    /// The set for a choice of kernels.
-    pub(crate) fn of(kernels: Kernels) -> Self {
-        match kernels {
-            Kernels::Reference => Self::PORTABLE,
-            Kernels::FastMath => Self::fast_math().unwrap_or(Self::available()[0]),
-            _ => Self::available()[0],
-        }
-    }
-
     /// That which rounds activations further than it must.
-    pub(crate) fn fast_math() -> Option<Self> {
+    pub fn fast_math() -> Option<Self> {
         match Self::available()[0].name {
             #[cfg(target_arch = "x86_64")]
             "avx512-vnni" => Some(avx512vnni::FAST_MATH),
@@ -89,7 +79,7 @@ impl Isa {
     }
 
     /// The sets this CPU has, best first; never empty.
-    pub(crate) fn available() -> Vec<Self> {
+    pub fn available() -> Vec<Self> {
         let mut sets = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
@@ -219,11 +209,10 @@ macro_rules! kernels {
         use std::ops::Range;
 
         use super::{Bf16, F16, F32, Isa, Param, ahead};
-        use crate::backend::cpu::{
-            matrix::{Acts, Matrix},
+        use crate::{
+            matrix::{Acts, Float, Format, Matrix},
             portable,
         };
-        use crate::model::weights::{Float, Format};
 
         pub(super) const ISA: Isa =
             Isa { name: $name, price: None, rows, fixed: None, swiglu, attend, attend_f16: attend, attend_fixed: None };
@@ -373,6 +362,3 @@ macro_rules! kernels {
     };
 }
 use kernels;
-
-#[cfg(test)]
-mod tests;

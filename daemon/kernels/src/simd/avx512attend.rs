@@ -7,11 +7,8 @@ use std::arch::{asm, x86_64::*};
 
 use super::avx512::{exp, highest, keep};
 use crate::{
-    backend::cpu::{
-        attention::{Partial, SPAN, Tile},
-        fixed_kv::{self, STEP, WIDE_MAX},
-    },
-    kv::BLOCK,
+    attention::{BLOCK, Partial, SPAN, Tile},
+    fixed_kv::{self, STEP, WIDE_MAX},
 };
 
 const LANES: usize = 16;

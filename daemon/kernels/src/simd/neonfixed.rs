@@ -14,10 +14,7 @@ use std::{
 };
 
 use super::{Bf16, F16, F32, FIXED_MAX, Isa, Param, ahead, by_kind, fixed_point, neon};
-use crate::{
-    backend::cpu::matrix::{Acts, Fixed, FixedRow, Matrix},
-    model::weights::Float,
-};
+use crate::matrix::{Acts, Fixed, FixedRow, Float, Matrix};
 
 pub(super) const NEON: Isa = isa::<Multiply>("neon");
 pub(super) const DOTPROD: Isa = isa::<Sdot>("neon-dotprod");

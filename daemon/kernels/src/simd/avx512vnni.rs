@@ -9,10 +9,7 @@
 use std::{arch::x86_64::*, ops::Range};
 
 use super::{Bf16, F16, F32, FIXED_MAX, Isa, PREFETCH_ROWS, ahead, avx512, avx512attend, by_kind, fixed_point};
-use crate::{
-    backend::cpu::matrix::{Acts, Fixed, FixedRow, Matrix},
-    model::weights::Float,
-};
+use crate::matrix::{Acts, Fixed, FixedRow, Float, Matrix};
 
 pub(super) const ISA: Isa = Isa {
     name: "avx512-vnni",

@@ -1,15 +1,14 @@
 //! Every instruction set of this CPU against the portable kernels, and against itself in other batch shapes.
 
+use flash_kernels::{
+    Isa, TOKENS_MAX,
+    attention::{BLOCK, Partial, SPAN, Stored, Tile},
+    fixed_kv,
+    matrix::{Acts, Float, Format, Matrix, Piece, Prepared},
+    norm, portable,
+};
 use half::{bf16, f16};
 use proptest::prelude::*;
-
-use super::{
-    super::{blocks::Stored, fixed_kv, matrix::Prepared, pool::Pool},
-    *,
-};
-use crate::backend::cpu::attention::SPAN;
-use crate::kv::BLOCK;
-use crate::model::weights::{Float, Format};
 
 struct Owned {
     rows: usize,
@@ -70,6 +69,12 @@ fn matrix(rows: usize, cols: usize, format: Format, seed: u64) -> Owned {
     Owned { rows, cols, format, weight, scales, biases }
 }
 
+fn acts<'a>(prepared: &'a mut Prepared, isa: &Isa, x: &'a [f32], cols: usize, format: Format) -> Acts<'a> {
+    prepared.resize(isa, x.len() / cols, cols, format);
+    prepared.pieces(isa, 0, x, 3).for_each(Piece::fill);
+    prepared.acts(x)
+}
+
 fn formats() -> impl Strategy<Value = Format> {
     let params = prop_oneof![Just(Float::F32), Just(Float::F16), Just(Float::Bf16)];
     let bits = prop_oneof![Just(2u8), Just(3), Just(4), Just(6), Just(8)];
@@ -96,8 +101,8 @@ proptest! {
         let w = owned.view();
         let mut next = noise(seed ^ 77);
         let x: Vec<f32> = (0..tokens * cols).map(|_| next() * 2.0 - 1.0).collect();
-        let (mut prepared, pool) = (Prepared::default(), Pool::new(2).expect("a thread"));
-        let acts = prepared.of((&pool, &Isa::PORTABLE), &x, cols, format);
+        let mut prepared = Prepared::default();
+        let acts = self::acts(&mut prepared, &Isa::PORTABLE, &x, cols, format);
         let ids: Vec<u32> = (0..tokens as u32).collect();
         let mut expected = vec![0.0; rows * tokens];
         portable::rows(&w, 0..rows, &acts, &ids, &mut expected);
@@ -118,7 +123,7 @@ proptest! {
             .collect();
         for isa in Isa::available().into_iter().chain(Isa::fast_math()) {
             let mut prepared = Prepared::default();
-            let acts = prepared.of((&pool, &isa), &x, cols, format);
+            let acts = self::acts(&mut prepared, &isa, &x, cols, format);
             let (mut out, mut first) = (vec![0.0; rows * tokens], vec![0.0; rows]);
             (isa.rows)(&w, 0..rows, &acts, &ids, &mut out);
             (isa.rows)(&w, 0..rows, &acts, &[0], &mut first);

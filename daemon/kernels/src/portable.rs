@@ -4,19 +4,17 @@
 
 use half::f16;
 
-use super::{
-    attention::{Partial, SPAN, Tile},
-    blocks::Stored,
+use crate::{
+    attention::{BLOCK, Partial, SPAN, Stored, Tile},
     matrix::{Acts, Matrix, fold, sum},
     simd::TOKENS_MAX,
 };
-use crate::kv::BLOCK;
 
 /// Columns widened at a time.
 const CHUNK: usize = 128;
 
 /// out[(row − rows.start) × tokens.len() + i] = W[row] · x[tokens[i]], at most [`TOKENS_MAX`] tokens.
-pub(super) fn rows(w: &Matrix<'_>, rows: std::ops::Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
+pub fn rows(w: &Matrix<'_>, rows: std::ops::Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
     let mut wide = vec![0.0f32; w.cols];
     for (row, out) in rows.zip(out.chunks_exact_mut(tokens.len().max(1))) {
         w.dequantize_row(row, &mut wide);
@@ -42,12 +40,12 @@ fn accumulate(lanes: &mut [f32; 8], w: &[f32], x: &[f32]) {
 }
 
 /// What a KV cache holds as it is.
-pub(super) trait Number: Stored + Into<f32> {}
+pub trait Number: Stored + Into<f32> {}
 impl Number for f32 {}
 impl Number for f16 {}
 
 /// Scores, softmax and weighted values of every pair of `tile`, position by position.
-pub(super) fn attend<N: Number>(tile: &Tile<'_, N>, out: Partial<'_>) {
+pub fn attend<N: Number>(tile: &Tile<'_, N>, out: Partial<'_>) {
     tile.check(&out);
     let mut scores = [0.0f32; SPAN];
     for (pair, acc) in out.acc.chunks_exact_mut(tile.head_dim).enumerate().take(tile.pairs()) {

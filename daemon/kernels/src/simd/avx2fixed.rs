@@ -9,10 +9,7 @@
 use std::{arch::x86_64::*, array::from_fn, mem::MaybeUninit, ops::Range};
 
 use super::{Bf16, F16, F32, FIXED_MAX, Isa, PREFETCH_ROWS, Param, ahead, avx2, avx512, fixed_point};
-use crate::{
-    backend::cpu::matrix::{Acts, Fixed, FixedRow, Matrix},
-    model::weights::{Float, Format},
-};
+use crate::matrix::{Acts, Fixed, FixedRow, Float, Format, Matrix};
 
 pub(super) const ISA: Isa = Isa {
     name: "avx2",

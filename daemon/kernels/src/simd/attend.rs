@@ -10,11 +10,10 @@
 /// bits as the exponent of a power of two) and `prefetch`. `TILE` says how many heads its registers are good for.
 macro_rules! attention {
     ($features:literal) => {
-        use super::super::{
-            attention::{Partial, SPAN, Tile},
+        use crate::{
+            attention::{BLOCK, Partial, SPAN, Tile},
             portable::Number,
         };
-        use crate::kv::BLOCK;
 
         /// Puts n + 127 into the low bits of `MAGIC` + n, rounded to the nearest: an exponent's place.
         const MAGIC: f32 = 12_582_912.0 + 127.0;
