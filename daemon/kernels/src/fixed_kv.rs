@@ -5,8 +5,8 @@
 //! [`STEP`] products of such numbers fit 32 bits, so they are summed exactly; these sums are added up in f32, in order.
 //!
 //! A run of a block is the numbers, then a scale for each token as an f32. Neighbours in a product lie side by side, two to a lane of
-//! 32 bits, sixteen lanes to a vector, vectors in the order in which kernels read them: keys as [token / 16][head_dim / 2][16][2], values as
-//! [head_dim / 16][token / 2][16][2]. Memory gives one long row faster than the same lines in another order.
+//! 32 bits, sixteen lanes to a vector, vectors in the order in which kernels read them: keys as `[token / 16][head_dim / 2][16][2]`, values as
+//! `[head_dim / 16][token / 2][16][2]`. Memory gives one long row faster than the same lines in another order.
 
 use crate::{
     attention::{BLOCK, Partial, SPAN, Stored, Tile},

@@ -25,7 +25,7 @@ fn rms_scale(x: &[f32], eps: f32) -> f32 {
     1.0 / (crate::matrix::fold(lanes) / x.len() as f32 + eps).sqrt()
 }
 
-/// Rotary position embedding (RoFormer, arXiv 2104.09864), half-split as in GPT-NeoX: (x[i], x[i + d/2]) turns by
+/// Rotary position embedding (RoFormer, arXiv 2104.09864), half-split as in GPT-NeoX: `(x[i], x[i + d/2])` turns by
 /// position · theta^(−2i/d). `turn` holds d/2 pairs (cos, sin) of the position.
 pub fn rope(x: &mut [f32], turn: &[(f32, f32)]) {
     let (low, high) = x.split_at_mut(turn.len());

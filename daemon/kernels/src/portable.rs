@@ -13,7 +13,7 @@ use crate::{
 /// Columns widened at a time.
 const CHUNK: usize = 128;
 
-/// out[(row − rows.start) × tokens.len() + i] = W[row] · x[tokens[i]], at most [`TOKENS_MAX`] tokens.
+/// `out[(row − rows.start) × tokens.len() + i] = W[row] · x[tokens[i]]`, at most [`TOKENS_MAX`] tokens.
 pub fn rows(w: &Matrix<'_>, rows: std::ops::Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
     let mut wide = vec![0.0f32; w.cols];
     for (row, out) in rows.zip(out.chunks_exact_mut(tokens.len().max(1))) {

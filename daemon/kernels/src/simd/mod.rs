@@ -43,7 +43,7 @@ pub struct Isa {
     pub name: &'static str,
     /// What the model says differently, for kernels that round further than they must.
     pub price: Option<&'static str>,
-    /// out[(row − rows.start) × tokens.len() + i] = W[row] · x[tokens[i]]; falls back to portable for shapes and
+    /// `out[(row − rows.start) × tokens.len() + i] = W[row] · x[tokens[i]]`; falls back to portable for shapes and
     /// formats the set has no kernel for.
     pub rows: fn(&Matrix<'_>, Range<usize>, &Acts<'_>, &[u32], &mut [f32]),
     /// Gives a row of activations as 16-bit fixed point, for products with 4- and 8-bit weights; `None`: they read f32.

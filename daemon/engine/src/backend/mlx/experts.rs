@@ -14,7 +14,7 @@ use mlx_rs::{
     },
 };
 
-use super::Result;
+use super::{Result, weights::dtype_of};
 use crate::{
     backend::record::{Place, Record},
     model::weights::Format,
@@ -120,8 +120,8 @@ impl Place {
     /// Of [`Stack::wide`], for one slot.
     pub(super) fn widened_bytes(&self, dtype: Dtype) -> usize {
         match self.format {
-            Format::Affine { params, .. } if Dtype::from(params) != dtype => {
-                (self.scales.1 + self.biases.1) / super::size_of(params.into()) * super::size_of(dtype)
+            Format::Affine { params, .. } if dtype_of(params) != dtype => {
+                (self.scales.1 + self.biases.1) / super::size_of(dtype_of(params)) * super::size_of(dtype)
             }
             _ => 0,
         }
@@ -140,7 +140,7 @@ impl Views<'_> {
         };
         let (weight, affine) = match place.format {
             Format::Affine { bits, group, params } => {
-                let side = |at| view(at, place.cols / group, params.into());
+                let side = |at| view(at, place.cols / group, dtype_of(params));
                 let weight = view(place.weight, place.cols * usize::from(bits) / 32, Dtype::Uint32)?;
                 (weight, Some([side(place.scales)?, side(place.biases)?]))
             }

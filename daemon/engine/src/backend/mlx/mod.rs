@@ -134,7 +134,7 @@ impl Mlx {
             Format::F32 => Dtype::Float32,
             Format::F16 => Dtype::Float16,
             Format::Bf16 => Dtype::Bfloat16,
-            Format::Affine { params, .. } => params.into(),
+            Format::Affine { params, .. } => weights::dtype_of(params),
         };
         let embed = Matrix::read(weights, &model.embed, dtype)?;
         let head = model.head.as_ref().map(|head| Matrix::read(weights, head, dtype)).transpose()?;

@@ -26,7 +26,7 @@ impl Matrix {
         let (weight, affine) = match spec.format {
             Format::Affine { bits, group, params } => {
                 let side = |span: Option<Span>| {
-                    read(span.expect("affine matrices have scales and biases"), spec.cols / group, params.into(), dtype)
+                    read(span.expect("affine matrices have scales and biases"), spec.cols / group, dtype_of(params), dtype)
                 };
                 let weight = read(spec.weight, spec.cols * usize::from(bits) / 32, Dtype::Uint32, Dtype::Uint32)?;
                 (weight, Some((side(spec.scales)?, side(spec.biases)?)))
@@ -93,7 +93,7 @@ impl Matrix {
 
 pub(super) fn vector(weights: &Weights, spec: &VectorSpec, dtype: Dtype) -> std::result::Result<Array, Error> {
     let bytes = weights.bytes(&spec.name, spec.span)?;
-    array(&bytes, &[spec.len], spec.float.into()).and_then(|array| array.as_dtype(dtype)).map_err(super::failed)
+    array(&bytes, &[spec.len], dtype_of(spec.float)).and_then(|array| array.as_dtype(dtype)).map_err(super::failed)
 }
 
 /// A copy of checkpoint bytes.
@@ -104,12 +104,10 @@ fn array(bytes: &[u8], shape: &[usize], dtype: Dtype) -> Result<Array> {
     Ok(unsafe { Array::from_raw_data(bytes.as_ptr().cast(), &shape, dtype) })
 }
 
-impl From<Float> for Dtype {
-    fn from(float: Float) -> Self {
-        match float {
-            Float::F32 => Self::Float32,
-            Float::F16 => Self::Float16,
-            Float::Bf16 => Self::Bfloat16,
-        }
+pub(super) fn dtype_of(float: Float) -> Dtype {
+    match float {
+        Float::F32 => Dtype::Float32,
+        Float::F16 => Dtype::Float16,
+        Float::Bf16 => Dtype::Bfloat16,
     }
 }
