@@ -5,6 +5,7 @@ use half::{f16, slice::HalfFloatSliceExt};
 
 /// Tokens of a block of the KV cache.
 pub const BLOCK: usize = 32;
+
 /// Positions that are computed by themselves. Of Qwen3-30B's heads, 256 KiB of keys and values and about 20 µs: enough to
 /// forget the joining, few enough that two threads end together.
 pub const SPAN: usize = 512;
@@ -100,7 +101,7 @@ impl<N: Stored> Tile<'_, N> {
     }
 
     /// Asserts what kernels rely on.
-    pub fn check(&self, out: &Partial<'_>) {
+    pub(crate) fn check(&self, out: &Partial<'_>) {
         let (pairs, run) = (self.pairs(), run_len::<N>(self.head_dim));
         assert!(self.keys.len() == self.values.len() && self.keys.len() <= SPAN / BLOCK);
         assert!(self.keys.iter().chain(self.values).all(|numbers| numbers.len() == run));

@@ -2,7 +2,7 @@
 //! pairs of 16-bit integers. A head's key or value is numbers of 14 bits and a scale, so that its rounding is 2⁻¹⁴ of its largest
 //! number, where f16's is 2⁻¹² of each. Queries have 16 bits, and so has a span of weights, each already times its value's scale.
 //!
-//! [`STEP`] products of such numbers fit 32 bits, so they are summed exactly; these sums are added up in f32, in order.
+//! `STEP` products of such numbers fit 32 bits, so they are summed exactly; these sums are added up in f32, in order.
 //!
 //! A run of a block is the numbers, then a scale for each token as an f32. Neighbours in a product lie side by side, two to a lane of
 //! 32 bits, sixteen lanes to a vector, vectors in the order in which kernels read them: keys as `[token / 16][head_dim / 2][16][2]`, values as
@@ -16,11 +16,11 @@ use crate::{
 /// Largest number of a key or a value.
 const KV_MAX: f32 = 8191.0;
 /// Of a query, and of a weight.
-pub const WIDE_MAX: f32 = 32767.0;
+pub(crate) const WIDE_MAX: f32 = 32767.0;
 /// Of a vector of pairs.
 const LANES: usize = 16;
 /// Products between two sums in f32: 8 × 8191 × 32767 < 2³¹.
-pub const STEP: usize = 8;
+pub(crate) const STEP: usize = 8;
 
 /// The largest magnitude; NaN if there is one. Of magnitudes, bits are ordered as numbers are, and NaN's are above.
 fn most(x: &[f32]) -> f32 {

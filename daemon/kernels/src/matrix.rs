@@ -66,7 +66,7 @@ impl<'a> Matrix<'a> {
         [self.weight, self.scales, self.biases].map(|part| &part[part.len() / self.rows * row..])
     }
 
-    pub fn row(&self, row: usize) -> &'a [u8] {
+    fn row(&self, row: usize) -> &'a [u8] {
         &self.weight[row * self.row_bytes()..][..self.row_bytes()]
     }
 
@@ -107,7 +107,7 @@ fn widen(bytes: &[u8], kind: Float, out: &mut [f32]) {
 
 /// The `index`-th number of `bytes`.
 #[inline]
-pub fn float(bytes: &[u8], index: usize, kind: Float) -> f32 {
+pub(crate) fn float(bytes: &[u8], index: usize, kind: Float) -> f32 {
     match kind {
         Float::F32 => f32::from_le_bytes([bytes[4 * index], bytes[4 * index + 1], bytes[4 * index + 2], bytes[4 * index + 3]]),
         Float::F16 => f16::from_le_bytes([bytes[2 * index], bytes[2 * index + 1]]).to_f32(),
@@ -117,7 +117,7 @@ pub fn float(bytes: &[u8], index: usize, kind: Float) -> f32 {
 
 /// The `index`-th code of a row packed as MLX does: a little-endian bit stream.
 #[inline]
-pub fn code(row: &[u8], index: usize, bits: u8) -> u8 {
+pub(crate) fn code(row: &[u8], index: usize, bits: u8) -> u8 {
     let bit = index * usize::from(bits);
     let low = u16::from(row[bit / 8]);
     let high = row.get(bit / 8 + 1).map_or(0, |&byte| u16::from(byte));
@@ -165,7 +165,7 @@ pub struct FixedRow<'a> {
 
 impl FixedRow<'_> {
     /// Asserts that there is room for `x`.
-    pub fn check(&self, x: &[f32]) {
+    pub(crate) fn check(&self, x: &[f32]) {
         let Self { bits, group, scales, bytes } = self;
         assert!(x.len().is_multiple_of(*group) && group.is_multiple_of(32));
         assert!(scales.len() >= x.len() / group && bytes.len() >= Fixed::row_bytes(x.len(), *bits));
@@ -272,7 +272,7 @@ impl Prepared {
 }
 
 /// Sum in eight fixed lanes: one order whatever the caller.
-pub fn sum(x: &[f32]) -> f32 {
+pub(crate) fn sum(x: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 8];
     for chunk in x.chunks(8) {
         for (lane, value) in lanes.iter_mut().zip(chunk) {
@@ -282,6 +282,6 @@ pub fn sum(x: &[f32]) -> f32 {
     fold(lanes)
 }
 
-pub fn fold(l: [f32; 8]) -> f32 {
+pub(crate) fn fold(l: [f32; 8]) -> f32 {
     ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7]))
 }

@@ -43,6 +43,7 @@ pub(crate) const PIECE_MAX: usize = 256;
 /// Expert rows computed together at most, for the same reason.
 pub(crate) const PLACES_MAX: usize = 1024;
 
+/// The instruction set for a choice of kernels.
 fn isa_of(kernels: Kernels) -> Isa {
     match kernels {
         Kernels::Reference => Isa::PORTABLE,
