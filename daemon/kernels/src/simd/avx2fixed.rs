@@ -8,7 +8,7 @@
 
 use std::{arch::x86_64::*, array::from_fn, mem::MaybeUninit, ops::Range};
 
-use super::{Bf16, F16, F32, FIXED_MAX, Isa, PREFETCH_ROWS, Param, ahead, avx2, avx512, fixed_point};
+use super::{Bf16, Coming, F16, F32, FIXED_MAX, Isa, Param, avx2, avx512, fixed_point};
 use crate::matrix::{Acts, Fixed, FixedRow, Float, Format, Matrix};
 
 pub(super) const ISA: Isa = Isa {
@@ -55,23 +55,51 @@ fn rows(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: 
     unsafe { product(params, w, range, x, tokens, out) }
 }
 
-/// `count` numbers, which must be readable with all before them, and zeros.
+/// Scales and biases of `count` groups from `first` on, of R rows, and zeros.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn some(kind: Float, from: *const u8, at: usize, count: usize) -> __m256 {
+unsafe fn sides<const R: usize>(params: Float, w: &Matrix<'_>, row: usize, groups: usize, first: usize, count: usize) -> [[__m256; R]; 2] {
     // SAFETY: the caller's promise.
     unsafe {
-        match kind {
-            Float::F32 => some_of::<F32>(from, at, count),
-            Float::F16 => some_of::<F16>(from, at, count),
-            Float::Bf16 => some_of::<Bf16>(from, at, count),
+        match params {
+            Float::F32 => sides_of::<F32, R>(w, row, groups, first, count),
+            Float::F16 => sides_of::<F16, R>(w, row, groups, first, count),
+            Float::Bf16 => sides_of::<Bf16, R>(w, row, groups, first, count),
         }
     }
 }
 
+/// Chosen once for all rows: narrow ones take no longer than to choose.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn some_of<P: Param>(from: *const u8, at: usize, count: usize) -> __m256 {
+unsafe fn sides_of<P: Param, const R: usize>(w: &Matrix<'_>, row: usize, groups: usize, first: usize, count: usize) -> [[__m256; R]; 2] {
+    let inside = count == CHUNK || (row + R - 1) * groups + first + CHUNK <= w.rows * groups;
+    [w.scales, w.biases].map(|side| {
+        from_fn(|r| {
+            let at = (row + r) * groups + first;
+            // SAFETY: the caller's promise; what is read of rows further on is masked.
+            unsafe {
+                if inside {
+                    _mm256_and_ps(avx2::wide::<P>(side.as_ptr().add(at * P::BYTES)), lanes(count))
+                } else {
+                    some::<P>(side.as_ptr(), at, count)
+                }
+            }
+        })
+    })
+}
+
+/// All bits of the first `count` lanes.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn lanes(count: usize) -> __m256 {
+    _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)))
+}
+
+/// `count` numbers, which must be readable with all before them, and zeros.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn some<P: Param>(from: *const u8, at: usize, count: usize) -> __m256 {
     // SAFETY: the caller's promise.
     unsafe {
         if count == CHUNK {
@@ -83,10 +111,10 @@ unsafe fn some_of<P: Param>(from: *const u8, at: usize, count: usize) -> __m256 
             return avx2::load(few.as_ptr());
         }
         // The last eight, moved to the front.
-        let (lane, count) = (_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), count as i32);
-        let eight = avx2::wide::<P>(from.add((at + count as usize - CHUNK) * P::BYTES));
-        let moved = _mm256_permutevar8x32_ps(eight, _mm256_add_epi32(lane, _mm256_set1_epi32(8 - count)));
-        _mm256_and_ps(moved, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane)))
+        let eight = avx2::wide::<P>(from.add((at + count - CHUNK) * P::BYTES));
+        let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        let moved = _mm256_permutevar8x32_ps(eight, _mm256_add_epi32(lane, _mm256_set1_epi32(8 - count as i32)));
+        _mm256_and_ps(moved, lanes(count))
     }
 }
 
@@ -168,6 +196,7 @@ unsafe fn product<const BITS: usize, const GROUP: usize>(
     tokens: &[u32],
     out: &mut [f32],
 ) {
+    let coming = Coming::new(w, range.end);
     for (tile, near) in tokens.chunks(TOKENS_NEAR).enumerate() {
         let mut row = range.start;
         while row < range.end {
@@ -176,16 +205,16 @@ unsafe fn product<const BITS: usize, const GROUP: usize>(
             // SAFETY: `fixed_point` checked the lengths.
             row += unsafe {
                 match *near {
-                    [a] if left >= 4 => few::<BITS, GROUP, 4, 1>(params, w, row, x, [a], to, width),
-                    [a] => few::<BITS, GROUP, 1, 1>(params, w, row, x, [a], to, width),
-                    [a, b] if left >= 4 => few::<BITS, GROUP, 4, 2>(params, w, row, x, [a, b], to, width),
-                    [a, b] => few::<BITS, GROUP, 1, 2>(params, w, row, x, [a, b], to, width),
-                    [a, b, c] if left >= 2 => few::<BITS, GROUP, 2, 3>(params, w, row, x, [a, b, c], to, width),
-                    [a, b, c] => few::<BITS, GROUP, 1, 3>(params, w, row, x, [a, b, c], to, width),
-                    [a, b, c, d] if left >= 2 => few::<BITS, GROUP, 2, 4>(params, w, row, x, [a, b, c, d], to, width),
-                    [a, b, c, d] => few::<BITS, GROUP, 1, 4>(params, w, row, x, [a, b, c, d], to, width),
-                    _ if left >= ROWS => many::<BITS, GROUP, ROWS>(params, w, row, x, near, to, width),
-                    _ => many::<BITS, GROUP, 1>(params, w, row, x, near, to, width),
+                    [a] if left >= 4 => few::<BITS, GROUP, 4, 1>(params, &coming, row, x, [a], to, width),
+                    [a] => few::<BITS, GROUP, 1, 1>(params, &coming, row, x, [a], to, width),
+                    [a, b] if left >= 4 => few::<BITS, GROUP, 4, 2>(params, &coming, row, x, [a, b], to, width),
+                    [a, b] => few::<BITS, GROUP, 1, 2>(params, &coming, row, x, [a, b], to, width),
+                    [a, b, c] if left >= 2 => few::<BITS, GROUP, 2, 3>(params, &coming, row, x, [a, b, c], to, width),
+                    [a, b, c] => few::<BITS, GROUP, 1, 3>(params, &coming, row, x, [a, b, c], to, width),
+                    [a, b, c, d] if left >= 2 => few::<BITS, GROUP, 2, 4>(params, &coming, row, x, [a, b, c, d], to, width),
+                    [a, b, c, d] => few::<BITS, GROUP, 1, 4>(params, &coming, row, x, [a, b, c, d], to, width),
+                    _ if left >= ROWS => many::<BITS, GROUP, ROWS>(params, &coming, row, x, near, to, width),
+                    _ => many::<BITS, GROUP, 1>(params, &coming, row, x, near, to, width),
                 }
             };
         }
@@ -197,35 +226,35 @@ unsafe fn product<const BITS: usize, const GROUP: usize>(
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn few<const BITS: usize, const GROUP: usize, const R: usize, const T: usize>(
     params: Float,
-    w: &Matrix<'_>,
+    coming: &Coming<'_>,
     row: usize,
     x: &Acts<'_>,
     tokens: [u32; T],
     out: &mut [f32],
     width: usize,
 ) -> usize {
-    let (groups, bytes, blocks, planes) = (w.cols / GROUP, w.row_bytes(), Cut::<BITS, GROUP>::BLOCKS, Cut::<BITS, GROUP>::PLANES);
+    let Coming { w, bytes, .. } = *coming;
+    let (groups, blocks, planes) = (w.cols / GROUP, Cut::<BITS, GROUP>::BLOCKS, Cut::<BITS, GROUP>::PLANES);
     let tokens = tokens.map(|token| token as usize);
     // SAFETY: `fixed_point` checked every length that these pointers are moved within.
     unsafe {
         let codes: [*const u8; R] = from_fn(|r| w.weight.as_ptr().add((row + r) * bytes));
         let mut xs: [*const __m256i; T] =
             tokens.map(|token| x.fixed.bytes.as_ptr().add(token * Fixed::row_bytes(w.cols, BITS as u8)).cast());
-        let mut ahead = codes[0].wrapping_add(ahead::<R>(bytes));
-        prefetch_sides::<R>(w, row);
+        let mut ahead = coming.codes::<R>(row);
+        prefetch_sides::<R>(coming, row);
         let mut totals = [[_mm256_setzero_ps(); T]; R];
         let mut at = 0;
         for first in (0..groups).step_by(CHUNK) {
             let here = (groups - first).min(CHUNK);
-            let of_token = |of: &[f32]| tokens.map(|token| some_of::<F32>(of.as_ptr().cast(), token * groups + first, here));
+            let of_token = |of: &[f32]| tokens.map(|token| some::<F32>(of.as_ptr().cast(), token * groups + first, here));
             let (x_scales, sums) = (of_token(x.fixed.scales), of_token(x.sums));
             let mut scales = [[Scales([0.0; CHUNK]); T]; R];
+            let [of_rows, biases] = sides::<R>(params, w, row, groups, first, here);
             for r in 0..R {
-                let from = (row + r) * groups + first;
-                let (scale, bias) = (some(params, w.scales.as_ptr(), from, here), some(params, w.biases.as_ptr(), from, here));
                 for t in 0..T {
-                    scales[r][t] = Scales::new(_mm256_mul_ps(scale, x_scales[t]));
-                    totals[r][t] = _mm256_fmadd_ps(bias, sums[t], totals[r][t]);
+                    scales[r][t] = Scales::new(_mm256_mul_ps(of_rows[r], x_scales[t]));
+                    totals[r][t] = _mm256_fmadd_ps(biases[r], sums[t], totals[r][t]);
                 }
             }
             for step in 0..Cut::<BITS, GROUP>::steps(here) {
@@ -251,13 +280,32 @@ unsafe fn few<const BITS: usize, const GROUP: usize, const R: usize, const T: us
                 xs = xs.map(|x| x.add(blocks * planes));
             }
         }
-        for r in 0..R {
-            for t in 0..T {
-                out[r * width + t] = avx2::total(totals[r][t]);
-            }
+        for t in 0..T {
+            put::<R>(from_fn(|r| totals[r][t]), &mut out[t..], width);
         }
     }
     R
+}
+
+/// The sums of R vectors' lanes as every `width`-th of `out`; four together, in `total`'s order.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn put<const R: usize>(totals: [__m256; R], out: &mut [f32], width: usize) {
+    let (fours, rest) = totals.as_chunks::<4>();
+    for (of, [a, b, c, d]) in fours.iter().enumerate() {
+        let halves = |a, b| _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+        let (ab, cd) = (halves(*a, *b), halves(*c, *d));
+        let two = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xee>(ab, cd));
+        let one = _mm256_add_ps(two, _mm256_movehdup_ps(two));
+        let (ac, bd) = (_mm256_castps256_ps128(one), _mm256_extractf128_ps::<1>(one));
+        let all = _mm_blend_ps::<0b1010>(ac, _mm_moveldup_ps(bd));
+        let mut four = [0.0; 4];
+        // SAFETY: four floats.
+        unsafe { _mm_storeu_ps(four.as_mut_ptr(), all) };
+        (0..4).for_each(|r| out[(4 * of + r) * width] = four[r]);
+    }
+    let done = R - rest.len();
+    rest.iter().enumerate().for_each(|(r, total)| out[(done + r) * width] = avx2::total(*total));
 }
 
 /// As many lines as R rows of so many blocks are, two blocks a line; where the next of them are.
@@ -275,13 +323,8 @@ fn prefetch_codes<const R: usize>(mut ahead: *const u8, at: usize, blocks: usize
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn prefetch_sides<const R: usize>(w: &Matrix<'_>, row: usize) {
-    for side in [w.scales, w.biases] {
-        let row_bytes = side.len() / w.rows;
-        for r in 0..R {
-            _mm_prefetch::<_MM_HINT_T0>(side.as_ptr().wrapping_add((row + r + PREFETCH_ROWS) * row_bytes).cast());
-        }
-    }
+fn prefetch_sides<const R: usize>(coming: &Coming<'_>, row: usize) {
+    coming.sides::<R>(row).as_flattened().iter().for_each(|side| _mm_prefetch::<_MM_HINT_T0>(side.cast()));
 }
 
 /// R rows × all tokens: a chunk's codes are widened once, to the stack. It and the sums leave room in the first cache, through which
@@ -290,14 +333,15 @@ fn prefetch_sides<const R: usize>(w: &Matrix<'_>, row: usize) {
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn many<const BITS: usize, const GROUP: usize, const R: usize>(
     params: Float,
-    w: &Matrix<'_>,
+    coming: &Coming<'_>,
     row: usize,
     x: &Acts<'_>,
     tokens: &[u32],
     out: &mut [f32],
     width: usize,
 ) -> usize {
-    let (groups, bytes, blocks, planes) = (w.cols / GROUP, w.row_bytes(), Cut::<BITS, GROUP>::BLOCKS, Cut::<BITS, GROUP>::PLANES);
+    let Coming { w, bytes, .. } = *coming;
+    let (groups, blocks, planes) = (w.cols / GROUP, Cut::<BITS, GROUP>::BLOCKS, Cut::<BITS, GROUP>::PLANES);
     let mut wide = [const { MaybeUninit::<[__m256i; R]>::uninit() }; WIDE];
     let mut totals = [const { MaybeUninit::<[__m256; R]>::uninit() }; TOKENS_NEAR];
     let totals = &mut totals[..tokens.len()];
@@ -307,8 +351,8 @@ unsafe fn many<const BITS: usize, const GROUP: usize, const R: usize>(
         // All were just written.
         let totals = &mut *(totals as *mut [MaybeUninit<[__m256; R]>] as *mut [[__m256; R]]);
         let codes: [*const u8; R] = from_fn(|r| w.weight.as_ptr().add((row + r) * bytes));
-        let mut ahead = codes[0].wrapping_add(ahead::<R>(bytes));
-        prefetch_sides::<R>(w, row);
+        let mut ahead = coming.codes::<R>(row);
+        prefetch_sides::<R>(coming, row);
         let mut at = 0;
         for first in (0..groups).step_by(CHUNK) {
             let here = (groups - first).min(CHUNK);
@@ -325,21 +369,14 @@ unsafe fn many<const BITS: usize, const GROUP: usize, const R: usize>(
                 ahead = prefetch_codes::<R>(ahead, at, 1);
                 at += 32;
             }
-            let mut part =
-                Part { first, here, start, scales: [_mm256_setzero_ps(); R], biases: [_mm256_setzero_ps(); R], wide: wide.as_ptr().cast() };
-            for r in 0..R {
-                let from = (row + r) * groups + first;
-                part.scales[r] = some(params, w.scales.as_ptr(), from, here);
-                part.biases[r] = some(params, w.biases.as_ptr(), from, here);
-            }
+            let [scales, biases] = sides::<R>(params, w, row, groups, first, here);
+            let part = Part { first, here, start, scales, biases, wide: wide.as_ptr().cast() };
             for (token, totals) in tokens.iter().zip(&mut *totals) {
                 part.add::<BITS, GROUP>(x, *token as usize, totals);
             }
         }
-        for (t, total) in totals.iter().enumerate() {
-            for r in 0..R {
-                out[r * width + t] = avx2::total(total[r]);
-            }
+        for (t, totals) in totals.iter().enumerate() {
+            put(*totals, &mut out[t..], width);
         }
     }
     R
@@ -368,8 +405,8 @@ impl<const R: usize> Part<R> {
         // SAFETY: `fixed_point` checked every length that these pointers are moved within.
         unsafe {
             let from = token * groups + self.first;
-            let x_scales = some_of::<F32>(x.fixed.scales.as_ptr().cast(), from, self.here);
-            let sums = some_of::<F32>(x.sums.as_ptr().cast(), from, self.here);
+            let x_scales = some::<F32>(x.fixed.scales.as_ptr().cast(), from, self.here);
+            let sums = some::<F32>(x.sums.as_ptr().cast(), from, self.here);
             let mut scales = [Scales([0.0; CHUNK]); R];
             let mut all = *totals;
             for r in 0..R {

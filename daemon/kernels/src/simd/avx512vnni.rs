@@ -8,7 +8,7 @@
 
 use std::{arch::x86_64::*, ops::Range};
 
-use super::{Bf16, F16, F32, FIXED_MAX, Isa, PREFETCH_ROWS, ahead, avx512, avx512attend, by_kind, fixed_point};
+use super::{Bf16, Coming, F16, F32, FIXED_MAX, Isa, avx512, avx512attend, by_kind, fixed_point};
 use crate::matrix::{Acts, Fixed, FixedRow, Float, Matrix};
 
 pub(super) const ISA: Isa = Isa {
@@ -79,28 +79,21 @@ impl Wide for Bf16 {
     }
 }
 
-/// Of a matrix's rows up to `end` and their activations; found once, because a narrow row takes no longer than these divisions.
+/// Of a matrix's rows and their activations; found once, because a narrow row takes no longer than these divisions.
 #[derive(Clone, Copy)]
-struct Sizes {
+struct Sizes<'a> {
     group: usize,
-    /// Of a row, whose codes are so many bytes, and whose scales or biases.
+    /// Of a row.
     groups: usize,
-    bytes: usize,
-    side_bytes: usize,
     /// Bytes of a token's fixed point.
     stride: usize,
-    end: usize,
-    /// Of codes, scales and biases: where row 0 would be if those of [`Matrix::then`] came at `end`.
-    then: [*const u8; 3],
+    coming: Coming<'a>,
 }
 
-impl Sizes {
-    fn of<const BITS: usize>(w: &Matrix<'_>, x: &Acts<'_>, end: usize) -> Self {
-        let (bytes, stride) = (w.row_bytes(), Fixed::row_bytes(w.cols, BITS as u8));
-        let side_bytes = w.scales.len() / w.rows;
-        let [codes, scales, biases] = w.then.unwrap_or_else(|| w.from(end)).map(|part| part.as_ptr());
-        let then = [codes.wrapping_sub(end * bytes), scales.wrapping_sub(end * side_bytes), biases.wrapping_sub(end * side_bytes)];
-        Self { group: x.group, groups: w.cols / x.group, bytes, side_bytes, stride, end, then }
+impl<'a> Sizes<'a> {
+    fn of<const BITS: usize>(w: &'a Matrix<'a>, x: &Acts<'_>, end: usize) -> Self {
+        let stride = Fixed::row_bytes(w.cols, BITS as u8);
+        Self { group: x.group, groups: w.cols / x.group, stride, coming: Coming::new(w, end) }
     }
 }
 
@@ -135,7 +128,7 @@ unsafe fn product<const EXACT: bool, const BITS: usize, P: Wide>(
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn column<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, const T: usize>(
     w: &Matrix<'_>,
-    sizes: &Sizes,
+    sizes: &Sizes<'_>,
     range: Range<usize>,
     x: &Acts<'_>,
     tokens: [u32; T],
@@ -165,14 +158,15 @@ unsafe fn column<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn tile<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, const T: usize>(
     w: &Matrix<'_>,
-    sizes: &Sizes,
+    sizes: &Sizes<'_>,
     row: usize,
     x: &Acts<'_>,
     tokens: [u32; T],
     out: &mut [f32],
     width: usize,
 ) {
-    let Sizes { group, groups, bytes, side_bytes, stride, end, then } = *sizes;
+    let Sizes { group, groups, stride, coming } = *sizes;
+    let bytes = coming.bytes;
     let columns = 512 / BITS;
     // Groups of 16 blocks at the most; a group may span two blocks of 8-bit codes.
     let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -184,15 +178,9 @@ unsafe fn tile<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, co
         let xs: [*const i8; T] = std::array::from_fn(|t| x.fixed.bytes.as_ptr().add(tokens[t] as usize * stride));
         let x_scales: [*const f32; T] = std::array::from_fn(|t| x.fixed.scales.as_ptr().add(tokens[t] as usize * groups));
         let sums: [*const f32; T] = std::array::from_fn(|t| x.sums.as_ptr().add(tokens[t] as usize * groups));
-        let far = ahead::<R>(bytes);
-        let mut ahead = if (end - row) * bytes > far { codes[0] } else { then[0].wrapping_add(row * bytes) }.wrapping_add(far);
+        let mut ahead = coming.codes::<R>(row);
         if T < TOKENS {
-            for (side, then) in [(w.scales, then[1]), (w.biases, then[2])] {
-                let from = if row + PREFETCH_ROWS < end { side.as_ptr() } else { then };
-                for r in 0..R {
-                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add((row + r + PREFETCH_ROWS) * side_bytes).cast());
-                }
-            }
+            coming.sides::<R>(row).as_flattened().iter().for_each(|side| _mm_prefetch::<_MM_HINT_T0>(side.cast()));
         }
         let mut total = [[_mm512_setzero_ps(); T]; R];
         // Sixteen groups at a time, so that their scales are one load.

@@ -200,6 +200,45 @@ fn ahead<const R: usize>(row_bytes: usize) -> usize {
 #[cfg(target_arch = "x86_64")]
 const PREFETCH_ROWS: usize = 16;
 
+/// What is prefetched while a matrix's rows up to `end` are multiplied: further rows of it, then those of [`Matrix::then`].
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct Coming<'a> {
+    w: &'a Matrix<'a>,
+    end: usize,
+    /// Of a row's codes, and of its scales or biases.
+    bytes: usize,
+    side_bytes: usize,
+    /// Of codes, scales and biases: where row 0 would be if what comes next came at `end`.
+    then: [*const u8; 3],
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<'a> Coming<'a> {
+    fn new(w: &'a Matrix<'a>, end: usize) -> Self {
+        let (bytes, side_bytes) = (w.row_bytes(), w.scales.len() / w.rows);
+        let [codes, scales, biases] = w.then.unwrap_or_else(|| w.from(end)).map(|part| part.as_ptr());
+        let then = [codes.wrapping_sub(end * bytes), scales.wrapping_sub(end * side_bytes), biases.wrapping_sub(end * side_bytes)];
+        Self { w, end, bytes, side_bytes, then }
+    }
+
+    /// The codes that R rows from `row` on ask for, line by line.
+    fn codes<const R: usize>(&self, row: usize) -> *const u8 {
+        let far = ahead::<R>(self.bytes);
+        let from = if (self.end - row) * self.bytes > far { self.w.weight.as_ptr() } else { self.then[0] };
+        from.wrapping_add(row * self.bytes + far)
+    }
+
+    /// And the scales and biases, a row of each for one of theirs.
+    fn sides<const R: usize>(&self, row: usize) -> [[*const u8; R]; 2] {
+        let here = row + PREFETCH_ROWS < self.end;
+        [(self.w.scales, self.then[1]), (self.w.biases, self.then[2])].map(|(side, then)| {
+            let from = if here { side.as_ptr() } else { then };
+            std::array::from_fn(|r| from.wrapping_add((row + r + PREFETCH_ROWS) * self.side_bytes))
+        })
+    }
+}
+
 /// The loops over primitives that the invoking module defines:
 /// `V` (vector of `LANES` f32), `splat`, `load`, `fma`, `total` (sum of lanes), `load_f16`, `load_bf16` and `prefetch`. `ROWS` says how
 /// many rows × four tokens its registers are good for, and `ROWS_OF_FEW` × fewer. `$features` are the module's target features.
