@@ -50,9 +50,11 @@ impl Total {
         self.apart = self.apart.max(reference.apart(serving));
     }
 
-    fn route(&mut self, reference: &[Vec<u16>], serving: &[Vec<u16>]) {
-        self.choices += reference.len();
-        self.other += reference.iter().zip(serving).filter(|(a, b)| a != b).count();
+    /// Says where the choices differ: the token's position and the MoE layer.
+    fn route(&mut self, reference: &[Vec<u16>], serving: &[Vec<u16>], layers: usize) -> Vec<(usize, usize)> {
+        let other: Vec<_> = (0..reference.len()).filter(|&at| reference[at] != serving[at]).map(|at| (at / layers, at % layers)).collect();
+        (self.choices, self.other) = (self.choices + reference.len(), self.other + other.len());
+        other
     }
 
     fn agreement(&self) -> f64 {
@@ -79,13 +81,14 @@ impl Score {
     }
 }
 
-/// What a text's tokens are routed to, [tokens × MoE layers, top_k].
-fn routing(engine: &mut Engine, tokens: &[u32]) -> Result<Vec<u16>> {
+/// What a text's tokens are routed to, [tokens × MoE layers, top_k], and the number of those layers.
+fn routing(engine: &mut Engine, tokens: &[u32]) -> Result<(Vec<u16>, usize)> {
     engine.admit(Request { record_routing: true, max_tokens: Some(1), ..Request::greedy(tokens.to_vec()) })?;
-    let mut routing = Vec::new();
+    let mut routing = (Vec::new(), 0);
     while engine.step(&mut |_, event| {
-        if let Event::Routing { ids, .. } = event {
-            routing.extend(ids);
+        if let Event::Routing { ids, layers, .. } = event {
+            routing.0.extend(ids);
+            routing.1 = layers;
         }
         Delivery::Taken
     }) == Step::Worked
@@ -146,12 +149,15 @@ fn main() -> Result<ExitCode> {
         let (expected, got) = (score(&mut reference, tokens)?, score(&mut serving, tokens)?);
         let mut text = Total::default();
         text.add(&expected, &got);
-        let (routes, others) = (routing(&mut reference, tokens)?, routing(&mut serving, tokens)?);
-        text.route(&choices(&routes, top_k), &choices(&others, top_k));
+        let ((routes, layers), (others, _)) = (routing(&mut reference, tokens)?, routing(&mut serving, tokens)?);
+        let elsewhere = text.route(&choices(&routes, top_k), &choices(&others, top_k), layers);
         serving.force_routing(Some(&routes))?;
         text.alike = expected.apart(&score(&mut serving, tokens)?);
         serving.force_routing(None)?;
         text.print(domain);
+        for (token, layer) in elsewhere {
+            println!("  routed otherwise: token {token}, MoE layer {layer}");
+        }
         total.add(&expected, &got);
         total.alike = total.alike.max(text.alike);
         (total.choices, total.other) = (total.choices + text.choices, total.other + text.other);
