@@ -90,8 +90,8 @@ struct Served {
 pub fn soak(soak: Soak) -> Result<Outcome> {
     let mut served = Served::start(soak.connections.max(OPEN))?;
     let asks = asks(&served.gateway.address)?;
-    // Whatever grows under load has grown then, once: what grows further is lost.
-    run(&served.gateway.address, &asks, soak.connections, soak.time / 4)?;
+    // Once around first: whatever grows once has grown then.
+    run(&served.gateway.address, &asks, soak.connections, Duration::ZERO)?;
     let before = served.held()?;
     let (finished, left) = run(&served.gateway.address, &asks, soak.connections, soak.time)?;
     let after = served.held()?;

@@ -112,12 +112,12 @@ unsafe fn product<const EXACT: bool, const BITS: usize, P: Wide>(
         // SAFETY: `rows` checked the lengths.
         unsafe {
             match *tile {
-                [a] => column::<EXACT, BITS, P, 4, 1>(w, &sizes, range.clone(), x, [a], out, to),
-                [a, b] => column::<EXACT, BITS, P, 2, 2>(w, &sizes, range.clone(), x, [a, b], out, to),
-                [a, b, c] => column::<EXACT, BITS, P, 2, 3>(w, &sizes, range.clone(), x, [a, b, c], out, to),
-                [a, b, c, d] => column::<EXACT, BITS, P, 2, 4>(w, &sizes, range.clone(), x, [a, b, c, d], out, to),
-                [a, b, c, d, e] => column::<EXACT, BITS, P, 2, 5>(w, &sizes, range.clone(), x, [a, b, c, d, e], out, to),
-                [a, b, c, d, e, f, ..] => column::<EXACT, BITS, P, 2, TOKENS>(w, &sizes, range.clone(), x, [a, b, c, d, e, f], out, to),
+                [a] => column::<EXACT, BITS, P, 4, 1>(&sizes, range.clone(), x, [a], out, to),
+                [a, b] => column::<EXACT, BITS, P, 2, 2>(&sizes, range.clone(), x, [a, b], out, to),
+                [a, b, c] => column::<EXACT, BITS, P, 2, 3>(&sizes, range.clone(), x, [a, b, c], out, to),
+                [a, b, c, d] => column::<EXACT, BITS, P, 2, 4>(&sizes, range.clone(), x, [a, b, c, d], out, to),
+                [a, b, c, d, e] => column::<EXACT, BITS, P, 2, 5>(&sizes, range.clone(), x, [a, b, c, d, e], out, to),
+                [a, b, c, d, e, f, ..] => column::<EXACT, BITS, P, 2, TOKENS>(&sizes, range.clone(), x, [a, b, c, d, e, f], out, to),
                 [] => {}
             }
         }
@@ -127,7 +127,6 @@ unsafe fn product<const EXACT: bool, const BITS: usize, P: Wide>(
 /// All rows for one tile of tokens, R at a time. `to` = (the tile's first column of `out`, columns of `out`).
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn column<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, const T: usize>(
-    w: &Matrix<'_>,
     sizes: &Sizes<'_>,
     range: Range<usize>,
     x: &Acts<'_>,
@@ -141,10 +140,10 @@ unsafe fn column<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, 
         // SAFETY: `rows` checked the lengths.
         unsafe {
             if row + R <= range.end {
-                tile::<EXACT, BITS, P, R, T>(w, sizes, row, x, tokens, out, to.1);
+                tile::<EXACT, BITS, P, R, T>(sizes, row, x, tokens, out, to.1);
                 row += R;
             } else {
-                tile::<EXACT, BITS, P, 1, T>(w, sizes, row, x, tokens, out, to.1);
+                tile::<EXACT, BITS, P, 1, T>(sizes, row, x, tokens, out, to.1);
                 row += 1;
             }
         }
@@ -157,7 +156,6 @@ unsafe fn column<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn tile<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, const T: usize>(
-    w: &Matrix<'_>,
     sizes: &Sizes<'_>,
     row: usize,
     x: &Acts<'_>,
@@ -165,8 +163,8 @@ unsafe fn tile<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, co
     out: &mut [f32],
     width: usize,
 ) {
-    let Sizes { group, groups, stride, coming } = *sizes;
-    let bytes = coming.bytes;
+    let Sizes { group, groups, stride, ref coming } = *sizes;
+    let Coming { w, bytes, .. } = *coming;
     let columns = 512 / BITS;
     // Groups of 16 blocks at the most; a group may span two blocks of 8-bit codes.
     let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
