@@ -4,7 +4,8 @@
 //! changes a result. Waiting spins briefly and then blocks: pure spinning collapses when another process wants the
 //! core. A worker that the scheduler holds back is not waited for: when the tasks are gone the job closes, and
 //! only workers that entered it are awaited. If one of these was taken off its core by another process, it rests for a
-//! while: waiting out a time slice again and again costs more than the half of a core that it would get.
+//! while: waiting out a time slice again and again costs more than the half of a core that it would get. Beside a long job,
+//! as a prompt's are, a time slice is little, and nobody rests.
 
 use std::{
     any::Any,
@@ -20,8 +21,13 @@ use std::{
 /// Rounds of `spin_loop` before a thread blocks; about 20 µs, more than the gap between two jobs of a decode step.
 const SPINS: u32 = 4000;
 
-/// Whoever is awaited for as long has lost its core: the last task of a job takes a fraction of it.
+/// Whoever is awaited for as long has lost its core: the last task of a decode step's job takes a fraction of it.
 const HELD_BACK: Duration = Duration::from_millis(1);
+
+/// By the time that the one who waits took for the job's tasks.
+fn held_back(worked: Duration) -> Duration {
+    HELD_BACK.max(worked / 2)
+}
 
 /// How long a worker then rests: at first, and at most, if its core is found taken again and again.
 const REST: [Duration; 2] = [Duration::from_millis(8), Duration::from_millis(256)];
@@ -60,7 +66,7 @@ struct Shared {
     sleeping: AtomicUsize,
     /// Of each worker but the caller.
     workers: Vec<Worker>,
-    /// The caller was inside a job for [`HELD_BACK`] after its tasks were gone.
+    /// The caller was inside a job for [`held_back`] after its tasks were gone.
     caller_late: AtomicBool,
     stop: AtomicBool,
     /// `panic` holds one: looked at after every job, without its lock.
@@ -119,11 +125,14 @@ impl Pool {
 
     /// Runs `f(0)`, …, `f(tasks - 1)`, each once, and returns when all are done. A panic in a task resumes here.
     pub(crate) fn run(&self, tasks: usize, f: Job<'_>) {
-        if self.resting.load(Relaxed) > 0 {
-            self.wake_rested();
+        let mut done = 0;
+        // A job may take longer than workers rest.
+        while done < tasks && (tasks - done == 1 || self.alone()) {
+            f(done);
+            done += 1;
         }
-        if self.threads.len() == self.resting.load(Relaxed) || tasks <= 1 {
-            return (0..tasks).for_each(f);
+        if done == tasks {
+            return;
         }
         let shared = &*self.shared;
         // SAFETY: only the representation is taken; `enter` rebuilds the reference while the job is open or occupied,
@@ -132,18 +141,19 @@ impl Pool {
         shared.job[0].store(data, Relaxed);
         shared.job[1].store(vtable, Relaxed);
         shared.tasks.store(tasks, Relaxed);
-        shared.next.store(0, Relaxed);
+        shared.next.store(done, Relaxed);
         let epoch = shared.state.load(Relaxed) >> 16;
         shared.state.store((epoch + 1) << 16 | OPEN, SeqCst);
         if shared.sleeping.load(SeqCst) > 0 {
             drop(shared.lock());
             shared.wake.notify_all();
         }
+        let began = Instant::now();
         let own = catch_unwind(AssertUnwindSafe(|| shared.take(f)));
         shared.state.fetch_and(!OPEN, SeqCst);
         let left = || shared.state.load(SeqCst) & INSIDE == 0;
         if !spin(left) {
-            self.wait(left);
+            self.wait(left, held_back(began.elapsed()));
         }
         if shared.caller_late.load(Relaxed) {
             self.give_way();
@@ -155,12 +165,20 @@ impl Pool {
         }
     }
 
+    /// Whether all workers rest, or there are none.
+    fn alone(&self) -> bool {
+        if self.resting.load(Relaxed) > 0 {
+            self.wake_rested();
+        }
+        self.threads.len() == self.resting.load(Relaxed)
+    }
+
     /// For the workers inside a closed job.
     #[cold]
-    fn wait(&self, left: impl Fn() -> bool) {
+    fn wait(&self, left: impl Fn() -> bool, most: Duration) {
         let inside = |awaited: u64, worker: usize| awaited | u64::from(self.shared.workers[worker].inside.load(Relaxed)) << worker;
         let awaited = (0..self.threads.len().min(64)).fold(0, inside);
-        if self.shared.block(left, &self.shared.left, Duration::MAX) > HELD_BACK {
+        if self.shared.block(left, &self.shared.left, Duration::MAX) > most {
             self.rest(|worker| worker < 64 && awaited >> worker & 1 == 1);
         }
     }
@@ -218,7 +236,7 @@ impl Shared {
 
     fn work(&self, index: usize) {
         let me = &self.workers[index];
-        let mut seen = 0;
+        let (mut seen, mut began) = (0, Instant::now());
         loop {
             let rested = || !me.rests.load(SeqCst);
             if !rested() {
@@ -230,7 +248,8 @@ impl Shared {
                     let state = self.state.load(SeqCst);
                     state >> 16 == seen && state & OPEN != 0
                 };
-                if open() && self.block(opened, &self.wake, HELD_BACK) > HELD_BACK && open() {
+                let most = held_back(began.elapsed());
+                if open() && self.block(opened, &self.wake, most) > most && open() {
                     self.caller_late.store(true, Relaxed);
                 }
                 self.block(opened, &self.wake, Duration::MAX);
@@ -248,6 +267,7 @@ impl Shared {
                 continue;
             }
             me.inside.store(true, Relaxed);
+            began = Instant::now();
             let job = [self.job[0].load(Relaxed), self.job[1].load(Relaxed)];
             // SAFETY: these are the two words stored by `run`, and being counted inside keeps `run` from returning.
             let job: Job<'_> = unsafe { std::mem::transmute(job) };
@@ -429,6 +449,18 @@ mod tests {
             while threads > 1 && ran_by() == 1 {
                 assert!(Instant::now() < end, "workers come back");
             }
+            // Also to a job that began without them.
+            pool.rest(|_| true);
+            let ids = Mutex::new(HashSet::new());
+            pool.run(1 << 19, &|_| {
+                let mut ids = lock(&ids);
+                ids.insert(std::thread::current().id());
+                if ids.len() < threads.min(2) {
+                    drop(ids);
+                    std::thread::yield_now();
+                }
+            });
+            assert!(lock(&ids).len() >= threads.min(2), "workers come back to a long job");
             let mut floats = vec![0.0; 8];
             let cells = Cells::new(&mut floats);
             pool.run(8, &|task| cells.set(task, task as f32));
