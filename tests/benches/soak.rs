@@ -1,5 +1,5 @@
-//! Streams under load for as long as it is told, and what is held afterwards: `cargo bench -p flash-tests --bench soak -- 300 200` is five
-//! minutes with 200 connections, which is the default. Linux.
+//! Streams under load for as long as it is told, and what is held before, after a fifth of the time, two, and so on:
+//! `cargo bench -p flash-tests --bench soak -- 300 200` is five minutes with 200 connections, which is the default. Linux.
 
 use anyhow::Result;
 
@@ -14,7 +14,8 @@ fn main() -> Result<()> {
     let number = |at: usize, default: u32| numbers.get(at).copied().unwrap_or(default);
     let (seconds, connections) = (number(0, 300), number(1, 200));
     println!("{connections} connections for {seconds} s");
-    println!("{}", soak(Soak { connections: connections as usize, time: std::time::Duration::from_secs(seconds.into()) })?);
+    let time = std::time::Duration::from_secs(seconds.into());
+    println!("{}", soak(Soak { connections: connections as usize, time, parts: 5 })?);
     Ok(())
 }
 

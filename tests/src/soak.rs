@@ -31,6 +31,8 @@ const JSON: (&str, &str) = ("Content-Type", "application/json");
 pub struct Soak {
     pub connections: usize,
     pub time: Duration,
+    /// Of that time; after each, all are done and what is held is read.
+    pub parts: u32,
 }
 
 /// What one process holds.
@@ -40,15 +42,15 @@ pub struct Held {
     pub bytes: u64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Outcome {
     pub finished: usize,
     pub left: usize,
-    /// The gateway and the daemon, before and after.
-    pub gateway: [Held; 2],
-    pub daemon: [Held; 2],
+    /// The gateway and the daemon, before and after each part.
+    pub gateway: Vec<Held>,
+    pub daemon: Vec<Held>,
     /// Keys and values, with nothing running and nothing kept.
-    pub kv_bytes: [u64; 2],
+    pub kv_bytes: Vec<u64>,
     /// The gateway's with `OPEN` open streams: what cannot be dropped, and all that is resident.
     pub open_bytes: [u64; 2],
     /// From SIGTERM to the end, with nothing to do.
@@ -59,12 +61,11 @@ pub struct Outcome {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} streams were read to their ends as they are alone, {} left before it", self.finished, self.left)?;
-        for (name, [before, after]) in [("flash-gateway", self.gateway), ("flashd", self.daemon)] {
-            let kib = |held: Held| held.bytes / 1024;
-            let (fds, kept) = (before.descriptors, after.descriptors);
-            writeln!(f, "{name:<13} descriptors {fds} -> {kept}, memory {} KiB -> {} KiB", kib(before), kib(after))?;
+        for (name, held) in [("flash-gateway", &self.gateway), ("flashd", &self.daemon)] {
+            let of = |get: fn(&Held) -> u64| held.iter().map(|held| get(held).to_string()).collect::<Vec<_>>().join(", ");
+            writeln!(f, "{name:<13} descriptors {}; memory, KiB {}", of(|held| held.descriptors as u64), of(|held| held.bytes / 1024))?;
         }
-        writeln!(f, "keys and values {} -> {} bytes", self.kv_bytes[0], self.kv_bytes[1])?;
+        writeln!(f, "keys and values, bytes {:?}", self.kv_bytes)?;
         let [private, all] = self.open_bytes.map(|bytes| bytes as f64 / f64::from(1 << 20));
         writeln!(f, "flash-gateway with {OPEN} open streams: {private:.1} MiB, with its program's pages {all:.1} MiB")?;
         write!(f, "SIGTERM to the end: flash-gateway {:?}, flashd {:?}", self.gateway_end, self.daemon_end)
@@ -92,15 +93,18 @@ pub fn soak(soak: Soak) -> Result<Outcome> {
     let asks = asks(&served.gateway.address)?;
     // Once around first: whatever grows once has grown then.
     run(&served.gateway.address, &asks, soak.connections, Duration::ZERO)?;
-    let before = served.held()?;
-    let (finished, left) = run(&served.gateway.address, &asks, soak.connections, soak.time)?;
-    let after = served.held()?;
-    let open_bytes = served.with_open_streams()?;
-    served.held()?;
-    let gateway_end = ended(&mut served.gateway.process)?;
-    let daemon_end = ended(&mut served.daemon.process)?;
-    let [gateway, daemon] = [0, 1].map(|process| [before.0[process], after.0[process]]);
-    Ok(Outcome { finished, left, gateway, daemon, kv_bytes: [before.1, after.1], open_bytes, gateway_end, daemon_end })
+    let mut outcome = Outcome::default();
+    served.hold(&mut outcome)?;
+    for _ in 0..soak.parts {
+        let (finished, left) = run(&served.gateway.address, &asks, soak.connections, soak.time / soak.parts)?;
+        (outcome.finished, outcome.left) = (outcome.finished + finished, outcome.left + left);
+        served.hold(&mut outcome)?;
+    }
+    outcome.open_bytes = served.with_open_streams()?;
+    served.quiet()?;
+    outcome.gateway_end = ended(&mut served.gateway.process)?;
+    outcome.daemon_end = ended(&mut served.daemon.process)?;
+    Ok(outcome)
 }
 
 impl Served {
@@ -115,8 +119,8 @@ impl Served {
         Ok(Self { gateway, daemon, client, runtime, _home: home })
     }
 
-    /// What gateway and daemon hold when all is quiet, and the bytes of keys and values with nothing kept for later.
-    fn held(&self) -> Result<([Held; 2], u64)> {
+    /// Until nothing runs, no connection is open and no keys and values are kept for later; the bytes of keys and values then.
+    fn quiet(&self) -> Result<u64> {
         let idle = |snapshot: &v1::Snapshot| snapshot.requests.is_some_and(|requests| requests.running + requests.waiting == 0);
         let snapshot = self.runtime.block_on(async {
             self.client.wait_stats("every request has ended", DEADLINE, idle).await?;
@@ -127,7 +131,15 @@ impl Served {
         ensure!(memory.kv_reserved_bytes == 0, "no request runs, and {} bytes are reserved", memory.kv_reserved_bytes);
         // Connections are closed on our side; the gateway's side follows.
         wait_until("the gateway closes its connections", || connections(&self.gateway.address).is_ok_and(|count| count == 0))?;
-        Ok(([held(self.gateway.process.pid())?, held(self.daemon.process.pid())?], memory.kv_bytes))
+        Ok(memory.kv_bytes)
+    }
+
+    /// Adds what gateway and daemon hold when all is quiet.
+    fn hold(&self, outcome: &mut Outcome) -> Result<()> {
+        outcome.kv_bytes.push(self.quiet()?);
+        outcome.gateway.push(held(self.gateway.process.pid())?);
+        outcome.daemon.push(held(self.daemon.process.pid())?);
+        Ok(())
     }
 
     fn with_open_streams(&self) -> Result<[u64; 2]> {
@@ -163,7 +175,7 @@ fn asks(address: &str) -> Result<Vec<Ask>> {
         asks.push(("/v1/chat/completions", with(json!({"messages": messages, "max_tokens": 40}))));
         asks.push(("/v1/completions", with(json!({"prompt": said, "max_tokens": 24}))));
         asks.push(("/v1/messages", with(json!({"messages": messages, "max_tokens": 32}))));
-        asks.push(("/v1/responses", with(json!({"input": said, "max_output_tokens": 36, "store": number == 0}))));
+        asks.push(("/v1/responses", with(json!({"input": said, "max_output_tokens": 36, "store": false}))));
     }
     let alone = |(path, body): (&'static str, String)| {
         let alone = read(address, path, &body, None)?.with_context(|| format!("{path} is not answered to its end"))?;
