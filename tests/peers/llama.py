@@ -1,9 +1,10 @@
 """flashd and llama.cpp in turn, in memory: tokens a second and their share of what memory allows.
 
-    python llama.py --flashctl F --llama-bench L --model DIR --gguf FILE [--prompt 512] [--generate 64] [--rounds 7]
+    python llama.py --flashctl F --llama-bench L --model DIR --gguf FILE [--prompt 512] [--generate 64] [--rounds 7] [--repack 10]
 
-Each round is one run of ours and one of llama.cpp's with and without repacked weights, three repetitions each: a first one after
-loading is not its best. Medians of rounds; of llama.cpp's, for a round, the better packing's median and its best repetition.
+Each round is one run of ours and one of llama.cpp's with and without repacked weights (`--repack 1`: only with, where that is known
+to be faster), three repetitions each: a first one after loading is not its best. Medians of rounds; of llama.cpp's, for a round, the
+better packing's median and its best repetition.
 """
 
 import argparse
@@ -24,7 +25,7 @@ def theirs(args, flag: str, tokens: int) -> list[float]:
     """Of the better packing's repetitions."""
     none = "-p" if flag == "-n" else "-n"
     runs = []
-    for repack in "10":
+    for repack in args.repack:
         command = [args.llama_bench, "-m", args.gguf, none, "0", flag, str(tokens), "-t", str(args.threads), "--repack", repack, "-o", "json"]
         found = json.loads(subprocess.run([*command, "-r", "3"], check=True, capture_output=True, text=True).stdout)
         runs.append(found[0]["samples_ts"])
@@ -37,6 +38,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     for name, value in [("prompt", 512), ("generate", 64), ("rounds", 7), ("threads", len(os.sched_getaffinity(0)))]:
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--repack", default="10", help="1: repacked weights, 0: as they are")
     args = parser.parse_args()
 
     kinds = [("decode", "-n", args.generate, "decode_tok_s"), ("prefill", "-p", args.prompt, "prefill_tok_s")]

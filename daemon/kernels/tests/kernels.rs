@@ -141,6 +141,10 @@ proptest! {
             }
         }
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
     fn attention_agrees_with_portable_and_does_not_depend_on_the_tile(
@@ -177,10 +181,6 @@ proptest! {
             }
         }
     }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
 
     #[test]
     fn attention_in_fixed_point_agrees_with_portable_and_does_not_depend_on_the_tile(
