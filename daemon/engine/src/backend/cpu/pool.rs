@@ -236,7 +236,7 @@ impl Shared {
 
     fn work(&self, index: usize) {
         let me = &self.workers[index];
-        let (mut seen, mut began) = (0, Instant::now());
+        let (mut seen, mut worked) = (0, Duration::ZERO);
         loop {
             let rested = || !me.rests.load(SeqCst);
             if !rested() {
@@ -248,7 +248,7 @@ impl Shared {
                     let state = self.state.load(SeqCst);
                     state >> 16 == seen && state & OPEN != 0
                 };
-                let most = held_back(began.elapsed());
+                let most = held_back(worked);
                 if open() && self.block(opened, &self.wake, most) > most && open() {
                     self.caller_late.store(true, Relaxed);
                 }
@@ -267,7 +267,7 @@ impl Shared {
                 continue;
             }
             me.inside.store(true, Relaxed);
-            began = Instant::now();
+            let began = Instant::now();
             let job = [self.job[0].load(Relaxed), self.job[1].load(Relaxed)];
             // SAFETY: these are the two words stored by `run`, and being counted inside keeps `run` from returning.
             let job: Job<'_> = unsafe { std::mem::transmute(job) };
@@ -280,6 +280,7 @@ impl Shared {
                 drop(self.lock());
                 self.left.notify_all();
             }
+            worked = began.elapsed();
         }
     }
 
