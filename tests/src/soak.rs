@@ -175,7 +175,7 @@ fn asks(address: &str) -> Result<Vec<Ask>> {
         asks.push(("/v1/chat/completions", with(json!({"messages": messages, "max_tokens": 40}))));
         asks.push(("/v1/completions", with(json!({"prompt": said, "max_tokens": 24}))));
         asks.push(("/v1/messages", with(json!({"messages": messages, "max_tokens": 32}))));
-        asks.push(("/v1/responses", with(json!({"input": said, "max_output_tokens": 36, "store": false}))));
+        asks.push(("/v1/responses", with(json!({"input": said, "max_output_tokens": 36, "store": number == 0}))));
     }
     let alone = |(path, body): (&'static str, String)| {
         let alone = read(address, path, &body, None)?.with_context(|| format!("{path} is not answered to its end"))?;

@@ -5,7 +5,7 @@
 //! core. A worker that the scheduler holds back is not waited for: when the tasks are gone the job closes, and
 //! only workers that entered it are awaited. If one of these was taken off its core by another process, it rests for a
 //! while: waiting out a time slice again and again costs more than the half of a core that it would get. Beside a long job,
-//! as a prompt's are, a time slice is little, and nobody rests.
+//! as a prompt's are, a time slice is little, and nobody rests; nor is such a job computed alone when a rest is over.
 
 use std::{
     any::Any,
@@ -42,9 +42,8 @@ pub(crate) struct Pool {
     threads: Vec<JoinHandle<()>>,
     /// What the caller might run on before it was pinned.
     unpinned: Vec<usize>,
-    /// Workers that rest; all until one moment.
-    resting: AtomicUsize,
-    rest: Mutex<Rest>,
+    /// The caller is on a resting worker's core.
+    moved: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -52,6 +51,12 @@ struct Rest {
     until: Instant,
     /// How long it is this time.
     time: Duration,
+}
+
+impl Default for Rest {
+    fn default() -> Self {
+        Self { until: Instant::now(), time: REST[0] }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -66,6 +71,9 @@ struct Shared {
     sleeping: AtomicUsize,
     /// Of each worker but the caller.
     workers: Vec<Worker>,
+    /// Workers that rest, so that a job's caller need not look at the clock; all until one moment.
+    resting: AtomicUsize,
+    rest: Mutex<Rest>,
     /// The caller was inside a job for [`held_back`] after its tasks were gone.
     caller_late: AtomicBool,
     stop: AtomicBool,
@@ -73,12 +81,12 @@ struct Shared {
     panicked: AtomicBool,
     /// Also what the condition variables sleep under.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
-    /// A job opened, or the pool ends.
+    /// A job opened, a worker shall rest, or the pool ends.
     wake: Condvar,
     /// The last worker left a closed job.
     left: Condvar,
-    /// Workers need not rest any more.
-    rested: Condvar,
+    /// The pool ends: nothing else breaks a rest.
+    ends: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -97,13 +105,7 @@ impl Pool {
         let workers = (1..threads.max(1)).map(|_| Worker::default()).collect();
         let shared = Arc::new(Shared { workers, ..Shared::default() });
         let cpus = allowed_cpus();
-        let mut pool = Self {
-            shared: shared.clone(),
-            threads: Vec::new(),
-            unpinned: cpus.clone(),
-            resting: AtomicUsize::new(0),
-            rest: Mutex::new(Rest { until: Instant::now(), time: REST[0] }),
-        };
+        let mut pool = Self { shared: shared.clone(), threads: Vec::new(), unpinned: cpus.clone(), moved: AtomicBool::new(false) };
         for index in 1..threads.max(1) {
             let shared = shared.clone();
             let cpu = cpus.get(index).copied();
@@ -125,16 +127,20 @@ impl Pool {
 
     /// Runs `f(0)`, …, `f(tasks - 1)`, each once, and returns when all are done. A panic in a task resumes here.
     pub(crate) fn run(&self, tasks: usize, f: Job<'_>) {
+        let shared = &*self.shared;
         let mut done = 0;
-        // A job may take longer than workers rest.
-        while done < tasks && (tasks - done == 1 || self.alone()) {
+        // Workers may come back while a long job lasts.
+        while done < tasks && (tasks - done == 1 || shared.resting.load(Relaxed) == self.threads.len()) {
             f(done);
             done += 1;
         }
         if done == tasks {
             return;
         }
-        let shared = &*self.shared;
+        if self.moved.load(Relaxed) && shared.resting.load(Relaxed) == 0 {
+            self.moved.store(false, Relaxed);
+            pin(&self.unpinned[..self.unpinned.len().min(1)]);
+        }
         // SAFETY: only the representation is taken; `enter` rebuilds the reference while the job is open or occupied,
         // and this function does not return before the job is closed and empty.
         let [data, vtable]: [usize; 2] = unsafe { std::mem::transmute(f) };
@@ -165,14 +171,6 @@ impl Pool {
         }
     }
 
-    /// Whether all workers rest, or there are none.
-    fn alone(&self) -> bool {
-        if self.resting.load(Relaxed) > 0 {
-            self.wake_rested();
-        }
-        self.threads.len() == self.resting.load(Relaxed)
-    }
-
     /// For the workers inside a closed job.
     #[cold]
     fn wait(&self, left: impl Fn() -> bool, most: Duration) {
@@ -187,34 +185,24 @@ impl Pool {
     #[cold]
     fn give_way(&self) {
         self.shared.caller_late.store(false, Relaxed);
+        self.moved.store(true, Relaxed);
         let last = self.threads.len();
         pin(self.unpinned.get(last..=last).unwrap_or_default());
         self.rest(|worker| worker + 1 == last);
     }
 
     fn rest(&self, chosen: impl Fn(usize) -> bool) {
-        let mut rest = lock(&self.rest);
+        let mut rest = lock(&self.shared.rest);
         let now = Instant::now();
         rest.time = if now < rest.until + rest.time { (2 * rest.time).min(REST[1]) } else { REST[0] };
         rest.until = now + rest.time;
         for (index, worker) in self.shared.workers.iter().enumerate() {
             if chosen(index) && !worker.rests.swap(true, SeqCst) {
-                self.resting.fetch_add(1, Relaxed);
+                self.shared.resting.fetch_add(1, Relaxed);
             }
         }
-    }
-
-    /// Lets workers go on when their rest is over.
-    #[cold]
-    fn wake_rested(&self) {
-        if Instant::now() >= lock(&self.rest).until {
-            let held = self.shared.lock();
-            self.shared.workers.iter().for_each(|worker| worker.rests.store(false, SeqCst));
-            drop(held);
-            self.shared.rested.notify_all();
-            self.resting.store(0, Relaxed);
-            pin(&self.unpinned[..self.unpinned.len().min(1)]);
-        }
+        drop(self.shared.lock());
+        self.shared.wake.notify_all();
     }
 
     /// Runs `f` on every item, each handed to one task. A single item, as a decode step has, costs nothing.
@@ -238,24 +226,25 @@ impl Shared {
         let me = &self.workers[index];
         let (mut seen, mut worked) = (0, Duration::ZERO);
         loop {
-            let rested = || !me.rests.load(SeqCst);
-            if !rested() {
-                self.sleep(rested, &self.rested, Duration::MAX);
-            }
             let opened = || self.state.load(SeqCst) >> 16 != seen;
             if !spin(opened) {
                 let open = || {
                     let state = self.state.load(SeqCst);
                     state >> 16 == seen && state & OPEN != 0
                 };
+                let called = || opened() || me.rests.load(SeqCst);
                 let most = held_back(worked);
-                if open() && self.block(opened, &self.wake, most) > most && open() {
+                if open() && self.block(called, &self.wake, most) > most && open() {
                     self.caller_late.store(true, Relaxed);
                 }
-                self.block(opened, &self.wake, Duration::MAX);
+                self.block(called, &self.wake, Duration::MAX);
             }
             if self.stop.load(SeqCst) {
                 return;
+            }
+            if me.rests.load(SeqCst) {
+                self.rest(me);
+                continue;
             }
             let state = self.state.load(Acquire);
             seen = state >> 16;
@@ -282,6 +271,17 @@ impl Shared {
             }
             worked = began.elapsed();
         }
+    }
+
+    /// A worker's, until its time is over; that may be put off meanwhile.
+    #[cold]
+    fn rest(&self, me: &Worker) {
+        let left = || lock(&self.rest).until.saturating_duration_since(Instant::now());
+        while !left().is_zero() && !self.stop.load(SeqCst) {
+            self.sleep(|| false, &self.ends, left());
+        }
+        me.rests.store(false, SeqCst);
+        self.resting.fetch_sub(1, Relaxed);
     }
 
     fn take(&self, job: Job<'_>) {
@@ -333,7 +333,7 @@ impl Drop for Pool {
         self.shared.state.fetch_add(1 << 16, SeqCst);
         drop(self.shared.lock());
         self.shared.wake.notify_all();
-        self.shared.rested.notify_all();
+        self.shared.ends.notify_all();
         for thread in self.threads.drain(..) {
             // A worker's panic was handed to `run` already.
             let _ = thread.join();
@@ -443,7 +443,7 @@ mod tests {
                 });
                 lock(&ids).len()
             };
-            let until = lock(&pool.rest).until;
+            let until = lock(&pool.shared.rest).until;
             let alone = ran_by();
             assert!(alone == 1 || Instant::now() >= until, "workers rest");
             let end = Instant::now() + Duration::from_secs(60);
