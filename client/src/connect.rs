@@ -77,6 +77,11 @@ pub(crate) async fn running(global: &Global) -> Result<Option<Daemon>, Failure> 
 
 /// The running daemon, or a new one.
 pub(crate) async fn connect(global: &Global) -> Result<Daemon, Failure> {
+    connect_or_start(global, &[]).await
+}
+
+/// The running daemon, or a new one with these settings, by the names of their variables.
+pub(crate) async fn connect_or_start(global: &Global, settings: &[(&str, String)]) -> Result<Daemon, Failure> {
     if let Some(daemon) = running(global).await? {
         return Ok(daemon);
     }
@@ -87,7 +92,7 @@ pub(crate) async fn connect(global: &Global) -> Result<Daemon, Failure> {
     }
     let mut line = StatusLine::new(global.quiet);
     line.show("starting the daemon");
-    same_protocol(start(&socket).await?)
+    same_protocol(start(&socket, settings).await?)
 }
 
 pub(crate) fn socket_path(global: &Global) -> Result<PathBuf, Failure> {
@@ -158,8 +163,8 @@ fn same_protocol(daemon: Daemon) -> Result<Daemon, Failure> {
 }
 
 /// Spawns flashd and waits until somebody answers: it, or the daemon of whoever was quicker.
-pub(crate) async fn start(socket: &Path) -> Result<Daemon, Failure> {
-    let (child, log, from) = spawn(socket)?;
+async fn start(socket: &Path, settings: &[(&str, String)]) -> Result<Daemon, Failure> {
+    let (child, log, from) = spawn(socket, settings)?;
     let mut child = Some(child);
     let deadline = Instant::now() + START_DEADLINE;
     loop {
@@ -178,7 +183,7 @@ pub(crate) async fn start(socket: &Path) -> Result<Daemon, Failure> {
 
 /// Detached: own process group, no terminal input, output to the log, so that neither Ctrl-C here nor the end of
 /// this program touches it.
-fn spawn(socket: &Path) -> Result<(Child, PathBuf, u64), Failure> {
+fn spawn(socket: &Path, settings: &[(&str, String)]) -> Result<(Child, PathBuf, u64), Failure> {
     let program = program("flashd")?;
     let log = log_file::path().map_err(|error| socket_failure(&error))?;
     let log = absolute(&log).unwrap_or(log);
@@ -189,7 +194,7 @@ fn spawn(socket: &Path) -> Result<(Child, PathBuf, u64), Failure> {
     let second = file.try_clone().map_err(|error| cannot("open the log", &log, error))?;
     let mut command = Command::new(&program);
     command.stdin(Stdio::null()).stdout(file).stderr(second).current_dir("/").process_group(0);
-    command.env("FLASH_SOCKET", socket).envs(absolute_settings());
+    command.env("FLASH_SOCKET", socket).envs(absolute_settings()).envs(settings.iter().cloned());
     let child = command.spawn().map_err(|error| cannot("start", &program, error))?;
     Ok((child, log, from))
 }

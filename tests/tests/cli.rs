@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use flash_tests::{
-    daemon::{Home, Output, Process, finish},
+    daemon::{Home, Output, Process, finish, wait_until},
     tiny_model::{Spec, TinyModel},
 };
 use rustix::process::Signal;
@@ -164,6 +164,22 @@ fn the_daemon_starts_and_stops_on_demand() -> Result<()> {
         check(&home.ctl(&["daemon", "stop"])?, 0, &[]);
     }
     assert_eq!(status(&home)?["status"], "stopped");
+    Ok(())
+}
+
+/// With a daemon of its own, which has the settings that were asked for and ends with it.
+#[test]
+fn serving_starts_what_it_needs() -> Result<()> {
+    let home = home()?;
+    let mut command = home.command("flashctl");
+    command.args(["serve", "--port", "0", "--parallel", "3"]);
+    let mut process = Process::spawn(command, &home.path().join("serve.stderr"))?;
+    wait_until("the gateway listens", || process.errors().contains("listening on http://"))?;
+    let parallel = home.ctl(&["config", "get", "parallel", "--no-autostart"])?;
+    assert_eq!(parallel.stdout, "3\n", "{parallel:?}");
+    process.signal(Signal::TERM)?;
+    assert_eq!(process.code()?, Some(0), "{}", process.errors());
+    check(&home.ctl(&["config", "get", "parallel", "--no-autostart"])?, 69, &[]);
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! The arguments of what runs in the background, or serves.
 
-use std::ffi::OsString;
+use std::{ffi::OsString, num::NonZeroUsize};
 
 use clap::{Args, Subcommand, ValueEnum};
 
@@ -34,6 +34,9 @@ pub(crate) struct ServeArgs {
     /// Load this model first
     #[arg(long)]
     pub(crate) model: Option<String>,
+    /// Requests computed together, by a daemon that this starts
+    #[arg(long, value_name = "N")]
+    pub(crate) parallel: Option<NonZeroUsize>,
     #[command(flatten)]
     pub(crate) settings: Settings,
 }

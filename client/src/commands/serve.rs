@@ -2,6 +2,7 @@
 
 use std::{os::unix::process::CommandExt, process::Command};
 
+use flash_proto::v1::DoctorRequest;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::{process::Child, signal::unix::SignalKind};
 
@@ -17,7 +18,8 @@ const GRACE_S: f64 = 30.0;
 
 pub(crate) async fn run(args: ServeArgs, global: &Global) -> Result<(), Failure> {
     let gateway = connect::program("flash-gateway")?;
-    let daemon = connect::connect(global).await?;
+    let parallel = args.parallel.map(|parallel| ("FLASH_PARALLEL", parallel.to_string()));
+    let daemon = connect::connect_or_start(global, parallel.as_slice()).await?;
     let outcome = serve(&args, &gateway, &daemon, global).await;
     if daemon.started {
         daemon::stop(GRACE_S, global).await?;
@@ -25,8 +27,23 @@ pub(crate) async fn run(args: ServeArgs, global: &Global) -> Result<(), Failure>
     outcome
 }
 
+/// A running daemon keeps what it was started with.
+async fn has_parallel(daemon: &connect::Daemon, wanted: &str) -> Result<(), Failure> {
+    let report = daemon.admin().doctor(DoctorRequest {}).await.map_err(|status| daemon.failure(&status, "being examined"))?.into_inner();
+    match report.settings.iter().find(|setting| setting.name == "parallel") {
+        Some(setting) if setting.value != wanted => {
+            let message = format!("the running daemon computes up to {} requests together, not {wanted}", setting.value);
+            Err(Failure::new(exit::BAD_DATA, "parallel", message).hint("`flashctl daemon stop` first, or leave out --parallel"))
+        }
+        _ => Ok(()),
+    }
+}
+
 async fn serve(args: &ServeArgs, gateway: &std::path::Path, daemon: &connect::Daemon, global: &Global) -> Result<(), Failure> {
     let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, terminations()?);
+    if let Some(parallel) = args.parallel.filter(|_| !daemon.started) {
+        has_parallel(daemon, &parallel.to_string()).await?;
+    }
     if args.model.is_some() || args.settings != Settings::default() {
         let model = args.model.as_deref().unwrap_or("local");
         tokio::select! {

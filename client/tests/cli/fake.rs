@@ -326,9 +326,9 @@ impl Admin for Script {
     }
 
     async fn doctor(&self, _: Request<DoctorRequest>) -> Answer<DoctorResponse> {
-        let setting = Setting { name: "memory".into(), value: "auto".into(), origin: "default".into() };
+        let setting = |name: &str, value: &str| Setting { name: name.into(), value: value.into(), origin: "default".into() };
         let check = Check { name: "simd".into(), ok: true, finding: "avx2".into(), fix: String::new() };
-        Ok(Response::new(DoctorResponse { settings: vec![setting], checks: vec![check] }))
+        Ok(Response::new(DoctorResponse { settings: vec![setting("memory", "auto"), setting("parallel", "2")], checks: vec![check] }))
     }
 
     type BenchStream = Events<BenchEvent>;

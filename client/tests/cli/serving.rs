@@ -28,6 +28,10 @@ fn serve_runs_the_gateway_and_forwards_signals() {
     assert_eq!(child.wait().expect("flashctl ends").code(), Some(0));
     let busy = home.command(&flashctl, &["serve", "--port", "7"]).output().expect("flashctl runs");
     assert_eq!(busy.status.code(), Some(75), "the gateway's exit code is passed on");
+    let run =
+        |parallel| Ran::of(home.command(&flashctl, &["serve", "--port", "7", "--parallel", parallel]).output().expect("flashctl runs"));
+    run("4").expect(64, "", "computes up to 2 requests together, not 4\nhint: `flashctl daemon stop` first");
+    assert_eq!(run("2").code, Some(75), "as it runs already");
 }
 
 #[test]
@@ -103,7 +107,7 @@ fn doctor_says_what_is_wrong() {
     let ran = Ran::of(home.command(&flashctl, &["doctor"]).output().expect("flashctl runs"));
     assert_eq!(ran.code, Some(1), "{ran:?}");
     assert!(ran.stdout.contains("BAD  flash-gateway: flash-gateway is neither beside flashctl nor on PATH\n     fix: "), "{ran:?}");
-    assert!(ran.stdout.contains("memory   auto   default"), "{ran:?}");
+    assert!(ran.stdout.contains("memory    auto   default"), "{ran:?}");
     let report = Ran::of(home.command(&flashctl, &["doctor", "--json"]).output().expect("flashctl runs")).json();
     assert_eq!((&report["ok"], &report["settings"][0]["origin"]), (&Value::Bool(false), &"default".into()));
 }

@@ -21,7 +21,7 @@ fn main() {
     }
     for bits in bits {
         for group in if bits == 16 { vec![64] } else { vec![32, 64, 128] } {
-            for (threads, tokens) in [(1, 1), (2, 1), (1, 2), (1, 5), (1, 64)] {
+            for (threads, tokens) in [(1, 1), (2, 1), (1, 2), (1, 5), (1, 64), (2, 64)] {
                 measure(Products { bits, group, rows: None, cols: 2048, tokens, threads }, 7);
             }
         }
@@ -36,9 +36,9 @@ fn main() {
 /// Experts of flash-tiny-moe's shape and of Qwen3-30B-A3B's, as steps of one and of several tokens use them.
 fn experts() {
     for (hidden, width) in [(384, 128), (2048, 768)] {
-        for (experts, tokens) in [(8, 1), (27, 1), (16, 2), (8, 4)] {
+        for (experts, tokens) in [(8, 1), (27, 1), (16, 2), (8, 4), (32, 32)] {
             let what = format!("   4     64  {experts:>2} x {width:>5}  {:>7}  {tokens:>6}", 2);
-            print(&what, &FeedForwards { hidden, width, experts, tokens, threads: 2 }.measure(2000));
+            print(&what, &FeedForwards { hidden, width, experts, tokens, threads: 2 }.measure(2000 / tokens));
         }
     }
 }

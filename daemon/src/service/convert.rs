@@ -165,7 +165,7 @@ impl Prompt {
     pub(super) fn encode(self, text: &Text) -> Result<Vec<u32>, flash_engine::Error> {
         match self {
             Self::Chat(chat) => text.encode(&text.render(&chat)?),
-            Self::Text(prompt) => text.encode(&prompt),
+            Self::Text(prompt) => text.encode_raw(&prompt),
             Self::Tokens(ids) => Ok(ids),
             Self::Infill(gap) => text.encode_raw(&text.infill(&gap.prefix, &gap.suffix)?),
         }
@@ -340,6 +340,8 @@ pub(super) fn folder_name(param: &'static str, name: String) -> Result<String, E
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
 
     fn wanted(change: impl FnOnce(&mut v1::GenerateRequest)) -> Result<(Request, Option<KeepAlive>), Error> {
@@ -354,6 +356,32 @@ mod tests {
     fn a_marked_prompt_is_kept_to_its_end() {
         let keep = |marked| wanted(|request| request.cache_prompt = marked).expect("a good request").0.keep;
         assert_eq!((keep(false), keep(true)), (0, 1));
+    }
+
+    /// With a tokenizer that puts a token before each text.
+    #[test]
+    fn only_a_text_without_a_template_begins_as_the_tokenizer_has_it() {
+        let bundled = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/flash-tiny-moe");
+        let dir = tempfile::tempdir().expect("a folder");
+        for file in ["config.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json"] {
+            std::fs::copy(bundled.join(file), dir.path().join(file)).expect("copied");
+        }
+        let path = dir.path().join("tokenizer.json");
+        let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("JSON");
+        let (first, id) = (&tokenizer["added_tokens"][0]["content"], &tokenizer["added_tokens"][0]["id"]);
+        let expected = id.as_u64().expect("an id") as u32;
+        let special = json!({"SpecialToken": {"id": first, "type_id": 0}});
+        let [a, b] = ["A", "B"].map(|id| json!({"Sequence": {"id": id, "type_id": 0}}));
+        let named = json!({first.as_str().expect("a name"): {"id": first, "ids": [id], "tokens": [first]}});
+        tokenizer["post_processor"] =
+            json!({"type": "TemplateProcessing", "single": [special, a], "pair": [special, a, b], "special_tokens": named});
+        std::fs::write(&path, tokenizer.to_string()).expect("written");
+
+        let text = Text::open(dir.path()).expect("a tokenizer");
+        let plain = Prompt::Text("Once".into()).encode(&text).expect("ids");
+        assert_eq!((plain[0], &plain[1..]), (expected, &text.encode("Once").expect("ids")[..]));
+        let chat = Chat::of(vec![flash_engine::Message { role: "user".into(), content: "Once".into(), ..Default::default() }]);
+        assert_ne!(Prompt::Chat(Box::new(chat)).encode(&text).expect("ids")[0], expected);
     }
 
     fn check_sampling(param: &str, good: &[f32], bad: &[f32], set: fn(&mut v1::Sampling, f32)) {
