@@ -12,7 +12,10 @@ use std::{
 
 use flash_proto::{
     PROTOCOL_VERSION, socket,
-    v1::{VersionRequest, VersionResponse, admin_client::AdminClient, generate_client::GenerateClient, models_client::ModelsClient},
+    v1::{
+        DoctorRequest, DoctorResponse, VersionRequest, VersionResponse, admin_client::AdminClient, generate_client::GenerateClient,
+        models_client::ModelsClient,
+    },
 };
 use tokio::time::{sleep, timeout};
 use tonic::{Status, transport::Channel};
@@ -57,6 +60,12 @@ impl Daemon {
             (true, Ok(path)) => path.display().to_string(),
             _ => self.version.log_path.clone(),
         }
+    }
+
+    /// Its settings and checks.
+    pub(crate) async fn report(&self) -> Result<DoctorResponse, Failure> {
+        let report = self.admin().doctor(DoctorRequest {}).await;
+        Ok(report.map_err(|status| self.failure(&status, "being examined"))?.into_inner())
     }
 
     /// A status of this daemon, for the user; `doing` completes "the daemon went away while it was …".

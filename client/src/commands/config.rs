@@ -7,7 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use flash_proto::{socket, v1::DoctorRequest};
+use flash_proto::socket;
 use serde_json::json;
 use toml_edit::{DocumentMut, Item, Value};
 
@@ -45,8 +45,7 @@ pub(crate) async fn run(command: ConfigCommand, global: &Global) -> Result<(), F
 
 async fn get(name: Option<String>, global: &Global) -> Result<(), Failure> {
     let daemon = connect::connect(global).await?;
-    let report = daemon.admin().doctor(DoctorRequest {}).await.map_err(|status| daemon.failure(&status, "being examined"))?;
-    let settings = report.into_inner().settings;
+    let settings = daemon.report().await?.settings;
     let one = |setting: &flash_proto::v1::Setting| json!({"name": setting.name, "value": setting.value, "origin": setting.origin});
     let Some(name) = name else {
         if global.json {

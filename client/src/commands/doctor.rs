@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use flash_proto::{
     socket,
-    v1::{Check, DoctorRequest, DoctorResponse},
+    v1::{Check, DoctorResponse},
 };
 
 use crate::{
@@ -45,8 +45,7 @@ async fn ask_daemon(global: &Global) -> Result<(Check, DoctorResponse), Failure>
     let finding =
         format!("flashd {} answers on {} (pid {}{started})", version.version, connect::socket_path(global)?.display(), version.pid);
     let check = Check { name: "daemon".into(), ok: true, finding, fix: String::new() };
-    let report = daemon.admin().doctor(DoctorRequest {}).await.map_err(|status| daemon.failure(&status, "being examined"))?;
-    Ok((check, report.into_inner()))
+    Ok((check, daemon.report().await?))
 }
 
 fn home() -> Check {

@@ -2,7 +2,6 @@
 
 use std::{os::unix::process::CommandExt, process::Command};
 
-use flash_proto::v1::DoctorRequest;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::{process::Child, signal::unix::SignalKind};
 
@@ -29,8 +28,7 @@ pub(crate) async fn run(args: ServeArgs, global: &Global) -> Result<(), Failure>
 
 /// A running daemon keeps what it was started with.
 async fn has_parallel(daemon: &connect::Daemon, wanted: &str) -> Result<(), Failure> {
-    let report = daemon.admin().doctor(DoctorRequest {}).await.map_err(|status| daemon.failure(&status, "being examined"))?.into_inner();
-    match report.settings.iter().find(|setting| setting.name == "parallel") {
+    match daemon.report().await?.settings.iter().find(|setting| setting.name == "parallel") {
         Some(setting) if setting.value != wanted => {
             let message = format!("the running daemon computes up to {} requests together, not {wanted}", setting.value);
             Err(Failure::new(exit::BAD_DATA, "parallel", message).hint("`flashctl daemon stop` first, or leave out --parallel"))
