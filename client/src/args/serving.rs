@@ -1,6 +1,6 @@
 //! The arguments of what runs in the background, or serves.
 
-use std::{ffi::OsString, num::NonZeroUsize};
+use std::ffi::OsString;
 
 use clap::{Args, Subcommand, ValueEnum};
 
@@ -35,8 +35,8 @@ pub(crate) struct ServeArgs {
     #[arg(long)]
     pub(crate) model: Option<String>,
     /// Requests computed together, by a daemon that this starts
-    #[arg(long, value_name = "N")]
-    pub(crate) parallel: Option<NonZeroUsize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) parallel: Option<u32>,
     #[command(flatten)]
     pub(crate) settings: Settings,
 }
