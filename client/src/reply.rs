@@ -142,7 +142,7 @@ pub(crate) async fn receive(
             }
             Some(Event::Failed(failed)) => return Err(Failure::from_failed(&failed, &daemon.log())),
             // Nothing that is asked for here calls tools.
-            Some(Event::ToolCall(_)) => {}
+            Some(Event::Prompt(_) | Event::ToolCall(_)) => {}
             // An event of a newer daemon.
             None => {}
         }

@@ -417,7 +417,7 @@ fn deliver(live: &mut HashMap<RequestId, Live>, totals: &Totals, last_used: &mut
     let done = match &event {
         Event::Done(done) => Some(Some(done.clone())),
         Event::Failed(_) => Some(None),
-        Event::Prefill { .. } | Event::Token { .. } | Event::Routing { .. } => None,
+        Event::Prefill { .. } | Event::Prompt(_) | Event::Token { .. } | Event::Routing { .. } => None,
     };
     let event = match event {
         Event::Failed(error) => Err(Error::Engine(error)),

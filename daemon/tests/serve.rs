@@ -114,7 +114,7 @@ impl Stream {
         while let Some(event) = self.next().await {
             match event {
                 Event::Accepted(accepted) => assert_eq!(accepted.model, MODEL),
-                Event::Progress(_) | Event::Routing(_) | Event::ToolCall(_) => {}
+                Event::Progress(_) | Event::Prompt(_) | Event::Routing(_) | Event::ToolCall(_) => {}
                 Event::Text(part) => text += &part.text,
                 Event::Done(done) => {
                     assert_eq!(self.next().await, None, "Done is the last event");

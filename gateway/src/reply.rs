@@ -14,6 +14,8 @@ pub(crate) enum Piece {
 #[derive(Debug, Default)]
 pub(crate) struct Collected {
     pub(crate) accepted: v1::Accepted,
+    /// Log-probabilities of the prompt, if they were asked for.
+    pub(crate) prompt: Vec<v1::TokenLogprob>,
     pub(crate) pieces: Vec<Piece>,
     /// The last event, once it came.
     pub(crate) done: Option<v1::Done>,
@@ -31,6 +33,7 @@ impl Collected {
             Event::Text(text) => self.text(text),
             Event::ToolCall(part) => self.call(part),
             Event::Done(done) => self.done = Some(done.clone()),
+            Event::Prompt(prompt) => self.prompt.extend_from_slice(&prompt.tokens),
             Event::Progress(_) | Event::Failed(_) | Event::Routing(_) => {}
         }
         self.pieces.len() > before

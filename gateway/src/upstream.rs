@@ -109,6 +109,11 @@ impl Upstream {
         }
     }
 
+    /// What a listing leaves out of an installed model.
+    pub(crate) async fn show(&self, model: &str) -> Result<v1::ShowResponse, Failure> {
+        self.short(|channel| async move { ModelsClient::new(channel).show(v1::ShowRequest { model: model.to_owned() }).await }).await
+    }
+
     /// Loads a model, or puts a loaded one's end off.
     pub(crate) async fn load(&self, model: &str, keep_alive: Option<String>, patience: Duration) -> Result<(), Failure> {
         let request = v1::LoadRequest { model: model.to_owned(), keep_alive, ..Default::default() };
@@ -243,7 +248,7 @@ impl Feed {
         match event {
             Event::Accepted(_) => self.deadline = Some((Instant::now() + self.app.config.timing.queue_wait, Code::QueueTimeout)),
             Event::Progress(progress) if progress.phase() == Phase::Queued => {}
-            Event::Progress(_) | Event::Failed(_) | Event::Routing(_) => self.deadline = None,
+            Event::Progress(_) | Event::Prompt(_) | Event::Failed(_) | Event::Routing(_) => self.deadline = None,
             Event::Text(_) | Event::ToolCall(_) => {
                 self.deadline = None;
                 let now = Instant::now();

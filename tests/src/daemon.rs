@@ -425,7 +425,7 @@ pub async fn collect(mut stream: Streaming<GenerateEvent>) -> Result<Answer, Sta
             Some(Event::Text(text)) => answer.text.push_str(&text.text),
             Some(Event::Done(done)) => answer.done = Some(done),
             Some(Event::Failed(failed)) => answer.failed = Some(failed),
-            Some(Event::Progress(_) | Event::Routing(_) | Event::ToolCall(_)) | None => {}
+            Some(Event::Progress(_) | Event::Prompt(_) | Event::Routing(_) | Event::ToolCall(_)) | None => {}
         }
     }
     Ok(answer)

@@ -2,7 +2,7 @@
 //! is answered. Used by the tests that need no process.
 
 use anyhow::{Result, bail};
-use flash_engine::{CallPart, Delivery, Engine, Event, Finish, Kernels, Options, Part, Request, RequestId, Sampling, Step};
+use flash_engine::{CallPart, Delivery, Engine, Event, Finish, Kernels, Options, Part, Request, RequestId, Sampling, Step, TokenLogprob};
 
 /// The kernels that are held against the reference: MLX with the feature `mlx`, else the CPU's own.
 pub const SERVING: Kernels = if cfg!(feature = "mlx") { Kernels::Mlx } else { Kernels::Auto };
@@ -18,7 +18,7 @@ pub struct Outcome {
     pub ids: Vec<u32>,
     /// Prompt tokens that were not computed.
     pub cached: usize,
-    /// Per token the bits of its log-probability and of its alternatives', if they were asked for.
+    /// Per token the bits of its log-probability and of its alternatives', if they were asked for; the prompt's first.
     pub bits: Vec<u32>,
     pub text: String,
     pub reasoning: String,
@@ -65,11 +65,18 @@ pub fn run_with(engine: &mut Engine, requests: &[Late], between: &mut dyn FnMut(
         }
         between(engine, steps);
         steps += 1;
+        let bits = |of: &mut Vec<u32>, logprobs: Vec<TokenLogprob>| {
+            for token in logprobs {
+                of.push(token.logprob.to_bits());
+                of.extend(token.top.iter().map(|(_, logprob)| logprob.to_bits()));
+            }
+        };
         let mut deliver = |id: RequestId, event: Event| {
             let Some(index) = admitted.iter().position(|&known| known == Some(id)) else { return Delivery::Gone };
             let outcome = &mut outcomes[index];
             match event {
                 Event::Prefill { .. } | Event::Routing { .. } => {}
+                Event::Prompt(logprobs) => bits(&mut outcome.bits, logprobs),
                 Event::Token { parts, logprobs, .. } => {
                     for part in parts {
                         match part {
@@ -78,10 +85,7 @@ pub fn run_with(engine: &mut Engine, requests: &[Late], between: &mut dyn FnMut(
                             Part::Call(part) => outcome.calls.push(part),
                         }
                     }
-                    for token in logprobs {
-                        outcome.bits.push(token.logprob.to_bits());
-                        outcome.bits.extend(token.top.iter().map(|(_, logprob)| logprob.to_bits()));
-                    }
+                    bits(&mut outcome.bits, logprobs);
                 }
                 Event::Done(done) => {
                     outcome.ids = done.token_ids;

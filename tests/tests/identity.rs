@@ -205,6 +205,32 @@ fn batch_neighbours() -> Result<()> {
     with_tiny(|subject, kernels| subject.neighbours(kernels))
 }
 
+/// As a prompt, tokens have the log-probabilities that they had as a reply, beside others and alone.
+#[test]
+fn a_prompts_logprobs_are_a_replys() -> Result<()> {
+    with_tiny(|subject, kernels| {
+        if cfg!(feature = "mlx") && kernels == SERVING {
+            return Ok(()); // which chooses kernels by shape
+        }
+        let mut engine = subject.engine(Setting { slots: 8, threads: 2, kernels })?;
+        let mut request = subject.requests[1].clone();
+        let (ids, bits) = answers(run(&mut engine, std::slice::from_ref(&request))?)?.pop().context("an answer")?;
+        request.prompt.extend(&ids);
+        (request.prompt_logprobs, request.max_tokens) = (true, Some(1));
+        // Of each token but the first: its own, and eight others'.
+        let end = 1 + 9 * (request.prompt.len() - 1);
+        let alone = run(&mut engine, std::slice::from_ref(&request))?;
+        let beside =
+            run_with(&mut engine, &[Late { at: 0, request: subject.requests[2].clone() }, Late { at: 9, request }], &mut |_, _| {})?;
+        for (scored, what) in [(alone, "alone"), (beside, "beside another")] {
+            let scored = answers(scored)?.pop().context("an answer")?.1;
+            assert_eq!((scored.len(), f32::from_bits(scored[0]).is_nan()), (end + 9, true), "{kernels:?}, {what}");
+            assert_eq!(scored[end - bits.len()..end], bits, "{kernels:?}, {what}");
+        }
+        Ok(())
+    })
+}
+
 /// One token's working set, 25%, 50% and 100% of the trained model, with the kernels that serve by default.
 #[test]
 fn the_bundled_model() -> Result<()> {

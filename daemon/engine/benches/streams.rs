@@ -42,7 +42,7 @@ impl Heard {
                 Event::Token { .. } => self.tokens.entry(id).or_default().push(Instant::now()),
                 Event::Done(_) => self.done.push(id),
                 Event::Failed(error) => self.failed = Some(error),
-                Event::Prefill { .. } | Event::Routing { .. } => {}
+                Event::Prefill { .. } | Event::Prompt(_) | Event::Routing { .. } => {}
             }
             Delivery::Taken
         });

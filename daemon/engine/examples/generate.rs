@@ -26,7 +26,7 @@ fn main() -> anyhow::Result<()> {
             }),
             Event::Done(done) => outcome = Some(Ok(done)),
             Event::Failed(error) => outcome = Some(Err(error)),
-            Event::Prefill { .. } | Event::Routing { .. } => {}
+            Event::Prefill { .. } | Event::Prompt(_) | Event::Routing { .. } => {}
         }
         if std::io::stdout().flush().is_ok() { Delivery::Taken } else { Delivery::Gone }
     }) == Step::Worked

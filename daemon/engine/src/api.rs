@@ -194,6 +194,8 @@ pub struct Request {
     pub max_tokens: Option<usize>,
     /// `Some(n)`: log-probabilities with n alternatives each.
     pub top_logprobs: Option<usize>,
+    /// Says in [`Event::Prompt`] the same of the prompt.
+    pub prompt_logprobs: bool,
     pub ignore_eos: bool,
     /// Says in [`Event::Routing`] how every position was routed, prompt included.
     pub record_routing: bool,
@@ -214,6 +216,7 @@ impl Request {
             stop: Vec::new(),
             max_tokens: None,
             top_logprobs: None,
+            prompt_logprobs: false,
             ignore_eos: false,
             record_routing: false,
             keep: 0,
@@ -271,6 +274,8 @@ pub enum Event {
         done: usize,
         total: usize,
     },
+    /// Log-probabilities of the prompt's next tokens; of its first one, NaN.
+    Prompt(Vec<TokenLogprob>),
     /// No part while a character or a possible mark or stop string is held back.
     Token {
         parts: Vec<Part>,

@@ -12,13 +12,17 @@ pub use crate::backend::cpu::{Attention, Decoded, FeedForwards, Multiplied, Prod
 use crate::{
     Bytes, CacheBudget, Delivery, Engine, Error, Event, Io, Kernels, Lookahead, Options, PolicyKind, Profile, Report, Request, Sampling,
     Stage, Step,
+    backend::cpu::{allowed_cpus, physical_cores},
     machine::{Disk, fetched, memory_bandwidth},
+    memory::available,
     model::families::{FfnSpec, Model},
     synth::is_synthetic,
 };
 
 /// Parts of a decode whose speeds give a median: one stall shall not decide.
 const WINDOWS: usize = 8;
+/// What must be left for measuring the memory beside a model.
+const ROOM: Bytes = 1 << 30;
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -165,9 +169,9 @@ impl Bounds {
 
 impl Decode {
     /// A disk that gave more during the run than when it was measured can give that.
-    fn hold_against(&mut self, machine: &Machine) {
-        let disk_bytes_s = machine.disk_bytes_s.max(self.disk_bytes_s);
-        self.bounds = Bounds::new((self.bytes_per_token, machine.memory_bytes_s), (self.needed_bytes_per_token, disk_bytes_s));
+    fn hold_against(&mut self, memory_bytes_s: f64, disk_bytes_s: f64) {
+        let disk_bytes_s = disk_bytes_s.max(self.disk_bytes_s);
+        self.bounds = Bounds::new((self.bytes_per_token, memory_bytes_s), (self.needed_bytes_per_token, disk_bytes_s));
     }
 
     pub fn of_overlapped(&self) -> f64 {
@@ -252,6 +256,8 @@ struct Session<'a> {
     request: Request,
     need: Need,
     top_k_share: f64,
+    /// That this thread may run on while no engine pins it.
+    cpus: Vec<usize>,
 }
 
 /// Bytes that a token reads from memory, apart from where it stands.
@@ -308,6 +314,7 @@ impl<'a> Session<'a> {
             request,
             need: Need::of(&model, options.kernels),
             // Half an expert more: a share is rounded down to slots.
+            cpus: allowed_cpus(),
             top_k_share: ((model.arch.top_k as f64 + 0.5) / model.arch.experts as f64).min(1.0),
         })
     }
@@ -329,21 +336,27 @@ impl<'a> Session<'a> {
         // The warm row reads the same prompt again.
         let prefix_cache = CacheBudget::Bytes(0);
         let options = Options { io, policy, lookahead, expert_cache: cache, context, parallel: 1, prefix_cache, ..self.options.clone() };
-        // Before a model takes its memory, and with every engine: the neighbours of a virtual machine come and go.
-        let threads = options.threads.unwrap_or_else(crate::backend::cpu::physical_cores);
-        let memory_bytes_s = memory_bandwidth(threads, options.available);
+        let threads = options.threads.unwrap_or_else(physical_cores);
+        let unloaded = memory_bandwidth(threads, &self.cpus, options.available);
+        // The neighbours of a virtual machine come and go: again before and after each row, where the model leaves room for that.
+        let memory =
+            || if available().is_none_or(|left| left < ROOM) { unloaded } else { memory_bandwidth(threads, &self.cpus, options.available) };
         self.disk.forget();
         let mut engine = Engine::load(self.dir, &options, &mut |_| ())?;
         let disk_before = self.disk_bandwidth(&engine, each)?;
         engine.force_routing(self.bench.routing.as_deref())?;
         self.disk.forget();
         let mut row = |state| self.row(&mut engine, case, state, between);
-        let mut rows = [row(State::Cold)?, row(State::Warm)?];
+        let first = memory();
+        let cold = row(State::Cold)?;
+        let second = memory();
+        let mut rows = [cold, row(State::Warm)?];
+        let memory = [(first + second) / 2.0, (second + memory()) / 2.0];
         // A device drifts; what it could give is the better of before and after.
         let disk_bytes_s = disk_before.max(self.disk_bandwidth(&engine, each)?);
         let report = engine.report();
         let machine = Machine {
-            memory_bytes_s,
+            memory_bytes_s: memory.iter().sum::<f64>() / 2.0,
             threads: report.threads,
             disk_bytes_s,
             expert_bytes: engine.info().expert_bytes,
@@ -351,7 +364,9 @@ impl<'a> Session<'a> {
             io: report.io,
             kernels: report.kernels,
         };
-        rows.iter_mut().filter_map(|row| row.decode.as_mut()).for_each(|decode| decode.hold_against(&machine));
+        for (row, memory_bytes_s) in rows.iter_mut().zip(memory) {
+            row.decode.iter_mut().for_each(|decode| decode.hold_against(memory_bytes_s, disk_bytes_s));
+        }
         tell(each, BenchEvent::Machine(machine))?;
         Ok(rows)
     }

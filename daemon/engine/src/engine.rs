@@ -21,7 +21,7 @@ use std::{
 use flash_experts::{ExpertId, Experts, Hot, Io, PolicyKind, Storage, replay::Trace};
 
 use crate::{
-    Bytes, CacheBudget, Delivery, Error, Event, Lookahead, ModelInfo, Options, Report, Request, RequestId, Step, Text,
+    Bytes, CacheBudget, Delivery, Error, Event, Lookahead, ModelInfo, Options, Report, Request, RequestId, Step, Text, TokenLogprob,
     backend::{
         Backend, Row,
         cpu::{PIECE_MAX, physical_cores},
@@ -47,6 +47,9 @@ const AVAILABLE_UNKNOWN: Bytes = 8 << 30;
 
 /// Share of the slab that the activations of long prompts may take besides.
 const CHUNK_SHARE: Bytes = 4;
+
+/// Positions of a prompt whose logits are computed together: a vocabulary is long.
+const SCORED: usize = 16;
 
 /// Default limit of a request, prompt and completion, below the model's own.
 const CONTEXT_DEFAULT: usize = 32 * 1024;
@@ -446,6 +449,10 @@ impl Engine {
             if sequence.record {
                 deliver(id, pass.routing(0..rows));
             }
+            if sequence.scored {
+                let logprobs = score(&mut self.backend, sequence, &mut pass, self.info.vocab_size);
+                deliver(id, Event::Prompt(logprobs));
+            }
             if !sequence.prefilling() {
                 let now = counters(&self.experts);
                 let logits = self.backend.logits(&mut pass.act, rows - 1..rows);
@@ -478,7 +485,7 @@ impl Engine {
             self.options.memory.map(|cap| cap.saturating_sub(self.fixed_bytes() + self.busy_bytes() + self.slab.bytes(self.least_slots())));
         let share = (self.slab.bytes(self.experts.slots()) / CHUNK_SHARE).saturating_sub(self.passes_bytes());
         let sequence = &self.running[index];
-        let (from, table, record) = (sequence.cached, sequence.blocks.clone(), sequence.record);
+        let (from, table, record, scored) = (sequence.cached, sequence.blocks.clone(), sequence.record, sequence.scored);
         let left = sequence.prompt - from;
         // MLX chooses kernels by shape: what the cache may take must not decide on the bits.
         let rows = if self.backend.lazy() {
@@ -488,7 +495,9 @@ impl Engine {
             let most = self.pace.chunk(self.info.experts, self.info.top_k);
             // Where experts are read from disk, a chunk of some length is worth others' waiting.
             let least = if self.experts.slots() < self.info.experts { CHUNK_MIN } else { 2 * BLOCK };
-            let rows = if shared { rows.min(most.max(least)) } else { rows };
+            // And all logits of a chunk are computed at once.
+            let most = if scored { 2 * BLOCK } else { most.max(least) };
+            let rows = if shared { rows.min(most) } else { rows };
             // At the end of a block: what others compute can be taken up there.
             if rows < left { rows - (from + rows) % BLOCK } else { rows }
         };
@@ -564,6 +573,19 @@ impl Engine {
             None => Ok(()),
         }
     }
+}
+
+/// Log-probabilities of the tokens after a finished chunk's positions, as far as they are the prompt's, and before the first one's NaN.
+fn score(backend: &mut Backend, sequence: &Sequence, pass: &mut Pass, vocab: usize) -> Vec<TokenLogprob> {
+    let rows = pass.batch.rows.len();
+    let from = sequence.cached - rows;
+    let first = (from == 0).then(|| TokenLogprob { id: sequence.tokens[0], logprob: f32::NAN, top: Vec::new() });
+    let mut logprobs: Vec<_> = first.into_iter().collect();
+    for at in (0..rows).step_by(SCORED) {
+        let logits = backend.logits(&mut pass.act, at..(at + SCORED).min(rows));
+        logprobs.extend(sequence.score(from + at, logits, vocab));
+    }
+    logprobs
 }
 
 fn counters(experts: &Experts) -> Counters {

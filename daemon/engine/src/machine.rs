@@ -16,6 +16,7 @@ use flash_experts::{Read, Record, Storage};
 
 use crate::{
     Bytes, Error, Io,
+    backend::cpu::pin,
     memory::available,
     model::{
         families::{FfnSpec, Model},
@@ -32,14 +33,14 @@ const READING: Duration = Duration::from_secs(1);
 /// Of memory and of file offset, for reads past the page cache.
 const PAGE: usize = 4096;
 
-/// Bytes per second that `threads` pinned threads read from memory together, the best of three rounds. Takes 512
+/// Bytes per second that `threads` threads, pinned to these CPUs, read from memory together, the best of three rounds. Takes 512
 /// MiB meanwhile, or a sixteenth of what is `left` where that is less.
-pub(crate) fn memory_bandwidth(threads: usize, left: Option<Bytes>) -> f64 {
+pub(crate) fn memory_bandwidth(threads: usize, cpus: &[usize], left: Option<Bytes>) -> f64 {
     let left = left.into_iter().chain(available()).min().unwrap_or(BUFFER);
     let words = (BUFFER.min(left / 16).max(BUFFER_MIN) / 8) as usize / threads.max(1);
     let barrier = Barrier::new(threads.max(1));
     let worker = |index: usize| {
-        pin(index);
+        pin(cpus.get(index).map_or(cpus, std::slice::from_ref));
         // Touched by the thread that reads it.
         let part = vec![1u64; words];
         let round = |_| {
@@ -69,22 +70,6 @@ fn sum(words: &[u64]) -> u64 {
     }
     lanes.into_iter().fold(0, u64::wrapping_add)
 }
-
-/// To the `index`-th CPU that this thread may run on; a help, not a need.
-#[cfg(target_os = "linux")]
-fn pin(index: usize) {
-    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
-    let Ok(allowed) = sched_getaffinity(None) else { return };
-    if let Some(cpu) = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).nth(index) {
-        let mut one = CpuSet::new();
-        one.set(cpu);
-        let _ = sched_setaffinity(None, &one);
-    }
-}
-
-/// macOS has no thread affinity.
-#[cfg(not(target_os = "linux"))]
-fn pin(_: usize) {}
 
 /// Bytes that this process has had fetched from disks so far, read-ahead included and what the page cache had left out;
 /// `None` where the system does not say.
@@ -199,13 +184,16 @@ fn pieces(mut spans: Vec<Span>) -> Pieces {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::synth::{self, Synth};
+    use crate::{
+        backend::cpu::allowed_cpus,
+        synth::{self, Synth},
+    };
 
     #[test]
     fn every_word_is_summed() {
         let words: Vec<u64> = (0..64 * 32).collect();
         assert_eq!(sum(&words), words.iter().sum::<u64>());
-        assert!(memory_bandwidth(2, Some(BUFFER_MIN)).is_finite());
+        assert!(memory_bandwidth(2, &allowed_cpus(), Some(BUFFER_MIN)).is_finite());
     }
 
     #[test]

@@ -39,6 +39,8 @@ pub(crate) struct Sequence {
     pub(crate) paused: bool,
     /// Wants [`crate::Event::Routing`].
     pub(crate) record: bool,
+    /// Wants [`crate::Event::Prompt`].
+    pub(crate) scored: bool,
     max_tokens: usize,
     ignore_eos: bool,
     top_logprobs: Option<usize>,
@@ -92,6 +94,7 @@ impl Sequence {
             pass: None,
             paused: false,
             record: request.record_routing,
+            scored: request.prompt_logprobs && request.top_logprobs.is_some(),
             max_tokens,
             ignore_eos: request.ignore_eos,
             top_logprobs: request.top_logprobs,
@@ -117,9 +120,16 @@ impl Sequence {
     }
 
     /// What of its prompt need not be computed, if it is there: all but the last token, whose logits are wanted. Nothing where
-    /// every position's routing is.
+    /// every position's routing is, or logits.
     pub(crate) fn reusable(&self) -> &[u32] {
-        &self.tokens[..if self.record { 0 } else { self.prompt - 1 }]
+        &self.tokens[..if self.record || self.scored { 0 } else { self.prompt - 1 }]
+    }
+
+    /// Log-probabilities of the prompt's tokens that follow those from `first` on, by their logits [positions, vocab].
+    pub(crate) fn score(&self, first: usize, logits: &[f32], vocab: usize) -> Vec<crate::TokenLogprob> {
+        let top = self.top_logprobs.unwrap_or(0);
+        let next = self.tokens[..self.prompt].iter().skip(first + 1);
+        next.zip(logits.chunks_exact(vocab)).map(|(token, logits)| logprob(logits, *token, top, None)).collect()
     }
 
     /// Draws the next token from the logits of its last position.

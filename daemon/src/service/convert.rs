@@ -12,7 +12,7 @@ use flash_proto::{code, v1};
 use tonic::Status;
 
 pub(super) use self::{
-    chat::token,
+    chat::{prompt, token},
     measure::{absolute, bench, bench_event, job, replay_policies, replay_row, replay_slots, replayed, synth},
     state::{Seen, cache, check, cleared, context_length, loaded_model, model, setting, shown, snapshot},
 };
@@ -101,6 +101,7 @@ pub(super) struct Rest {
     stop: Vec<String>,
     max_tokens: Option<usize>,
     top_logprobs: Option<usize>,
+    prompt_logprobs: bool,
     ignore_eos: bool,
     record_routing: bool,
     cache_prompt: bool,
@@ -139,6 +140,7 @@ pub(super) fn generate(request: v1::GenerateRequest) -> Result<Wanted, Error> {
             stop,
             max_tokens: request.max_tokens.map(|n| n as usize),
             top_logprobs: request.top_logprobs.map(|n| n as usize),
+            prompt_logprobs: request.prompt_logprobs,
             ignore_eos: request.ignore_eos,
             record_routing: request.record_routing,
             cache_prompt: request.cache_prompt,
@@ -222,9 +224,9 @@ impl Overrides {
 
 impl Rest {
     pub(super) fn request(self, prompt: Vec<u32>, reply: Reply, sampling: Sampling) -> Request {
-        let Self { stop, max_tokens, top_logprobs, ignore_eos, record_routing, cache_prompt, client } = self;
+        let Self { stop, max_tokens, top_logprobs, prompt_logprobs, ignore_eos, record_routing, cache_prompt, client } = self;
         let keep = if cache_prompt { prompt.len() } else { 0 };
-        Request { prompt, sampling, stop, max_tokens, top_logprobs, ignore_eos, record_routing, keep, client, reply }
+        Request { prompt, sampling, stop, max_tokens, top_logprobs, prompt_logprobs, ignore_eos, record_routing, keep, client, reply }
     }
 }
 

@@ -155,6 +155,10 @@ impl Stream for Events {
                 this.heartbeat.reset();
                 convert::progress(progress)
             }
+            Some(Ok(Event::Prompt(logprobs))) => {
+                this.parts = convert::prompt(logprobs, &this.text);
+                return self.poll_next(cx);
+            }
             Some(Ok(Event::Token { parts, logprobs, channel })) => {
                 this.progress = None;
                 this.parts = convert::token(parts, logprobs, channel, &this.text);

@@ -140,7 +140,7 @@ impl Events {
                 event("message_delta", json!({"delta": delta, "usage": usage(&done.usage.unwrap_or_default())}), out);
                 event("message_stop", json!({}), out);
             }
-            Event::Progress(_) | Event::Failed(_) | Event::Routing(_) => {}
+            Event::Progress(_) | Event::Prompt(_) | Event::Failed(_) | Event::Routing(_) => {}
         }
     }
 

@@ -71,10 +71,15 @@ pub(crate) async fn show(Asked { call, body }: Asked) -> Result<Json<Value>, Fai
         of("block_count"): model.layers, of("expert_count"): model.experts, of("expert_used_count"): model.top_k,
         of("vocab_size"): model.vocab_size,
     });
-    let able = [(true, "completion"), (model.tools, "tools"), (model.reasoning, "thinking")];
+    let more = call.app.upstream.show(&model.id).await?;
+    let able = [(true, "completion"), (model.tools, "tools"), (more.infills, "insert"), (model.reasoning, "thinking")];
     let capabilities: Vec<_> = able.into_iter().filter(|(able, _)| *able).map(|(_, name)| name).collect();
+    let parameters = format!(
+        "temperature {}\ntop_k {}\ntop_p {}\nmin_p {}\nrepeat_penalty {}",
+        more.temperature, more.top_k, more.top_p, more.min_p, more.repetition_penalty
+    );
     Ok(Json(json!({
-        "license": "", "modelfile": "", "parameters": "", "template": "", "details": details(model), "model_info": info,
+        "license": "", "modelfile": "", "parameters": parameters, "template": more.chat_template, "details": details(model), "model_info": info,
         "capabilities": capabilities, "modified_at": rfc3339(model.modified),
     })))
 }

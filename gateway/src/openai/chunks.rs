@@ -125,7 +125,7 @@ impl Chunks {
                 self.choices[choice].done = Some(done.clone());
                 self.end(out);
             }
-            Event::Progress(_) | Event::Failed(_) | Event::Routing(_) => {}
+            Event::Progress(_) | Event::Prompt(_) | Event::Failed(_) | Event::Routing(_) => {}
         }
     }
 

@@ -32,8 +32,10 @@ pub(crate) struct Style {
     pub(crate) head: Head,
     /// Choices per prompt.
     n: usize,
-    /// The prompts, if they are to be repeated.
+    /// The prompts, if they are to be repeated; of token ids nothing: their text comes with their log-probabilities.
     echo: Option<Vec<String>>,
+    /// The prompt alone was asked for: the one token that is generated with it is left out.
+    prompt_only: bool,
     include_usage: bool,
     logprobs: bool,
 }
@@ -56,16 +58,16 @@ pub(crate) fn read(body: &Value, head: impl FnOnce(&str) -> Head) -> Result<Requ
     if let Some(node) = top.get("echo")
         && node.flag()?
     {
-        if top_logprobs.is_some() {
-            return Err(node.refuse(Code::UnsupportedValue, "the prompt's log-probabilities are not known; leave 'logprobs' out"));
-        }
         let text = |prompt: &Prompt| match prompt {
             Prompt::Text(text) => Some(text.clone()),
-            Prompt::Tokens(_) | Prompt::Chat(_) | Prompt::Infill(_) => None,
+            _ => top_logprobs.map(|_| String::new()),
         };
         let texts: Option<Vec<_>> = prompts.iter().map(text).collect();
-        echo = Some(texts.ok_or_else(|| node.refuse(Code::UnsupportedValue, "token ids cannot be repeated as text"))?);
+        echo = Some(texts.ok_or_else(|| node.refuse(Code::UnsupportedValue, "token ids are repeated as text only with 'logprobs'"))?);
     }
+    let max_tokens = top.get("max_tokens");
+    let prompt_only = echo.is_some() && max_tokens.as_ref().is_some_and(|node| node.value.as_u64() == Some(0));
+    let max_tokens = if prompt_only { Some(1) } else { max_tokens.map(ask::tokens).transpose()? };
     if let Some((suffix, node)) = suffix {
         for prompt in &mut prompts {
             *prompt = match std::mem::replace(prompt, Prompt::Text(String::new())) {
@@ -78,8 +80,9 @@ pub(crate) fn read(body: &Value, head: impl FnOnce(&str) -> Head) -> Result<Requ
     let generate = v1::GenerateRequest {
         sampling: Some(ask::sampling(&mut top)?),
         stop: top.read("stop", ask::stops)?.unwrap_or_default(),
-        max_tokens: Some(top.read("max_tokens", ask::tokens)?.unwrap_or(MAX_TOKENS)),
+        max_tokens: Some(max_tokens.unwrap_or(MAX_TOKENS)),
         top_logprobs,
+        prompt_logprobs: echo.is_some() && top_logprobs.is_some(),
         keep_alive: ask::keep_alive(&mut top)?,
         model,
         ..Default::default()
@@ -91,6 +94,7 @@ pub(crate) fn read(body: &Value, head: impl FnOnce(&str) -> Head) -> Result<Requ
         head: head(&generate.model),
         n: n as usize,
         echo,
+        prompt_only,
         include_usage: options.unwrap_or(false),
         logprobs: top_logprobs.is_some(),
     };
@@ -145,8 +149,19 @@ impl Style {
         Body { head: &self.head, object: "text_completion", choices, usage }
     }
 
-    fn usage(&self, all: &[v1::Usage]) -> Usage {
+    fn usage(&self, mut all: Vec<v1::Usage>) -> Usage {
+        if self.prompt_only {
+            all.iter_mut().for_each(|usage| usage.completion_tokens = 0);
+        }
         usage(&all.chunks(self.n).collect::<Vec<_>>())
+    }
+
+    /// What a choice begins with: the prompt as it was sent, or as its tokens read.
+    fn beginning(&self, choice: usize, tokens: &[v1::TokenLogprob]) -> String {
+        match self.echoed(choice) {
+            "" => String::from_utf8_lossy(&tokens.iter().flat_map(|token| token.token.iter().copied()).collect::<Vec<_>>()).into_owned(),
+            text => text.to_owned(),
+        }
     }
 
     /// What was collected → one completion.
@@ -160,21 +175,30 @@ impl Style {
                 Piece::Reasoning(text) | Piece::Content { text, .. } => text.as_str(),
                 Piece::Call { .. } => "",
             });
-            let text: String = std::iter::once(self.echoed(index)).chain(texts).collect();
-            let logprobs = self.logprobs.then(|| legacy(&reply.logprobs(), &mut 0));
+            let mut text = self.beginning(index, &reply.prompt);
+            let mut tokens = reply.prompt.clone();
+            if self.prompt_only {
+                let logprobs = self.logprobs.then(|| legacy(&tokens, &mut 0));
+                return self.choice(index, &text, logprobs, Some(Finish::Length));
+            }
+            text.extend(texts);
+            tokens.extend(reply.logprobs());
+            let logprobs = self.logprobs.then(|| legacy(&tokens, &mut 0));
             self.choice(index, &text, logprobs, Some(reply.finish()))
         };
         let choices = replies.iter().enumerate().map(choice).collect();
-        let usages: Vec<_> = replies.iter().map(Collected::usage).collect();
-        self.body(choices, Some(Some(self.usage(&usages))))
+        let usages = replies.iter().map(Collected::usage).collect();
+        self.body(choices, Some(Some(self.usage(usages))))
     }
 }
 
 /// The form from before chat; `offset` is the characters so far.
 fn legacy(tokens: &[v1::TokenLogprob], offset: &mut usize) -> Value {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let top = |token: &v1::TokenLogprob| -> Map<String, Value> {
-        token.top.iter().map(|other| (text(&other.token), finite(other.logprob).into())).collect()
+    // Nothing comes before a prompt's first token.
+    let known = |token: &v1::TokenLogprob| !token.logprob.is_nan();
+    let top = |token: &v1::TokenLogprob| -> Option<Map<String, Value>> {
+        known(token).then(|| token.top.iter().map(|other| (text(&other.token), finite(other.logprob).into())).collect())
     };
     let offsets = tokens.iter().map(|token| {
         let before = *offset;
@@ -184,7 +208,7 @@ fn legacy(tokens: &[v1::TokenLogprob], offset: &mut usize) -> Value {
     let offsets: Vec<_> = offsets.collect();
     json!({
         "tokens": tokens.iter().map(|token| text(&token.token)).collect::<Vec<_>>(),
-        "token_logprobs": tokens.iter().map(|token| finite(token.logprob)).collect::<Vec<_>>(),
+        "token_logprobs": tokens.iter().map(|token| known(token).then(|| finite(token.logprob))).collect::<Vec<_>>(),
         "top_logprobs": tokens.iter().map(top).collect::<Vec<_>>(),
         "text_offset": offsets,
     })
@@ -211,13 +235,20 @@ impl Chunks {
                 let echoed = self.style.echoed(choice);
                 (!echoed.is_empty()).then(|| self.style.choice(choice, echoed, None, None))
             }
+            Event::Prompt(prompt) => {
+                let logprobs = style.logprobs.then(|| legacy(&prompt.tokens, &mut self.choices[choice].0));
+                let text = if style.echoed(choice).is_empty() { style.beginning(choice, &prompt.tokens) } else { String::new() };
+                Some(style.choice(choice, &text, logprobs, None))
+            }
+            Event::Text(_) if style.prompt_only => None,
             Event::Text(text) => (!text.text.is_empty() || !text.logprobs.is_empty()).then(|| {
                 let logprobs = style.logprobs.then(|| legacy(&text.logprobs, &mut self.choices[choice].0));
                 style.choice(choice, &text.text, logprobs, None)
             }),
             Event::Done(done) => {
                 self.choices[choice].1 = Some(done.usage.unwrap_or_default());
-                Some(style.choice(choice, "", None, Some(done.finish())))
+                let finish = if style.prompt_only { Finish::Length } else { done.finish() };
+                Some(style.choice(choice, "", None, Some(finish)))
             }
             _ => None,
         };
@@ -227,7 +258,7 @@ impl Chunks {
         let usages: Vec<_> = self.choices.iter().filter_map(|(_, usage)| *usage).collect();
         if matches!(event, Event::Done(_)) && usages.len() == self.choices.len() {
             if self.style.include_usage {
-                sse::data(&self.style.body(Vec::new(), Some(Some(self.style.usage(&usages)))), out);
+                sse::data(&self.style.body(Vec::new(), Some(Some(self.style.usage(usages)))), out);
             }
             out.push_str(sse::DONE);
         }

@@ -63,9 +63,9 @@ fn refusals_name_the_field() {
     check(json!({"prompt": "a", "n": 5}), InvalidValue, "n");
     check(json!({"prompt": "a", "best_of": 2}), UnsupportedValue, "best_of");
     check(json!({"prompt": "a", "logprobs": 6}), InvalidValue, "logprobs");
-    check(json!({"prompt": "a", "logprobs": 1, "echo": true}), UnsupportedValue, "echo");
     check(json!({"prompt": [1], "echo": true}), UnsupportedValue, "echo");
     check(json!({"prompt": "a", "max_tokens": 0}), InvalidValue, "max_tokens");
+    check(json!({"prompt": "a", "max_tokens": -1, "echo": true}), InvalidValue, "max_tokens");
 }
 
 #[test]
@@ -102,6 +102,47 @@ fn events_become_chunks() {
     let head = r#"data: {"id":"cmpl-1","created":7,"model":"m","system_fingerprint":"fp","object":"text_completion","#;
     let wanted: String = said.iter().map(|rest| format!("{head}{rest}}}\n\n")).collect();
     assert_eq!(out, wanted + "data: [DONE]\n\n");
+}
+
+/// As evaluation harnesses ask.
+#[test]
+fn a_prompt_is_repeated_with_its_logprobs() {
+    let logprob = |token: &str, logprob| v1::TokenLogprob { token: token.into(), logprob, ..Default::default() };
+    let prompt = || Event::Prompt(v1::PromptLogprobs { tokens: vec![logprob("One", f32::NAN), logprob(" day", -1.5)] });
+    let mut reply = Collected::default();
+    for event in [prompt(), text(".", vec![logprob(".", -0.5)]), done(Finish::Length)] {
+        reply.add(&event);
+    }
+    let check = |body: Value, said: &str, completion_tokens: u32, logprobs: Value| {
+        let mut request = accepted(&body);
+        let generate = &request.requests[0];
+        assert!(generate.prompt_logprobs && generate.max_tokens == Some(1), "{body}");
+        let whole = serde_json::to_value(request.style.completion(std::slice::from_ref(&reply))).expect("JSON");
+        assert_eq!((&whole["choices"][0]["text"], &whole["choices"][0]["logprobs"]), (&json!(said), &logprobs), "{body}");
+        assert_eq!(
+            (&whole["usage"]["completion_tokens"], &whole["choices"][0]["finish_reason"]),
+            (&json!(completion_tokens), &json!("length"))
+        );
+        // Streamed, it says the same.
+        let mut chunks = Chunks::new(accepted(&body).style, 1);
+        let mut out = String::new();
+        for event in [Event::Accepted(v1::Accepted::default()), prompt(), text(".", vec![logprob(".", -0.5)]), done(Finish::Length)] {
+            chunks.event(0, &event, &mut out);
+        }
+        let chunks: Vec<Value> = out.split("data: ").filter_map(|data| serde_json::from_str(data).ok()).collect();
+        let texts: String = chunks.iter().filter_map(|chunk| chunk["choices"][0]["text"].as_str()).collect();
+        let offsets = chunks.iter().filter_map(|chunk| chunk["choices"][0]["logprobs"]["text_offset"].as_array()).flatten().cloned();
+        assert_eq!((texts.as_str(), Value::from_iter(offsets)), (said, logprobs["text_offset"].clone()), "{body}");
+    };
+    let of_prompt = json!({
+        "tokens": ["One", " day"], "token_logprobs": [null, -1.5], "top_logprobs": [null, {}], "text_offset": [0, 3],
+    });
+    check(json!({"prompt": "One day", "echo": true, "logprobs": 0, "max_tokens": 0}), "One day", 0, of_prompt.clone());
+    check(json!({"prompt": [1, 2], "echo": true, "logprobs": 1, "max_tokens": 0}), "One day", 0, of_prompt);
+    let all = json!({
+        "tokens": ["One", " day", "."], "token_logprobs": [null, -1.5, -0.5], "top_logprobs": [null, {}, {}], "text_offset": [0, 3, 7],
+    });
+    check(json!({"prompt": [1, 2], "echo": true, "logprobs": 1, "max_tokens": 1}), "One day.", 2, all);
 }
 
 #[test]

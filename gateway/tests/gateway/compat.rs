@@ -36,7 +36,9 @@ async fn ollama_lists_models_under_their_bare_ids() {
     let running = &get(address, "/api/ps").await.json()["models"][0];
     assert_eq!((&running["name"], &running["size_vram"], &running["context_length"]), (&json!("flash-tiny-moe"), &json!(77), &json!(2048)));
     let shown = post(address, "/api/show", &json!({"name": "flash-tiny-moe:latest"})).await.json();
-    assert_eq!(shown["capabilities"], json!(["completion", "tools", "thinking"]));
+    assert_eq!(shown["capabilities"], json!(["completion", "tools", "insert", "thinking"]));
+    assert_eq!(shown["template"], "{{ messages }}");
+    assert_eq!(shown["parameters"], "temperature 0.5\ntop_k 20\ntop_p 0\nmin_p 0\nrepeat_penalty 0");
     let shown_big = post(address, "/api/show", &json!({"model": "org/big"})).await.json();
     assert_eq!(shown_big["capabilities"], json!(["completion"]));
     assert_eq!(shown["model_info"]["qwen3_moe.context_length"], 2048);

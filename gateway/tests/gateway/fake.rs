@@ -240,8 +240,10 @@ impl Models for Service {
         Err(Status::unimplemented("no test needs it"))
     }
 
-    async fn show(&self, _: Request<v1::ShowRequest>) -> Result<Response<v1::ShowResponse>, Status> {
-        Err(Status::unimplemented("no test needs it"))
+    async fn show(&self, request: Request<v1::ShowRequest>) -> Result<Response<v1::ShowResponse>, Status> {
+        let infills = request.into_inner().model == "flash-tiny-moe";
+        let chat_template = "{{ messages }}".into();
+        Ok(Response::new(v1::ShowResponse { infills, chat_template, temperature: 0.5, top_k: 20, ..Default::default() }))
     }
 
     async fn convert(&self, _: Request<v1::ConvertRequest>) -> Result<Response<Self::ConvertStream>, Status> {

@@ -109,6 +109,21 @@ fn within(param: &'static str, text: &str) -> Result<(), Error> {
     }
 }
 
+fn logprob(found: TokenLogprob, side: &Text) -> v1::TokenLogprob {
+    let bytes = |id| side.token_bytes(id).to_vec();
+    let alternative = |(id, logprob)| v1::Alternative { id, token: bytes(id), logprob };
+    v1::TokenLogprob { id: found.id, token: bytes(found.id), logprob: found.logprob, top: found.top.into_iter().map(alternative).collect() }
+}
+
+/// In parts, as [`routing`](super::routing).
+pub(in crate::service) fn prompt(logprobs: Vec<TokenLogprob>, side: &Text) -> VecDeque<v1::GenerateEvent> {
+    let part = |found: &[TokenLogprob]| {
+        let tokens = found.iter().map(|found| logprob(found.clone(), side)).collect();
+        event(v1::generate_event::Event::Prompt(v1::PromptLogprobs { tokens }))
+    };
+    logprobs.chunks(256).map(part).collect()
+}
+
 /// One message for each part; log-probabilities go with the first text of their channel.
 pub(in crate::service) fn token(
     parts: Vec<Part>,
@@ -117,15 +132,7 @@ pub(in crate::service) fn token(
     side: &Text,
 ) -> VecDeque<v1::GenerateEvent> {
     use v1::generate_event::Event as E;
-    let bytes = |id| side.token_bytes(id).to_vec();
-    let alternative = |(id, logprob)| v1::Alternative { id, token: bytes(id), logprob };
-    let logprob = |found: TokenLogprob| v1::TokenLogprob {
-        id: found.id,
-        token: bytes(found.id),
-        logprob: found.logprob,
-        top: found.top.into_iter().map(alternative).collect(),
-    };
-    let mut logprobs: Vec<_> = logprobs.into_iter().map(logprob).collect();
+    let mut logprobs: Vec<_> = logprobs.into_iter().map(|found| logprob(found, side)).collect();
     let of = |channel| match channel {
         Channel::Content => v1::text::Channel::Content,
         Channel::Reasoning => v1::text::Channel::Reasoning,

@@ -21,8 +21,8 @@ use flash_kernels::{
     norm,
 };
 use linear::{Linear, linear, prepare};
-pub(crate) use pool::physical_cores;
 use pool::{Cells, Pool, TASK_ROWS};
+pub(crate) use pool::{allowed_cpus, physical_cores, pin};
 pub use speed::{Attention, Decoded, FeedForwards, Multiplied, Products};
 
 use crate::{

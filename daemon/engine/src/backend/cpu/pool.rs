@@ -384,13 +384,13 @@ pub(crate) fn physical_cores() -> usize {
 }
 
 #[cfg(target_os = "linux")]
-fn allowed_cpus() -> Vec<usize> {
+pub(crate) fn allowed_cpus() -> Vec<usize> {
     let Ok(set) = rustix::thread::sched_getaffinity(None) else { return Vec::new() };
     (0..rustix::thread::CpuSet::MAX_CPU).filter(|&cpu| set.is_set(cpu)).collect()
 }
 
 #[cfg(target_os = "linux")]
-fn pin(cpus: &[usize]) {
+pub(crate) fn pin(cpus: &[usize]) {
     if !cpus.is_empty() {
         let mut set = rustix::thread::CpuSet::new();
         cpus.iter().for_each(|cpu| set.set(*cpu));
@@ -401,12 +401,12 @@ fn pin(cpus: &[usize]) {
 
 /// macOS has no thread affinity; its scheduler keeps busy threads on performance cores.
 #[cfg(not(target_os = "linux"))]
-fn allowed_cpus() -> Vec<usize> {
+pub(crate) fn allowed_cpus() -> Vec<usize> {
     Vec::new()
 }
 
 #[cfg(not(target_os = "linux"))]
-fn pin(_: &[usize]) {}
+pub(crate) fn pin(_: &[usize]) {}
 
 #[cfg(test)]
 mod tests {

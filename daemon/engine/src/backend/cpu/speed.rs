@@ -14,7 +14,7 @@ use super::{
     attention::{self, Queries, UNITS},
     experts::{Buffers, Work, Works, feed_forward},
     linear::{Linear, linear, prepare},
-    pool::{Cells, Pool},
+    pool::{Cells, Pool, allowed_cpus},
 };
 use crate::{
     Bytes, Kernels,
@@ -51,7 +51,7 @@ pub struct Decoded {
 impl Attention {
     /// A token at the end of `context` positions, every layer some `rounds` times in turn.
     pub fn decode(&self, context: usize, rounds: usize) -> Decoded {
-        let memory_bytes_s = memory_bandwidth(self.threads, None);
+        let memory_bytes_s = memory_bandwidth(self.threads, &allowed_cpus(), None);
         let bytes = 4 * context * self.kv_heads * self.head_dim;
         let layers = CACHE.div_ceil(bytes).max(2);
         let mut bench = Bench::new(self, layers, context);
@@ -154,7 +154,7 @@ impl Products {
     /// Every kind of kernels that this CPU has, fast-math too, the portable ones apart, some `rounds` times in turn.
     pub fn measure(&self, rounds: usize) -> Vec<Multiplied> {
         let Self { bits, group, rows: of_one, cols, tokens, threads } = *self;
-        let memory_bytes_s = memory_bandwidth(threads, None);
+        let memory_bytes_s = memory_bandwidth(threads, &allowed_cpus(), None);
         let format = if bits == 16 { Format::Bf16 } else { Format::Affine { bits, group, params: Float::Bf16 } };
         // Many tokens do not wait for memory, and would take long.
         let bytes = if tokens < 8 { CACHE } else { CACHE / 64 };
@@ -223,7 +223,7 @@ impl FeedForwards {
     /// order.
     pub fn measure(&self, steps: usize) -> Multiplied {
         let Self { hidden, width, experts, tokens, threads } = *self;
-        let memory_bytes_s = memory_bandwidth(threads, None);
+        let memory_bytes_s = memory_bandwidth(threads, &allowed_cpus(), None);
         let format = Format::Affine { bits: 4, group: 64, params: Float::Bf16 };
         let (codes, side) = (hidden * width / 2, hidden * width / 64 * 2);
         let bytes = 3 * (codes + 2 * side);
