@@ -313,8 +313,8 @@ impl<'a> Session<'a> {
             disk: Disk::new(&model),
             request,
             need: Need::of(&model, options.kernels),
-            // Half an expert more: a share is rounded down to slots.
             cpus: allowed_cpus(),
+            // Half an expert more: a share is rounded down to slots.
             top_k_share: ((model.arch.top_k as f64 + 0.5) / model.arch.experts as f64).min(1.0),
         })
     }
@@ -338,9 +338,10 @@ impl<'a> Session<'a> {
         let options = Options { io, policy, lookahead, expert_cache: cache, context, parallel: 1, prefix_cache, ..self.options.clone() };
         let threads = options.threads.unwrap_or_else(physical_cores);
         let unloaded = memory_bandwidth(threads, &self.cpus, options.available);
-        // The neighbours of a virtual machine come and go: again before and after each row, where the model leaves room for that.
-        let memory =
-            || if available().is_none_or(|left| left < ROOM) { unloaded } else { memory_bandwidth(threads, &self.cpus, options.available) };
+        // The neighbours of a virtual machine come and go: again before and after each row, where the model leaves room for that, and
+        // unless the row lives off the page cache, which would make room for it.
+        let room = || case.cache.is_some() && available().is_some_and(|left| left >= ROOM);
+        let memory = || if room() { memory_bandwidth(threads, &self.cpus, options.available) } else { unloaded };
         self.disk.forget();
         let mut engine = Engine::load(self.dir, &options, &mut |_| ())?;
         let disk_before = self.disk_bandwidth(&engine, each)?;

@@ -579,6 +579,8 @@ impl Engine {
 fn score(backend: &mut Backend, sequence: &Sequence, pass: &mut Pass, vocab: usize) -> Vec<TokenLogprob> {
     let rows = pass.batch.rows.len();
     let from = sequence.cached - rows;
+    // What follows the last one is drawn.
+    let rows = rows.min(sequence.prompt - 1 - from);
     let first = (from == 0).then(|| TokenLogprob { id: sequence.tokens[0], logprob: f32::NAN, top: Vec::new() });
     let mut logprobs: Vec<_> = first.into_iter().collect();
     for at in (0..rows).step_by(SCORED) {
