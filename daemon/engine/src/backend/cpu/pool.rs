@@ -3,9 +3,10 @@
 //! A job is a counted list of tasks that workers take from an atomic counter, so which thread runs a task never
 //! changes a result. Waiting spins briefly and then blocks: pure spinning collapses when another process wants the
 //! core. A worker that the scheduler holds back is not waited for: when the tasks are gone the job closes, and
-//! only workers that entered it are awaited. If one of these was taken off its core by another process, it rests for a
-//! while: waiting out a time slice again and again costs more than the half of a core that it would get. Beside a long job,
-//! as a prompt's are, a time slice is little, and nobody rests; nor is such a job computed alone when a rest is over.
+//! only workers that entered it are awaited. If these lose their cores to another process for much of the time, they rest for a
+//! while: waiting out time slices costs more than the half of a core that they would get. What takes a core a few times a second,
+//! as the kernel does, costs less than any rest. Beside a long job, as a prompt's are, a time slice is little, and nobody rests;
+//! nor is such a job computed alone when a rest is over.
 
 use std::{
     any::Any,
@@ -29,7 +30,13 @@ fn held_back(worked: Duration) -> Duration {
     HELD_BACK.max(worked / 2)
 }
 
-/// How long a worker then rests: at first, and at most, if its core is found taken again and again.
+/// A worker rests when so much has been lost to waiting, of late ...
+const WORTH_A_REST: Duration = Duration::from_millis(6);
+
+/// ... that is, beyond this part of the time since. A rest costs a third of the speed and more.
+const BEARABLE: u32 = 4;
+
+/// How long it rests: at first, and at most, if its core is found taken again and again.
 const REST: [Duration; 2] = [Duration::from_millis(8), Duration::from_millis(256)];
 
 /// Rows of element-wise work that a task takes: enough to outweigh the hand-over.
@@ -51,11 +58,36 @@ struct Rest {
     until: Instant,
     /// How long it is this time.
     time: Duration,
+    /// To waiting, by `counted`.
+    lost: Duration,
+    counted: Instant,
+    /// A worker's, for a caller that lost its core.
+    waits_since: Instant,
+}
+
+impl Rest {
+    /// A job has ended after a wait of `waited`. True: a rest begins.
+    fn lose(&mut self, waited: Duration, now: Instant) -> bool {
+        let before = self.lost.saturating_sub(now.saturating_duration_since(self.counted.max(self.until)) / BEARABLE);
+        (self.lost, self.counted) = (before + waited, now);
+        if before.is_zero() {
+            self.time = Duration::ZERO;
+        }
+        if self.lost < WORTH_A_REST {
+            return false;
+        }
+        self.time = (2 * self.time).clamp(REST[0], REST[1]);
+        self.until = now + self.time;
+        // Nothing of a long absence is held against whoever comes back.
+        self.lost = WORTH_A_REST;
+        true
+    }
 }
 
 impl Default for Rest {
     fn default() -> Self {
-        Self { until: Instant::now(), time: REST[0] }
+        let now = Instant::now();
+        Self { until: now, time: Duration::ZERO, lost: Duration::ZERO, counted: now, waits_since: now }
     }
 }
 
@@ -161,7 +193,7 @@ impl Pool {
         if !spin(left) {
             self.wait(left, held_back(began.elapsed()));
         }
-        if shared.caller_late.load(Relaxed) {
+        if shared.caller_late.load(Acquire) {
             self.give_way();
         }
         if own.is_err() || shared.panicked.load(Relaxed) {
@@ -176,26 +208,29 @@ impl Pool {
     fn wait(&self, left: impl Fn() -> bool, most: Duration) {
         let inside = |awaited: u64, worker: usize| awaited | u64::from(self.shared.workers[worker].inside.load(Relaxed)) << worker;
         let awaited = (0..self.threads.len().min(64)).fold(0, inside);
-        if self.shared.block(left, &self.shared.left, Duration::MAX) > most {
-            self.rest(|worker| worker < 64 && awaited >> worker & 1 == 1);
+        let waited = self.shared.block(left, &self.shared.left, Duration::MAX);
+        if waited > most {
+            self.lost(waited, |worker| worker < 64 && awaited >> worker & 1 == 1);
         }
     }
 
-    /// The caller's own core is taken: it moves to the last worker's, which rests.
+    /// The caller's own core was taken: if that is worth a rest it moves to the last worker's.
     #[cold]
     fn give_way(&self) {
         self.shared.caller_late.store(false, Relaxed);
-        self.moved.store(true, Relaxed);
+        let waited = lock(&self.shared.rest).waits_since.elapsed();
         let last = self.threads.len();
-        pin(self.unpinned.get(last..=last).unwrap_or_default());
-        self.rest(|worker| worker + 1 == last);
+        if self.lost(waited, |worker| worker + 1 == last) {
+            self.moved.store(true, Relaxed);
+            pin(self.unpinned.get(last..=last).unwrap_or_default());
+        }
     }
 
-    fn rest(&self, chosen: impl Fn(usize) -> bool) {
-        let mut rest = lock(&self.shared.rest);
-        let now = Instant::now();
-        rest.time = if now < rest.until + rest.time { (2 * rest.time).min(REST[1]) } else { REST[0] };
-        rest.until = now + rest.time;
+    /// The chosen workers rest if that much more, lost to waiting, is worth it.
+    fn lost(&self, waited: Duration, chosen: impl Fn(usize) -> bool) -> bool {
+        if !lock(&self.shared.rest).lose(waited, Instant::now()) {
+            return false;
+        }
         for (index, worker) in self.shared.workers.iter().enumerate() {
             if chosen(index) && !worker.rests.swap(true, SeqCst) {
                 self.shared.resting.fetch_add(1, Relaxed);
@@ -203,6 +238,7 @@ impl Pool {
         }
         drop(self.shared.lock());
         self.shared.wake.notify_all();
+        true
     }
 
     /// Runs `f` on every item, each handed to one task. A single item, as a decode step has, costs nothing.
@@ -234,8 +270,10 @@ impl Shared {
                 };
                 let called = || opened() || me.rests.load(SeqCst);
                 let most = held_back(worked);
+                let began = Instant::now();
                 if open() && self.block(called, &self.wake, most) > most && open() {
-                    self.caller_late.store(true, Relaxed);
+                    lock(&self.rest).waits_since = began;
+                    self.caller_late.store(true, Release);
                 }
                 self.block(called, &self.wake, Duration::MAX);
             }
@@ -415,6 +453,31 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_rest_is_for_what_takes_a_core_again_and_again() {
+        let (ms, mut rest) = (Duration::from_millis, Rest::default());
+        let mut now = rest.until;
+        for _ in 0..100 {
+            now += ms(300);
+            assert!(!rest.lose(ms(5), now), "what the kernel does is no neighbour");
+        }
+        // One that never sleeps, for half of the time.
+        let mut times = Vec::new();
+        for _ in 0..14 {
+            now = now.max(rest.until) + ms(8);
+            if rest.lose(ms(4), now) {
+                times.push(rest.time.as_millis());
+            }
+        }
+        assert_eq!(times[..7], [8, 16, 32, 64, 128, 256, 256]);
+        now = rest.until + ms(8);
+        assert!(rest.lose(ms(1000), now));
+        now = rest.until + ms(24);
+        assert!(!rest.lose(ms(4), now), "it left");
+        assert!(rest.lose(ms(4), now + ms(8)));
+        assert_eq!(rest.time, REST[0]);
+    }
+
+    #[test]
     fn every_task_runs_once_and_panics_come_back() {
         for threads in [1, 2, 4] {
             let pool = Pool::new(threads).expect("threads");
@@ -434,7 +497,7 @@ mod tests {
                 pool.each(numbers.iter_mut().zip(&ones), |(number, one)| *number += one);
                 assert_eq!(numbers, ones);
             }
-            pool.rest(|_| true);
+            pool.lost(WORTH_A_REST, |_| true);
             let ran_by = || {
                 let ids = Mutex::new(HashSet::new());
                 pool.run(64, &|_| {
@@ -451,7 +514,7 @@ mod tests {
                 assert!(Instant::now() < end, "workers come back");
             }
             // Also to a job that began without them.
-            pool.rest(|_| true);
+            pool.lost(WORTH_A_REST, |_| true);
             let ids = Mutex::new(HashSet::new());
             pool.run(1 << 19, &|_| {
                 let mut ids = lock(&ids);
