@@ -1,6 +1,7 @@
 //! Attention alone, on heads as Qwen3-30B-A3B has them: what a decoded token reads of the KV cache a second, beside a plain sum
 //! of memory in the same run, and what a long prompt takes. Not the speed of a model: `flashctl bench` measures that.
-//! `cargo bench -p flash-engine --bench attention`; arguments replace the contexts, without prompts.
+//! `cargo bench -p flash-engine --bench attention`; numbers replace the contexts, without prompts, and `avx2`, or another name that
+//! `flashctl bench` shows, the best kernels that this CPU has.
 
 use flash_engine::bench::Attention;
 
@@ -8,7 +9,8 @@ fn main() {
     let asked: Vec<usize> = std::env::args().filter_map(|arg| arg.parse().ok()).collect();
     let prompts = asked.is_empty();
     let contexts = if prompts { vec![1 << 10, 8 << 10, 32 << 10] } else { asked };
-    let shape = |threads| Attention { heads: 32, kv_heads: 4, head_dim: 128, threads };
+    let kernels = std::env::args().skip(1).find(|arg| !arg.starts_with('-') && arg.parse::<usize>().is_err()).map(|name| &*name.leak());
+    let shape = |threads| Attention { heads: 32, kv_heads: 4, head_dim: 128, threads, kernels };
     println!("threads  positions   decode: median   GB/s    best   of memory's");
     for threads in [1, 2] {
         for &context in &contexts {

@@ -100,7 +100,7 @@ pub(super) fn highest(v: V) -> f32 {
 /// The first `count` lanes of `v`, the rest of `other`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn keep(v: V, count: usize, other: V) -> V {
+pub(super) fn keep(v: V, count: usize, other: V) -> V {
     let (count, lanes) = (_mm256_set1_epi32(count.min(LANES) as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     _mm256_blendv_ps(other, v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(count, lanes)))
 }

@@ -8,7 +8,7 @@
 
 use std::{arch::x86_64::*, array::from_fn, mem::MaybeUninit, ops::Range};
 
-use super::{Bf16, Coming, F16, F32, FIXED_MAX, Isa, Param, avx2, avx512, fixed_point};
+use super::{Bf16, Coming, F16, F32, FIXED_MAX, Isa, Param, avx2, avx2attend, avx512, fixed_point};
 use crate::matrix::{Acts, Fixed, FixedRow, Float, Format, Matrix};
 
 pub(super) const ISA: Isa = Isa {
@@ -18,6 +18,7 @@ pub(super) const ISA: Isa = Isa {
         // SAFETY: here and below, `Isa::available` hands this table out only where the features were detected.
         unsafe { to_fixed(x, fixed) }
     }),
+    attend_fixed: Some(avx2attend::attend),
     ..avx2::ISA
 };
 
@@ -28,6 +29,7 @@ pub(super) const WITH_AVX512: Isa = Isa {
         _ => (avx512::ISA.rows)(w, range, x, tokens, out),
     },
     fixed: ISA.fixed,
+    attend_fixed: ISA.attend_fixed,
     ..avx512::ISA
 };
 

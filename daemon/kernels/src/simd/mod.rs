@@ -19,6 +19,8 @@ mod attend;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx2attend;
+#[cfg(target_arch = "x86_64")]
 mod avx2fixed;
 #[cfg(target_arch = "x86_64")]
 mod avx512;

@@ -34,6 +34,8 @@ pub struct Attention {
     pub kv_heads: usize,
     pub head_dim: usize,
     pub threads: usize,
+    /// By its name; `None`: the best that this CPU has.
+    pub kernels: Option<&'static str>,
 }
 
 /// What one token's attention took in a layer.
@@ -90,7 +92,9 @@ impl Bench {
             top_k: 0,
             experts: 0,
         };
-        let (isa, mut next) = (Isa::available()[0], noise());
+        let mut sets = Isa::available().into_iter();
+        let isa = sets.find(|isa| of.kernels.is_none_or(|name| name == isa.name)).expect("kernels that this CPU has");
+        let mut next = noise();
         let mut kv = Kv::new(Kernels::Auto, &isa);
         let table: Table = (0..context.div_ceil(crate::kv::BLOCK) as u32).map(BlockId).collect();
         let mut numbers = || (0..shape.kv_heads * shape.head_dim).map(|_| next()).collect::<Vec<f32>>();
