@@ -8,11 +8,11 @@ use llguidance::{
     api::TopLevelGrammar,
     toktrie::{ApproximateTokEnv, INVALID_TOKEN, InferenceCapabilities, SimpleVob, TokRxInfo, TokTrie},
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{
     formats::{Calls, Dialect, Style},
-    rules::{self, Form, inline, plainer},
+    rules::{self, Form, Part, inline, plainer},
 };
 use crate::{Error, Format, Tool, model::chat::ToolChoice};
 
@@ -127,23 +127,39 @@ impl Compiler {
 
     /// At first as if every schema could be enforced; one by one only if that fails.
     fn with_tools(&self, make: &dyn Fn(Form) -> Result<String, Error>) -> Result<Grammar, Error> {
-        let quick = make(&|tool, schema| Ok(inline(schema, !tool.strict)))?;
-        self.lark(&quick).or_else(|_| self.lark(&make(&|tool, schema| self.enforceable(tool, schema))?).map_err(refused))
+        let quick = make(&|tool, part| {
+            Ok(Some(match part {
+                Part::Json(schema) => inline(schema, !tool.strict),
+                Part::Text(rules) => rules.to_owned(),
+            }))
+        })?;
+        self.lark(&quick).or_else(|_| self.lark(&make(&|tool, part| self.enforceable(tool, part))?).map_err(refused))
     }
 
-    /// The strictest form of a tool's schema that compiles.
-    fn enforceable(&self, tool: &Tool, schema: &Value) -> Result<String, Error> {
-        let compiles = |form: &str| match self.factory.create_parser(TopLevelGrammar::from_lark(format!("start: {form}\n"))) {
+    /// The strictest form that compiles.
+    fn enforceable(&self, tool: &Tool, part: Part) -> Result<Option<String>, Error> {
+        let compiles = |grammar: String| match self.factory.create_parser(TopLevelGrammar::from_lark(grammar)) {
             Ok(_) => Ok(()),
             Err(error) => Err(first_line(&error.to_string())),
         };
+        let refuse = |reason| Error::Schema { param: "tools", reason: format!("{}: {reason}", tool.name) };
+        let schema = match part {
+            Part::Json(schema) => schema,
+            Part::Text(rules) => {
+                return match compiles(format!("start: text\n{rules}")) {
+                    Ok(()) => Ok(Some(rules.to_owned())),
+                    Err(reason) if tool.strict => Err(refuse(reason)),
+                    Err(_) => Ok(None),
+                };
+            }
+        };
+        let compiles = |form: &str| compiles(format!("start: {form}\n"));
         if tool.strict {
             let form = inline(schema, false);
-            let refuse = |reason| Error::Schema { param: "tools", reason: format!("{}: {reason}", tool.name) };
-            return compiles(&form).map(|()| form).map_err(refuse);
+            return compiles(&form).map(|()| Some(form)).map_err(refuse);
         }
         let forms = [inline(schema, true), inline(&plainer(schema), true)];
-        Ok(forms.into_iter().find(|form| compiles(form).is_ok()).unwrap_or_else(|| inline(&json!({}), true)))
+        Ok(Some(forms.into_iter().find(|form| compiles(form).is_ok()).unwrap_or_else(|| inline(&json!({}), true))))
     }
 }
 

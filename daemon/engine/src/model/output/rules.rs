@@ -6,7 +6,7 @@ use super::{
     calls::is_string,
     formats::{Calls, Style},
 };
-use crate::{Error, Tool, model::chat::ToolChoice};
+use crate::{Error, Format, Parameters, Tool, model::chat::ToolChoice};
 
 /// Calls of one reply, where nothing else may follow.
 const CALLS_MAX: usize = 16;
@@ -21,8 +21,20 @@ const XML_END: &str = "<\\/parameter>";
 /// Longer texts are not counted: a count costs a state for each character.
 const XML_LENGTH_MAX: u64 = 2048;
 
-/// Writes a tool's schema, or a part of it, as a rule's body.
-pub(super) type Form<'a> = &'a dyn Fn(&Tool, &Value) -> Result<String, Error>;
+/// What a tool is called with, or a part of it.
+#[derive(Clone, Copy)]
+pub(super) enum Part<'a> {
+    Json(&'a Value),
+    /// Rules for `text`, which is not within quotes.
+    Text(&'a str),
+}
+
+/// A part as a rule's body, or its rules as they are; `None`: any text has to do.
+pub(super) type Form<'a> = &'a dyn Fn(&Tool, Part) -> Result<Option<String>, Error>;
+
+fn json_form(form: Form, tool: &Tool, schema: &Value) -> Result<String, Error> {
+    Ok(form(tool, Part::Json(schema))?.expect("JSON has a form"))
+}
 
 /// Rules for `calls`: one or more of the tools' calls.
 pub(super) fn calls(calls: &Calls, tools: &[&Tool], choice: &ToolChoice, form: Form) -> Result<String, Error> {
@@ -49,7 +61,7 @@ pub(super) fn bodies(calls: &Calls, tools: &[&Tool], form: Form) -> Result<Strin
             Style::Harmony => (format!("<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"), String::new()),
             Style::Json => (format!("\n{{\"name\": \"{name}\", \"arguments\": "), quoted(&format!("}}\n{}", calls.close))),
         };
-        rules += &format!("t{index}: {} a{index} {after}\na{index}: {}\n", quoted(&before), form(tool, &tool.schema())?);
+        rules += &format!("t{index}: {} a{index} {after}\na{index}: {}\n", quoted(&before), json_form(form, tool, &tool.schema())?);
     }
     if calls.style == Style::Xml {
         rules += XML_TEXT;
@@ -66,7 +78,7 @@ fn xml(index: usize, tool: &Tool, form: Form) -> Result<String, Error> {
     // A key that XML cannot hold is left out.
     for (number, (key, schema)) in properties.iter().filter(|(key, _)| !key.contains(['>', '<', '\n'])).enumerate() {
         let value = if is_string(Some(schema)) {
-            let (value, terminal) = xml_text(&format!("X{index}_{number}"), schema);
+            let (value, terminal) = xml_text(&format!("x{index}_{number}"), schema, (tool, form))?;
             rules += &terminal;
             value
         } else {
@@ -76,7 +88,7 @@ fn xml(index: usize, tool: &Tool, form: Form) -> Result<String, Error> {
                     schema.insert(definitions.into(), found.clone());
                 }
             }
-            format!("{} {}", form(tool, &schema)?, quoted("\n</parameter>\n"))
+            format!("{} {}", json_form(form, tool, &schema)?, quoted("\n</parameter>\n"))
         };
         parts += &format!(" p{index}_{number}{}", if required(key) { "" } else { "?" });
         rules += &format!("p{index}_{number}: {} {value}\n", quoted(&format!("<parameter={key}>\n")));
@@ -89,31 +101,74 @@ fn xml(index: usize, tool: &Tool, form: Form) -> Result<String, Error> {
     Ok(format!("t{index}: {head}{parts} {tail}\n{rules}"))
 }
 
-/// A parameter that is text: one of a few, or of a length, or any; with rules of its own, by that name.
-fn xml_text(name: &str, schema: &Value) -> (String, String) {
+/// A parameter that is text: one of a few, or what a grammar, a pattern or a length says, or any; with rules of its own, by that name.
+fn xml_text(name: &str, schema: &Value, (tool, form): (&Tool, Form)) -> Result<(String, String), Error> {
     let end = "\n</parameter>\n";
     let choices = schema.get("const").map(std::slice::from_ref).or_else(|| schema.get("enum")?.as_array().map(Vec::as_slice));
     let choices: Option<Vec<_>> = choices.filter(|choices| !choices.is_empty()).and_then(|all| all.iter().map(Value::as_str).collect());
     if let Some(choices) = choices {
         let choices: Vec<_> = choices.into_iter().map(|choice| quoted(&format!("{choice}{end}"))).collect();
-        return (format!("({})", choices.join(" | ")), String::new());
+        return Ok((format!("({})", choices.join(" | ")), String::new()));
+    }
+    if let Parameters::Text(Some(Format::Lark(grammar))) = &tool.parameters {
+        let rules = form(tool, Part::Text(&format!("text: %lark {{\n{grammar}\n}}\n")))?;
+        return Ok(match rules {
+            Some(rules) => (format!("{name} {}", quoted(end)), rules.replacen("text", name, 1)),
+            None => ("text".into(), String::new()),
+        });
     }
     let length = |key: &str| schema.get(key).and_then(Value::as_u64).filter(|length| *length <= XML_LENGTH_MAX);
     let (least, most) = (length("minLength").unwrap_or(0), length("maxLength"));
-    if least == 0 && most.is_none() || most.is_some_and(|most| most < least) {
-        return ("text".into(), String::new());
+    let mut parts = Vec::new();
+    if (least > 0 || most.is_some()) && most.is_none_or(|most| most >= least) {
+        let most = most.map_or(String::new(), |most| most.to_string());
+        parts.push(format!("/(.|\\n){{{least},{most}}}/"));
+    }
+    if let Some(pattern) = schema.get("pattern").and_then(Value::as_str) {
+        let pattern = format!("/{}/", llguidance::regex_to_lark(&anywhere(pattern), ""));
+        parts.extend(form(tool, Part::Text(&format!("text: T\nT: {pattern}\n")))?.map(|_| pattern));
+    }
+    if parts.is_empty() {
+        return Ok(("text".into(), String::new()));
     }
     // Without the mark inside, the first mark is the end.
-    let most = most.map_or(String::new(), |most| most.to_string());
-    let text = format!("/(.|\\n){{{least},{most}}}/ & ~/(.|\\n)*{XML_END}(.|\\n)*/");
-    (name.into(), format!("{name}_T: {text}\n{name}: {name}_T {}\n", quoted(end)))
+    let text = format!("{} & ~/(.|\\n)*{XML_END}(.|\\n)*/", parts.join(" & "));
+    let terminal = name.to_uppercase();
+    Ok((name.into(), format!("{terminal}: {text}\n{name}[suffix={}]: {terminal}\n", quoted(end))))
+}
+
+/// A pattern as JSON Schema has it, each of whose choices may stand anywhere in a text unless it is anchored, as one of the whole text.
+fn anywhere(pattern: &str) -> String {
+    let (mut depth, mut escaped, mut class) = (0, false, false);
+    let choices = pattern.split(|c| {
+        let ends = c == '|' && depth == 0 && !class && !escaped;
+        match c {
+            _ if escaped => {}
+            '[' => class = true,
+            ']' => class = false,
+            '(' if !class => depth += 1,
+            ')' if !class => depth -= 1,
+            _ => {}
+        }
+        escaped = c == '\\' && !escaped;
+        ends
+    });
+    let any = "(.|\\n)*";
+    let whole = choices.map(|choice| {
+        let (first, inner) = choice.strip_prefix('^').map_or((any, choice), |inner| ("", inner));
+        let escapes = |before: &&str| before.chars().rev().take_while(|c| *c == '\\').count() % 2 == 1;
+        let (inner, last) = inner.strip_suffix('$').filter(|before| !escapes(before)).map_or((inner, any), |before| (before, ""));
+        format!("{first}(?:{inner}){last}")
+    });
+    whole.collect::<Vec<_>>().join("|")
 }
 
 /// Rules for a tool's name on a line of its own and its arguments: what a Harmony parser makes of a message's head.
 pub(super) fn named(tools: &[&Tool], form: Form) -> Result<String, Error> {
     let mut rules = format!("start: {}\n", (0..tools.len()).map(|index| format!("t{index}")).collect::<Vec<_>>().join(" | "));
     for (index, tool) in tools.iter().enumerate() {
-        rules += &format!("t{index}: {} a{index}\na{index}: {}\n", quoted(&format!("{}\n", tool.name)), form(tool, &tool.schema())?);
+        rules +=
+            &format!("t{index}: {} a{index}\na{index}: {}\n", quoted(&format!("{}\n", tool.name)), json_form(form, tool, &tool.schema())?);
     }
     Ok(rules)
 }

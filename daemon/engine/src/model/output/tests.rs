@@ -413,9 +413,14 @@ fn grammars_begin_where_they_should() {
     );
     // In XML, texts are held to their choices and lengths, of characters and not of bytes.
     let texts = json!({"type": "object", "properties": {"e": {"type": "string", "enum": ["a", "b"]}, "s": {"type": "string", "minLength": 2, "maxLength": 4}, "n": {"type": "integer"}}, "required": ["e", "s"]});
-    for (e, s, valid) in
-        [("a", "\u{fc}\u{fc}\u{fc}\n", true), ("b", "1</p", true), ("c", "xyz", false), ("a", "x", false), ("b", "12345", false)]
-    {
+    for (e, s, valid) in [
+        ("a", "\u{fc}\u{fc}\u{fc}\n", true),
+        ("b", "1</p", true),
+        ("b", "\u{fc}12", true),
+        ("c", "xyz", false),
+        ("a", "x", false),
+        ("b", "12345", false),
+    ] {
         let says = format!(
             "<tool_call>\n<function=f>\n<parameter=e>\n{e}\n</parameter>\n<parameter=s>\n{s}\n</parameter>\n</function>\n</tool_call>"
         );
@@ -424,6 +429,43 @@ fn grammars_begin_where_they_should() {
         let arguments: Value = serde_json::from_str(&call.arguments).unwrap();
         assert!(jsonschema::validator_for(&texts).unwrap().is_valid(&arguments), "{call:?}");
         assert_eq!(arguments["e"] == e && arguments["s"] == s, valid, "{call:?}");
+    }
+    // And to patterns; a custom tool's text to its grammar.
+    let patterned = json!({"type": "object", "properties": {"s": {"type": "string", "pattern": "^[a-z]+-[0-9]{2}$"}, "t": {"type": "string", "pattern": "b/|c", "maxLength": 5}}, "required": ["s", "t"]});
+    for (s, t, valid) in
+        [("ab-12", "a b/", true), ("x-00", "\n\nc\n", true), ("ab-1", "b/", false), ("ab-12", "xyz", false), ("ab-12", "abcdef", false)]
+    {
+        let says = format!(
+            "<tool_call>\n<function=f>\n<parameter=s>\n{s}\n</parameter>\n<parameter=t>\n{t}\n</parameter>\n</function>\n</tool_call>"
+        );
+        let said = say(CODER_CHAT, says.leak(), |chat| chat.tools = vec![tool("f", patterned.clone())], None);
+        let Some(Part::Call(call)) = said.parts.first() else { panic!("{s} {t}: {said:?}") };
+        let arguments: Value = serde_json::from_str(&call.arguments).unwrap();
+        assert_eq!(arguments["s"] == s && arguments["t"] == t, valid, "{call:?}");
+        assert!(arguments["s"].as_str().unwrap().contains('-') && arguments["t"].as_str().unwrap().contains(['/', 'c']), "{call:?}");
+    }
+    for pattern in ["(?=a)b", "^a|b$|[|]", r"y|\|$", r"(a|n)y$"] {
+        let beyond = json!({"type": "object", "properties": {"s": {"type": "string", "pattern": pattern}}, "required": ["s"]});
+        let says = "<tool_call>\n<function=f>\n<parameter=s>\nany\n</parameter>\n</function>\n</tool_call>";
+        let said = say(CODER_CHAT, says, |chat| chat.tools = vec![tool("f", beyond.clone())], None);
+        assert_eq!(said.parts, [call(0, "f", "{\"s\":\"any\"}")], "{pattern}");
+    }
+    let grammar = Format::Lark("start: \"<\" word \">\" line*\nword: /[a-z]+/\nline: /\\n[0-9]/".into());
+    for (format, text, valid) in [
+        (&grammar, "<ab>\n1\n2", true),
+        (&grammar, "<>", false),
+        (&Format::Regex("a+|b+".into()), "bb", true),
+        (&Format::Regex("a+|b+".into()), "ab", false),
+        (&Format::Lark("start: (".into()), "what cannot be enforced\nis free", true),
+    ] {
+        let says = format!("<tool_call>\n<function=f>\n<parameter=input>\n{text}\n</parameter>\n</function>\n</tool_call>");
+        let custom = |chat: &mut Chat| {
+            chat.tools = vec![Tool { parameters: Parameters::Text(Some(format.clone())), ..tool("f", json!({})) }];
+        };
+        let said = say(CODER_CHAT, says.leak(), custom, None);
+        let Some(Part::Call(call)) = said.parts.first() else { panic!("{text}: {said:?}") };
+        let arguments: Value = serde_json::from_str(&call.arguments).unwrap();
+        assert_eq!(arguments["input"] == text, valid, "{call:?}");
     }
     let said = say(HARMONY_CHAT, "<|channel|>final<|message|>\"red\" or so", |_| (), Some(&colour));
     assert_eq!((said.parts, said.finish), (vec![content("\"red\"")], Finish::Stop(None)));
