@@ -64,6 +64,8 @@ pub struct Tile<'a, N> {
     pub keys: &'a [&'a [N]],
     /// The same blocks, each [BLOCK, head_dim] or as there.
     pub values: &'a [&'a [N]],
+    /// Keys that are read next, perhaps: kernels may ask for them meanwhile.
+    pub then: Option<&'a [N]>,
     /// [rows, width], of which the first shared × head_dim are queries.
     pub queries: &'a [f32],
     pub width: usize,

@@ -164,8 +164,8 @@ proptest! {
         let (wide_keys, wide_values) = (wide(&keys), wide(&values));
         let (keys, values): (Vec<&[f16]>, Vec<&[f16]>) = keys.iter().zip(&values).map(|(k, v)| (&k[..], &v[..])).unzip();
         let (wide_keys, wide_values): (Vec<&[f32]>, Vec<&[f32]>) = wide_keys.iter().zip(&wide_values).map(|(k, v)| (&k[..], &v[..])).unzip();
-        let tile = Tile { keys: &keys, values: &values, queries, width: shared * d, head_dim: d, shared, counts, scale };
-        let wide = Tile { keys: &wide_keys, values: &wide_values, queries, width: shared * d, head_dim: d, shared, counts, scale };
+        let tile = Tile { keys: &keys, values: &values, then: None, queries, width: shared * d, head_dim: d, shared, counts, scale };
+        let wide = Tile { keys: &wide_keys, values: &wide_values, then: None, queries, width: shared * d, head_dim: d, shared, counts, scale };
         let expected = attended(portable::attend, &tile);
         for isa in Isa::available() {
             let got = attended(isa.attend_f16, &tile);
@@ -203,7 +203,7 @@ proptest! {
         let (keys, values): (Vec<&[i16]>, Vec<&[i16]>) = keys.iter().zip(&values).map(|(k, v)| (&k[..], &v[..])).unzip();
         let queries: Vec<f32> = (0..rows * shared * d).map(|_| (next() - 0.5) * 2.0).collect();
         let (queries, counts, scale) = (&queries[..], &counts[..], 1.0 / (d as f32).sqrt());
-        let tile = Tile { keys: &keys, values: &values, queries, width: shared * d, head_dim: d, shared, counts, scale };
+        let tile = Tile { keys: &keys, values: &values, then: None, queries, width: shared * d, head_dim: d, shared, counts, scale };
         let expected = attended(fixed_kv::attend, &tile);
         for (name, kernel) in Isa::available().iter().filter_map(|isa| Some((isa.name, isa.attend_fixed?))) {
             let got = attended(kernel, &tile);
@@ -248,8 +248,17 @@ fn attention_in_fixed_point_hides_no_number_that_is_not_finite() {
         for kernel in kernels {
             for (keys, values, queries) in [(&bad_key, &values, &queries), (&keys, &bad_value, &queries), (&keys, &values, &bad_query)] {
                 // The last row sees position 9 and has the bad query; the others have nothing to do with either.
-                let tile =
-                    Tile { keys: &[keys], values: &[values], queries, width: d, head_dim: d, shared: 1, counts: &[3, 9, 20], scale: 0.2 };
+                let tile = Tile {
+                    keys: &[keys],
+                    values: &[values],
+                    then: None,
+                    queries,
+                    width: d,
+                    head_dim: d,
+                    shared: 1,
+                    counts: &[3, 9, 20],
+                    scale: 0.2,
+                };
                 let finite: Vec<bool> =
                     attended(kernel, &tile).chunks(d + 2).map(|pair| pair[2..].iter().all(|acc| (acc / pair[1]).is_finite())).collect();
                 assert_eq!(finite, [true, true, false], "{bad}");

@@ -89,14 +89,19 @@ unsafe fn attend_tile<const T: usize, const W: usize>(
             scores_of::<T, W>(tile.keys[block], next, d, block, counts, scratch);
         }
         let mut scales = [0.0; T];
+        // Memory goes on meanwhile: a block for every four heads.
+        let (values, early) = (&tile.values[..blocks], T / 4);
         for t in 0..T {
+            let next =
+                values.get(1 + t / 4).filter(|_| t / 4 < early).map_or(&scratch.queries[0][..], |next| &next[t % 4 * BLOCK * d / 4..]);
+            let next = next.as_ptr();
             (out.max[at + t], out.sum[at + t], scales[t]) =
-                weights_of(&tile.values[..blocks], d, counts[t], &mut scratch.scores[t], &mut scratch.weights[t]);
+                weights_of(values, next, d, counts[t], &mut scratch.scores[t], &mut scratch.weights[t]);
         }
         let acc = &mut out.acc[at * d..(at + T) * d];
         acc.fill(0.0);
         for block in 0..blocks {
-            let next = tile.values.get(block + 1).unwrap_or(&tile.values[block]);
+            let next = *values.get(block + 1 + early).or(tile.then.as_ref()).unwrap_or(&tile.values[block]);
             let weights = scratch.weights[0].as_ptr().add(block * BLOCK);
             let mut column = 0;
             while column + W * LANES <= d {
@@ -226,10 +231,17 @@ unsafe fn scores_of<const T: usize, const W: usize>(
 }
 
 /// Makes weights of one head's scores, those that it does not see being 0; returns the highest score, Σ e^(score − highest) and the
-/// weights' scale.
+/// weights' scale. Meanwhile a line at `next` is fetched for each vector.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,fma,f16c")]
-unsafe fn weights_of(values: &[&[i16]], d: usize, count: usize, scores: &mut [f32], weights: &mut [i16]) -> (f32, f32, f32) {
+unsafe fn weights_of(
+    values: &[&[i16]],
+    next: *const i16,
+    d: usize,
+    count: usize,
+    scores: &mut [f32],
+    weights: &mut [i16],
+) -> (f32, f32, f32) {
     let (scores, weights, all) = (scores.as_mut_ptr(), weights.as_mut_ptr(), values.len() * BLOCK);
     // SAFETY: the caller checked blocks of BLOCK × d values and BLOCK scales, and gives SPAN scores and weights; all ≤ SPAN.
     unsafe {
@@ -240,6 +252,7 @@ unsafe fn weights_of(values: &[&[i16]], d: usize, count: usize, scores: &mut [f3
         let highest = highest(highest_of);
         let mut sum = _mm512_setzero_ps();
         for at in (0..all).step_by(LANES) {
+            prefetch(next.wrapping_add(2 * at));
             let weight = exp(_mm512_sub_ps(_mm512_loadu_ps(scores.add(at)), _mm512_set1_ps(highest)));
             sum = _mm512_add_ps(sum, weight);
             let scales = _mm512_loadu_ps(values[at / BLOCK].as_ptr().add(BLOCK * d).cast::<f32>().add(at % BLOCK));

@@ -102,9 +102,13 @@ impl Kv {
     /// left out.
     pub(super) fn attend(&self, (pool, isa): (&Pool, &Isa), queries: &Queries<'_>, work: &mut Work, out: &Cells<'_>) {
         match self {
-            Self::F32(blocks) => attend(pool, &Pass { blocks, kernel: isa.attend, queries, out }, work),
-            Self::F16(blocks) => attend(pool, &Pass { blocks, kernel: isa.attend_f16, queries, out }, work),
-            Self::Fixed(blocks) => attend(pool, &Pass { blocks, kernel: isa.attend_fixed.unwrap_or(fixed_kv::attend), queries, out }, work),
+            Self::F32(blocks) => attend(pool, &Pass { blocks, kernel: isa.attend, queries, out, threads: pool.threads() }, work),
+            Self::F16(blocks) => attend(pool, &Pass { blocks, kernel: isa.attend_f16, queries, out, threads: pool.threads() }, work),
+            Self::Fixed(blocks) => attend(
+                pool,
+                &Pass { blocks, kernel: isa.attend_fixed.unwrap_or(fixed_kv::attend), queries, out, threads: pool.threads() },
+                work,
+            ),
         }
     }
 }
@@ -278,6 +282,7 @@ struct Pass<'a, N> {
     kernel: fn(&Tile<'_, N>, Partial<'_>),
     queries: &'a Queries<'a>,
     out: &'a Cells<'a>,
+    threads: usize,
 }
 
 impl<N: Stored> Pass<'_, N> {
@@ -302,9 +307,13 @@ impl<N: Stored> Pass<'_, N> {
                 runs[i] = &block[shape.run(layer, side, kv_head) * run..][..run];
             }
         }
+        // What this thread takes next, if threads take turns.
+        let then = table.get((start + self.threads * SPAN) / BLOCK).and_then(|id| self.blocks.get(*id));
+        let then = then.map(|block| &block[shape.run(layer, 0, kv_head) * run..][..run]);
         let tile = Tile {
             keys: &runs[0][..blocks],
             values: &runs[1][..blocks],
+            then,
             queries: &heads[(group.rows.start + skip) * width + kv_head * shared * d..],
             width,
             head_dim: d,
