@@ -5,40 +5,26 @@
 
 use std::{arch::x86_64::*, array::from_fn};
 
-use super::avx2::{exp, highest, keep, total};
+use super::{
+    avx2::{exp, highest, keep, total},
+    avx512attend::{HEAD, ROW, Scratch, prefetch, scale, touch},
+};
 use crate::{
-    attention::{BLOCK, Partial, SPAN, Tile},
-    fixed_kv::{self, STEP, WIDE_MAX},
+    attention::{BLOCK, Partial, Tile},
+    fixed_kv::{self, STEP},
 };
 
 const LANES: usize = 8;
 /// Pairs of numbers in a line of memory, and how many tokens' or columns' they are.
 const LINE: usize = 16;
-/// Heads taken together at most.
-const TILE: usize = 8;
-/// Largest head; others are left to the portable code.
-const HEAD: usize = 256;
-/// Numbers from one head's weights to the next's: a power of two would put all heads' into the same few cache sets.
-const ROW: usize = SPAN + 2 * LINE;
-
-/// What a tile's heads keep between their steps.
-struct Scratch {
-    queries: [[i16; HEAD]; TILE],
-    /// Of queries, times what makes scores of products.
-    scales: [f32; TILE],
-    scores: [[f32; SPAN + LINE]; TILE],
-    weights: [[i16; ROW]; TILE],
-}
 
 pub(super) fn attend(tile: &Tile<'_, i16>, mut out: Partial<'_>) {
     if !tile.head_dim.is_multiple_of(LINE) || tile.head_dim > HEAD {
         return fixed_kv::attend(tile, out);
     }
     tile.check(&out);
-    let mut scratch =
-        Scratch { queries: [[0; HEAD]; TILE], scales: [0.0; TILE], scores: [[0.0; SPAN + LINE]; TILE], weights: [[0; ROW]; TILE] };
-    // As `attend.rs` does it: has the processor look up where the span's pages are.
-    tile.keys.iter().chain(tile.values).flat_map(|run| run.chunks(2048)).for_each(|page| prefetch(page.as_ptr()));
+    let mut scratch = Scratch::EMPTY;
+    touch(tile);
     let (mut at, pairs) = (0, tile.pairs());
     while at < pairs {
         // SAFETY: this function is handed out only where the features were detected, and every access lies inside what `check` asserted.
@@ -51,13 +37,6 @@ pub(super) fn attend(tile: &Tile<'_, i16>, mut out: Partial<'_>) {
             }
         };
     }
-}
-
-/// Into the second cache, as on AVX-512.
-#[inline(always)]
-fn prefetch(from: *const i16) {
-    // SAFETY: a prefetch may name any address.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) };
 }
 
 /// Pairs `at` to `at` + T; returns T.
@@ -110,12 +89,6 @@ unsafe fn most(x: *const f32, count: usize) -> f32 {
     let four = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256::<1>(most));
     let two = _mm_max_epu32(four, _mm_srli_si128::<8>(four));
     f32::from_bits(_mm_cvtsi128_si32(_mm_max_epu32(two, _mm_srli_si128::<4>(two))) as u32)
-}
-
-/// The scale that makes numbers up to [`WIDE_MAX`] of something up to `most`, and its inverse.
-#[inline]
-fn scale(most: f32) -> (f32, f32) {
-    (most / WIDE_MAX, if most > 0.0 { WIDE_MAX / most } else { 0.0 })
 }
 
 /// Stores x × inverse as eight integers.

@@ -15,17 +15,22 @@ const LANES: usize = 16;
 /// Heads taken together at most.
 const TILE: usize = 8;
 /// Largest head; others are left to the portable code.
-const HEAD: usize = 256;
+pub(super) const HEAD: usize = 256;
 /// Numbers from one head's weights to the next's: a power of two would put all heads' into the same few cache sets.
-const ROW: usize = SPAN + 2 * LANES;
+pub(super) const ROW: usize = SPAN + 2 * LANES;
 
 /// What a tile's heads keep between their steps.
-struct Scratch {
-    queries: [[i16; HEAD]; TILE],
+pub(super) struct Scratch {
+    pub(super) queries: [[i16; HEAD]; TILE],
     /// Of queries, times what makes scores of products.
-    scales: [f32; TILE],
-    scores: [[f32; SPAN + LANES]; TILE],
-    weights: [[i16; ROW]; TILE],
+    pub(super) scales: [f32; TILE],
+    pub(super) scores: [[f32; SPAN + LANES]; TILE],
+    pub(super) weights: [[i16; ROW]; TILE],
+}
+
+impl Scratch {
+    pub(super) const EMPTY: Self =
+        Self { queries: [[0; HEAD]; TILE], scales: [0.0; TILE], scores: [[0.0; SPAN + LANES]; TILE], weights: [[0; ROW]; TILE] };
 }
 
 pub(super) fn attend(tile: &Tile<'_, i16>, mut out: Partial<'_>) {
@@ -33,8 +38,7 @@ pub(super) fn attend(tile: &Tile<'_, i16>, mut out: Partial<'_>) {
         return fixed_kv::attend(tile, out);
     }
     tile.check(&out);
-    let mut scratch =
-        Scratch { queries: [[0; HEAD]; TILE], scales: [0.0; TILE], scores: [[0.0; SPAN + LANES]; TILE], weights: [[0; ROW]; TILE] };
+    let mut scratch = Scratch::EMPTY;
     // SAFETY: this table is handed out only where the features were detected, and every access lies inside what `check` asserted.
     unsafe {
         touch(tile);
@@ -51,7 +55,7 @@ pub(super) fn attend(tile: &Tile<'_, i16>, mut out: Partial<'_>) {
 }
 
 /// As `attend.rs` does it: has the processor look up where the span's pages are.
-fn touch(tile: &Tile<'_, i16>) {
+pub(super) fn touch(tile: &Tile<'_, i16>) {
     for run in tile.keys.iter().chain(tile.values) {
         run.chunks(2048).for_each(|page| prefetch(page.as_ptr()));
     }
@@ -59,7 +63,7 @@ fn touch(tile: &Tile<'_, i16>) {
 
 /// Into the second cache: the first has too few buffers for lines under way, which halves what one core reads.
 #[inline(always)]
-fn prefetch(from: *const i16) {
+pub(super) fn prefetch(from: *const i16) {
     // SAFETY: a prefetch may name any address.
     unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) };
 }
@@ -92,8 +96,7 @@ unsafe fn attend_tile<const T: usize, const W: usize>(
         // Memory goes on meanwhile: a block for every four heads.
         let (values, early) = (&tile.values[..blocks], T / 4);
         for t in 0..T {
-            let next =
-                values.get(1 + t / 4).filter(|_| t / 4 < early).map_or(&scratch.queries[0][..], |next| &next[t % 4 * BLOCK * d / 4..]);
+            let next = values.get(1 + t / 4).filter(|_| early > 0).map_or(&scratch.queries[0][..], |next| &next[t % 4 * BLOCK * d / 4..]);
             let next = next.as_ptr();
             (out.max[at + t], out.sum[at + t], scales[t]) =
                 weights_of(values, next, d, counts[t], &mut scratch.scores[t], &mut scratch.weights[t]);
@@ -133,7 +136,7 @@ unsafe fn most(x: *const f32, count: usize) -> f32 {
 
 /// The scale that makes numbers up to [`WIDE_MAX`] of something up to `most`, and its inverse.
 #[inline]
-fn scale(most: f32) -> (f32, f32) {
+pub(super) fn scale(most: f32) -> (f32, f32) {
     (most / WIDE_MAX, if most > 0.0 { WIDE_MAX / most } else { 0.0 })
 }
 

@@ -102,13 +102,9 @@ impl Kv {
     /// left out.
     pub(super) fn attend(&self, (pool, isa): (&Pool, &Isa), queries: &Queries<'_>, work: &mut Work, out: &Cells<'_>) {
         match self {
-            Self::F32(blocks) => attend(pool, &Pass { blocks, kernel: isa.attend, queries, out, threads: pool.threads() }, work),
-            Self::F16(blocks) => attend(pool, &Pass { blocks, kernel: isa.attend_f16, queries, out, threads: pool.threads() }, work),
-            Self::Fixed(blocks) => attend(
-                pool,
-                &Pass { blocks, kernel: isa.attend_fixed.unwrap_or(fixed_kv::attend), queries, out, threads: pool.threads() },
-                work,
-            ),
+            Self::F32(blocks) => attend(pool, &Pass { blocks, kernel: isa.attend, queries, out }, work),
+            Self::F16(blocks) => attend(pool, &Pass { blocks, kernel: isa.attend_f16, queries, out }, work),
+            Self::Fixed(blocks) => attend(pool, &Pass { blocks, kernel: isa.attend_fixed.unwrap_or(fixed_kv::attend), queries, out }, work),
         }
     }
 }
@@ -248,7 +244,7 @@ fn attend<N: Stored>(pool: &Pool, pass: &Pass<'_, N>, work: &mut Work) {
             let unit = from + task;
             let (group, kv_head, units) = plan.head(plan.head_of(unit));
             let part = &mut lock(&parts[part(unit)]);
-            pass.compute(group, kv_head, unit - units.start, part);
+            pass.compute(group, kv_head, unit - units.start, pool.threads(), part);
             if group.spans == 1 {
                 pass.finish(group, kv_head, part);
             }
@@ -282,11 +278,11 @@ struct Pass<'a, N> {
     kernel: fn(&Tile<'_, N>, Partial<'_>),
     queries: &'a Queries<'a>,
     out: &'a Cells<'a>,
-    threads: usize,
 }
 
 impl<N: Stored> Pass<'_, N> {
-    fn compute(&self, group: &Group, kv_head: usize, span: usize, part: &mut Part) {
+    /// The span `ahead` of this one is what the thread takes next, if threads take turns.
+    fn compute(&self, group: &Group, kv_head: usize, span: usize, ahead: usize, part: &mut Part) {
         let Queries { shape, layer, heads, width, rows, tables, .. } = *self.queries;
         let (d, shared, start) = (shape.head_dim, shape.heads / shape.kv_heads, span * SPAN);
         let run = run_len::<N>(d);
@@ -307,8 +303,7 @@ impl<N: Stored> Pass<'_, N> {
                 runs[i] = &block[shape.run(layer, side, kv_head) * run..][..run];
             }
         }
-        // What this thread takes next, if threads take turns.
-        let then = table.get((start + self.threads * SPAN) / BLOCK).and_then(|id| self.blocks.get(*id));
+        let then = table.get((start + ahead * SPAN) / BLOCK).and_then(|id| self.blocks.get(*id));
         let then = then.map(|block| &block[shape.run(layer, 0, kv_head) * run..][..run]);
         let tile = Tile {
             keys: &runs[0][..blocks],

@@ -180,6 +180,8 @@ impl Pool {
         shared.job[1].store(vtable, Relaxed);
         shared.tasks.store(tasks, Relaxed);
         shared.next.store(done, Relaxed);
+        // Raised too late for its own job: the time since then was not lost.
+        shared.caller_late.store(false, Relaxed);
         let epoch = shared.state.load(Relaxed) >> 16;
         shared.state.store((epoch + 1) << 16 | OPEN, SeqCst);
         if shared.sleeping.load(SeqCst) > 0 {
