@@ -10,4 +10,4 @@ pub mod norm;
 pub mod portable;
 mod simd;
 
-pub use simd::{Isa, TOKENS_MAX, ToFixed};
+pub use simd::{Isa, TOKENS_MAX, ToFixed, exponentials};

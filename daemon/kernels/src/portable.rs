@@ -13,10 +13,11 @@ use crate::{
 /// Columns widened at a time.
 const CHUNK: usize = 128;
 
-/// `out[(row − rows.start) × tokens.len() + i] = W[row] · x[tokens[i]]`, at most [`TOKENS_MAX`] tokens.
+/// `out[i × rows.len() + row − rows.start] = W[row] · x[tokens[i]]`, at most [`TOKENS_MAX`] tokens.
 pub fn rows(w: &Matrix<'_>, rows: std::ops::Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
     let mut wide = vec![0.0f32; w.cols];
-    for (row, out) in rows.zip(out.chunks_exact_mut(tokens.len().max(1))) {
+    let height = rows.len();
+    for (at, row) in rows.enumerate() {
         w.dequantize_row(row, &mut wide);
         let mut lanes = [[0.0f32; 8]; TOKENS_MAX];
         for at in (0..w.cols).step_by(CHUNK) {
@@ -25,8 +26,8 @@ pub fn rows(w: &Matrix<'_>, rows: std::ops::Range<usize>, x: &Acts<'_>, tokens: 
                 accumulate(lanes, w, &x.token(token as usize)[at..at + w.len()]);
             }
         }
-        for (out, lanes) in out.iter_mut().zip(lanes) {
-            *out = fold(lanes);
+        for (i, lanes) in lanes[..tokens.len()].iter().enumerate() {
+            out[i * height + at] = fold(*lanes);
         }
     }
 }

@@ -3,7 +3,7 @@
 use flash_kernels::{
     Isa, TOKENS_MAX,
     attention::{BLOCK, Partial, SPAN, Stored, Tile},
-    fixed_kv,
+    exponentials, fixed_kv,
     matrix::{Acts, Float, Format, Matrix, Piece, Prepared},
     norm, portable,
 };
@@ -109,8 +109,8 @@ proptest! {
         let exact: Vec<f64> = (0..rows * tokens)
             .map(|i| {
                 let mut wide = vec![0.0; cols];
-                w.dequantize_row(i / tokens, &mut wide);
-                wide.iter().zip(acts.token(i % tokens)).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum()
+                w.dequantize_row(i % rows, &mut wide);
+                wide.iter().zip(acts.token(i / rows)).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum()
             })
             .collect();
         // Half a step of 8 bits, of activations up to 1.
@@ -129,15 +129,15 @@ proptest! {
             (isa.rows)(&w, 0..rows, &acts, &[0], &mut first);
             for row in 0..rows {
                 for token in 0..tokens {
-                    let (got, exact) = (out[row * tokens + token], exact[row * tokens + token]);
+                    let (got, exact) = (out[token * rows + row], exact[token * rows + row]);
                     let near = 2e-3 + if isa.price.is_some() { rounding[row] } else { 0.0 };
                     prop_assert!((f64::from(got) - exact).abs() < f64::from(near), "{} {format:?}: {got} for {exact}", isa.name);
-                    prop_assert!((got - expected[row * tokens + token]).abs() < near);
+                    prop_assert!((got - expected[token * rows + row]).abs() < near);
                     let mut alone = [0.0];
                     (isa.rows)(&w, row..row + 1, &acts, &[token as u32], &mut alone);
                     prop_assert_eq!(alone[0].to_bits(), got.to_bits(), "{} {:?}: batch changes bits", isa.name, format);
                 }
-                prop_assert_eq!(first[row].to_bits(), out[row * tokens].to_bits(), "{} {:?}: row block changes bits", isa.name, format);
+                prop_assert_eq!(first[row].to_bits(), out[row].to_bits(), "{} {:?}: row block changes bits", isa.name, format);
             }
         }
     }
@@ -296,5 +296,21 @@ fn swiglu_agrees_with_portable_wherever_its_vectors_begin() {
         let mut none = [f32::NAN];
         (isa.swiglu)(&mut none, &[1.0]);
         assert!(none[0].is_nan(), "{}", isa.name);
+    }
+}
+
+#[test]
+fn exponentials_are_near_and_the_same_wherever_their_vectors_begin() {
+    let mut x: Vec<f32> = (0..10_007).map(|i| -(i as f32) * 0.01).collect();
+    x.extend([f32::NEG_INFINITY, f32::INFINITY, f32::NAN, -0.0]);
+    let mut all = vec![1.0; x.len()];
+    exponentials(&x, 1.5, 0.7, &mut all);
+    for (got, x) in all.iter().zip(x) {
+        let mut alone = [2.0];
+        exponentials(&[x], 1.5, 0.7, &mut alone);
+        assert_eq!(alone[0].to_bits(), got.to_bits());
+        let x = (x - 1.5) * 0.7;
+        let exact = if (-86.0..=0.0).contains(&x) { f64::from(x).exp() } else { 0.0 };
+        assert!((f64::from(*got) - exact).abs() <= 2e-7 * exact, "e^{x}: {got}");
     }
 }

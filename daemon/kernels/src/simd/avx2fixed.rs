@@ -202,21 +202,21 @@ unsafe fn product<const BITS: usize, const GROUP: usize>(
     for (tile, near) in tokens.chunks(TOKENS_NEAR).enumerate() {
         let mut row = range.start;
         while row < range.end {
-            let to = &mut out[(row - range.start) * tokens.len() + tile * TOKENS_NEAR..];
-            let (left, width) = (range.end - row, tokens.len());
+            let to = &mut out[tile * TOKENS_NEAR * range.len() + row - range.start..];
+            let (left, height) = (range.end - row, range.len());
             // SAFETY: `fixed_point` checked the lengths.
             row += unsafe {
                 match *near {
-                    [a] if left >= 4 => few::<BITS, GROUP, 4, 1>(params, &coming, row, x, [a], to, width),
-                    [a] => few::<BITS, GROUP, 1, 1>(params, &coming, row, x, [a], to, width),
-                    [a, b] if left >= 4 => few::<BITS, GROUP, 4, 2>(params, &coming, row, x, [a, b], to, width),
-                    [a, b] => few::<BITS, GROUP, 1, 2>(params, &coming, row, x, [a, b], to, width),
-                    [a, b, c] if left >= 2 => few::<BITS, GROUP, 2, 3>(params, &coming, row, x, [a, b, c], to, width),
-                    [a, b, c] => few::<BITS, GROUP, 1, 3>(params, &coming, row, x, [a, b, c], to, width),
-                    [a, b, c, d] if left >= 2 => few::<BITS, GROUP, 2, 4>(params, &coming, row, x, [a, b, c, d], to, width),
-                    [a, b, c, d] => few::<BITS, GROUP, 1, 4>(params, &coming, row, x, [a, b, c, d], to, width),
-                    _ if left >= ROWS => many::<BITS, GROUP, ROWS>(params, &coming, row, x, near, to, width),
-                    _ => many::<BITS, GROUP, 1>(params, &coming, row, x, near, to, width),
+                    [a] if left >= 4 => few::<BITS, GROUP, 4, 1>(params, &coming, row, x, [a], to, height),
+                    [a] => few::<BITS, GROUP, 1, 1>(params, &coming, row, x, [a], to, height),
+                    [a, b] if left >= 4 => few::<BITS, GROUP, 4, 2>(params, &coming, row, x, [a, b], to, height),
+                    [a, b] => few::<BITS, GROUP, 1, 2>(params, &coming, row, x, [a, b], to, height),
+                    [a, b, c] if left >= 2 => few::<BITS, GROUP, 2, 3>(params, &coming, row, x, [a, b, c], to, height),
+                    [a, b, c] => few::<BITS, GROUP, 1, 3>(params, &coming, row, x, [a, b, c], to, height),
+                    [a, b, c, d] if left >= 2 => few::<BITS, GROUP, 2, 4>(params, &coming, row, x, [a, b, c, d], to, height),
+                    [a, b, c, d] => few::<BITS, GROUP, 1, 4>(params, &coming, row, x, [a, b, c, d], to, height),
+                    _ if left >= ROWS => many::<BITS, GROUP, ROWS>(params, &coming, row, x, near, to, height),
+                    _ => many::<BITS, GROUP, 1>(params, &coming, row, x, near, to, height),
                 }
             };
         }
@@ -233,7 +233,7 @@ unsafe fn few<const BITS: usize, const GROUP: usize, const R: usize, const T: us
     x: &Acts<'_>,
     tokens: [u32; T],
     out: &mut [f32],
-    width: usize,
+    height: usize,
 ) -> usize {
     let Coming { w, bytes, .. } = *coming;
     let (groups, blocks, planes) = (w.cols / GROUP, Cut::<BITS, GROUP>::BLOCKS, Cut::<BITS, GROUP>::PLANES);
@@ -283,16 +283,16 @@ unsafe fn few<const BITS: usize, const GROUP: usize, const R: usize, const T: us
             }
         }
         for t in 0..T {
-            put::<R>(from_fn(|r| totals[r][t]), &mut out[t..], width);
+            put::<R>(from_fn(|r| totals[r][t]), &mut out[t * height..]);
         }
     }
     R
 }
 
-/// The sums of R vectors' lanes as every `width`-th of `out`; four together, in `total`'s order.
+/// The sums of R vectors' lanes; four together, in `total`'s order.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn put<const R: usize>(totals: [__m256; R], out: &mut [f32], width: usize) {
+fn put<const R: usize>(totals: [__m256; R], out: &mut [f32]) {
     let (fours, rest) = totals.as_chunks::<4>();
     for (of, [a, b, c, d]) in fours.iter().enumerate() {
         let halves = |a, b| _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
@@ -301,13 +301,12 @@ fn put<const R: usize>(totals: [__m256; R], out: &mut [f32], width: usize) {
         let one = _mm256_add_ps(two, _mm256_movehdup_ps(two));
         let (ac, bd) = (_mm256_castps256_ps128(one), _mm256_extractf128_ps::<1>(one));
         let all = _mm_blend_ps::<0b1010>(ac, _mm_moveldup_ps(bd));
-        let mut four = [0.0; 4];
+        let out = &mut out[4 * of..][..4];
         // SAFETY: four floats.
-        unsafe { _mm_storeu_ps(four.as_mut_ptr(), all) };
-        (0..4).for_each(|r| out[(4 * of + r) * width] = four[r]);
+        unsafe { _mm_storeu_ps(out.as_mut_ptr(), all) };
     }
     let done = R - rest.len();
-    rest.iter().enumerate().for_each(|(r, total)| out[(done + r) * width] = avx2::total(*total));
+    rest.iter().enumerate().for_each(|(r, total)| out[done + r] = avx2::total(*total));
 }
 
 /// As many lines as R rows of so many blocks are, two blocks a line; where the next of them are.
@@ -340,7 +339,7 @@ unsafe fn many<const BITS: usize, const GROUP: usize, const R: usize>(
     x: &Acts<'_>,
     tokens: &[u32],
     out: &mut [f32],
-    width: usize,
+    height: usize,
 ) -> usize {
     let Coming { w, bytes, .. } = *coming;
     let (groups, blocks, planes) = (w.cols / GROUP, Cut::<BITS, GROUP>::BLOCKS, Cut::<BITS, GROUP>::PLANES);
@@ -378,7 +377,7 @@ unsafe fn many<const BITS: usize, const GROUP: usize, const R: usize>(
             }
         }
         for (t, totals) in totals.iter().enumerate() {
-            put(*totals, &mut out[t..], width);
+            put(*totals, &mut out[t * height..]);
         }
     }
     R

@@ -108,23 +108,23 @@ unsafe fn product<const EXACT: bool, const BITS: usize, P: Wide>(
 ) {
     let sizes = Sizes::of::<BITS>(w, x, range.end);
     for (index, tile) in tokens.chunks(TOKENS).enumerate() {
-        let to = (index * TOKENS, tokens.len());
+        let out = &mut out[index * TOKENS * range.len()..];
         // SAFETY: `rows` checked the lengths.
         unsafe {
             match *tile {
-                [a] => column::<EXACT, BITS, P, 4, 1>(&sizes, range.clone(), x, [a], out, to),
-                [a, b] => column::<EXACT, BITS, P, 2, 2>(&sizes, range.clone(), x, [a, b], out, to),
-                [a, b, c] => column::<EXACT, BITS, P, 2, 3>(&sizes, range.clone(), x, [a, b, c], out, to),
-                [a, b, c, d] => column::<EXACT, BITS, P, 2, 4>(&sizes, range.clone(), x, [a, b, c, d], out, to),
-                [a, b, c, d, e] => column::<EXACT, BITS, P, 2, 5>(&sizes, range.clone(), x, [a, b, c, d, e], out, to),
-                [a, b, c, d, e, f, ..] => column::<EXACT, BITS, P, 2, TOKENS>(&sizes, range.clone(), x, [a, b, c, d, e, f], out, to),
+                [a] => column::<EXACT, BITS, P, 4, 1>(&sizes, range.clone(), x, [a], out),
+                [a, b] => column::<EXACT, BITS, P, 2, 2>(&sizes, range.clone(), x, [a, b], out),
+                [a, b, c] => column::<EXACT, BITS, P, 2, 3>(&sizes, range.clone(), x, [a, b, c], out),
+                [a, b, c, d] => column::<EXACT, BITS, P, 2, 4>(&sizes, range.clone(), x, [a, b, c, d], out),
+                [a, b, c, d, e] => column::<EXACT, BITS, P, 2, 5>(&sizes, range.clone(), x, [a, b, c, d, e], out),
+                [a, b, c, d, e, f, ..] => column::<EXACT, BITS, P, 2, TOKENS>(&sizes, range.clone(), x, [a, b, c, d, e, f], out),
                 [] => {}
             }
         }
     }
 }
 
-/// All rows for one tile of tokens, R at a time. `to` = (the tile's first column of `out`, columns of `out`).
+/// All rows for one tile of tokens, R at a time.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn column<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, const T: usize>(
     sizes: &Sizes<'_>,
@@ -132,25 +132,24 @@ unsafe fn column<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, 
     x: &Acts<'_>,
     tokens: [u32; T],
     out: &mut [f32],
-    to: (usize, usize),
 ) {
-    let mut row = range.start;
+    let (mut row, height) = (range.start, range.len());
     while row < range.end {
-        let out = &mut out[(row - range.start) * to.1 + to.0..];
+        let out = &mut out[row - range.start..];
         // SAFETY: `rows` checked the lengths.
         unsafe {
             if row + R <= range.end {
-                tile::<EXACT, BITS, P, R, T>(sizes, row, x, tokens, out, to.1);
+                tile::<EXACT, BITS, P, R, T>(sizes, row, x, tokens, out, height);
                 row += R;
             } else {
-                tile::<EXACT, BITS, P, 1, T>(sizes, row, x, tokens, out, to.1);
+                tile::<EXACT, BITS, P, 1, T>(sizes, row, x, tokens, out, height);
                 row += 1;
             }
         }
     }
 }
 
-/// R rows × T tokens; out[r × width + t]. Each of them is summed in one order, whatever R and T.
+/// R rows × T tokens; out[t × height + r]. Each of them is summed in one order, whatever R and T.
 ///
 /// A block is 64 bytes of codes, and 32 / BITS columns of it belong to each lane of 32 bits.
 #[inline]
@@ -161,7 +160,7 @@ unsafe fn tile<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, co
     x: &Acts<'_>,
     tokens: [u32; T],
     out: &mut [f32],
-    width: usize,
+    height: usize,
 ) {
     let Sizes { group, groups, stride, ref coming } = *sizes;
     let Coming { w, bytes, .. } = *coming;
@@ -239,12 +238,30 @@ unsafe fn tile<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, co
                 }
             }
         }
-        for r in 0..R {
-            for t in 0..T {
-                out[r * width + t] = _mm512_reduce_add_ps(total[r][t]);
-            }
+        let mut of = [0.0; 2 * TOKENS];
+        for (four, of) in of.as_chunks_mut::<4>().0.iter_mut().enumerate().take((R * T).div_ceil(4)) {
+            let total = std::array::from_fn(|i| {
+                let i = 4 * four + i;
+                if i < R * T { total[i % R][i / R] } else { _mm512_setzero_ps() }
+            });
+            _mm_storeu_ps(of.as_mut_ptr(), added_up(total));
+        }
+        for t in 0..T {
+            out[t * height..][..R].copy_from_slice(&of[t * R..][..R]);
         }
     }
+}
+
+/// The sum of each vector's lanes, in the order of `_mm512_reduce_add_ps`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn added_up([a, b, c, d]: [__m512; 4]) -> __m128 {
+    let halves = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+    let (ab, cd) = (halves(a, b), halves(c, d));
+    let quarters = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd));
+    let two = _mm512_add_ps(quarters, _mm512_permute_ps::<0x4e>(quarters));
+    let one = _mm512_add_ps(two, _mm512_movehdup_ps(two));
+    _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, one))
 }
 
 /// One row; if it need not be exact, the low bytes are never read. For 4-bit codes a block of 128 columns is [high, low][even, odd columns][64], as their nibbles lie; for 8 bits a block

@@ -32,6 +32,9 @@ mod avx512vnni;
 mod neon;
 #[cfg(target_arch = "aarch64")]
 mod neonfixed;
+mod softmax;
+
+pub use softmax::exponentials;
 
 /// Most tokens one call of [`Isa::rows`] takes.
 pub const TOKENS_MAX: usize = 64;
@@ -45,7 +48,7 @@ pub struct Isa {
     pub name: &'static str,
     /// What the model says differently, for kernels that round further than they must.
     pub price: Option<&'static str>,
-    /// `out[(row − rows.start) × tokens.len() + i] = W[row] · x[tokens[i]]`; falls back to portable for shapes and
+    /// `out[i × rows.len() + row − rows.start] = W[row] · x[tokens[i]]`; falls back to portable for shapes and
     /// formats the set has no kernel for.
     pub rows: fn(&Matrix<'_>, Range<usize>, &Acts<'_>, &[u32], &mut [f32]),
     /// Gives a row of activations as 16-bit fixed point, for products with 4- and 8-bit weights; `None`: they read f32.
@@ -323,21 +326,21 @@ macro_rules! kernels {
         #[target_feature(enable = $features)]
         unsafe fn plain<P: Param>(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
             for (index, tile) in tokens.chunks(4).enumerate() {
-                let to = (4 * index, tokens.len());
+                let out = &mut out[4 * index * range.len()..];
                 // SAFETY: `rows` checked the lengths.
                 unsafe {
                     match *tile {
-                        [a] => plain_column::<P, ROWS_OF_FEW, 1>(w, range.clone(), x, [a], out, to),
-                        [a, b] => plain_column::<P, ROWS_OF_FEW, 2>(w, range.clone(), x, [a, b], out, to),
-                        [a, b, c] => plain_column::<P, ROWS_OF_FEW, 3>(w, range.clone(), x, [a, b, c], out, to),
-                        [a, b, c, d, ..] => plain_column::<P, ROWS, 4>(w, range.clone(), x, [a, b, c, d], out, to),
+                        [a] => plain_column::<P, ROWS_OF_FEW, 1>(w, range.clone(), x, [a], out),
+                        [a, b] => plain_column::<P, ROWS_OF_FEW, 2>(w, range.clone(), x, [a, b], out),
+                        [a, b, c] => plain_column::<P, ROWS_OF_FEW, 3>(w, range.clone(), x, [a, b, c], out),
+                        [a, b, c, d, ..] => plain_column::<P, ROWS, 4>(w, range.clone(), x, [a, b, c, d], out),
                         [] => {}
                     }
                 }
             }
         }
 
-        /// All rows for one tile of tokens, R at a time. `to` = (the tile's first column of `out`, columns of `out`).
+        /// All rows for one tile of tokens, R at a time.
         #[target_feature(enable = $features)]
         unsafe fn plain_column<P: Param, const R: usize, const T: usize>(
             w: &Matrix<'_>,
@@ -345,25 +348,24 @@ macro_rules! kernels {
             x: &Acts<'_>,
             tokens: [u32; T],
             out: &mut [f32],
-            to: (usize, usize),
         ) {
-            let mut row = range.start;
+            let (mut row, height) = (range.start, range.len());
             while row < range.end {
-                let out = &mut out[(row - range.start) * to.1 + to.0..];
+                let out = &mut out[row - range.start..];
                 // SAFETY: `rows` checked the lengths.
                 unsafe {
                     if row + R <= range.end {
-                        plain_tile::<P, R, T>(w, row, x, tokens, out, to.1);
+                        plain_tile::<P, R, T>(w, row, x, tokens, out, height);
                         row += R;
                     } else {
-                        plain_tile::<P, 1, T>(w, row, x, tokens, out, to.1);
+                        plain_tile::<P, 1, T>(w, row, x, tokens, out, height);
                         row += 1;
                     }
                 }
             }
         }
 
-        /// R rows × T tokens; out[r × width + t].
+        /// R rows × T tokens; out[t × height + r].
         #[inline]
         #[target_feature(enable = $features)]
         unsafe fn plain_tile<P: Param, const R: usize, const T: usize>(
@@ -372,7 +374,7 @@ macro_rules! kernels {
             x: &Acts<'_>,
             tokens: [u32; T],
             out: &mut [f32],
-            width: usize,
+            height: usize,
         ) {
             // SAFETY: `rows` checked every length that these pointers are moved within.
             unsafe {
@@ -395,7 +397,7 @@ macro_rules! kernels {
                 }
                 for r in 0..R {
                     for t in 0..T {
-                        out[r * width + t] = total(sums[r][t]);
+                        out[t * height + r] = total(sums[r][t]);
                     }
                 }
             }

@@ -99,23 +99,23 @@ fn rows<D: Dot>(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32
 #[target_feature(enable = "neon")]
 unsafe fn product<D: Dot, const BITS: usize, P: Param>(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
     for (index, tile) in tokens.chunks(4).enumerate() {
-        let to = (4 * index, tokens.len());
+        let out = &mut out[4 * index * range.len()..];
         // SAFETY: `fixed_point` checked the lengths.
         unsafe {
             match *tile {
                 // Four rows either way.
-                [a] if D::PAIRS => column::<D, BITS, P, 2, 1>(w, range.clone(), x, [a], out, to),
-                [a] => column::<D, BITS, P, 4, 1>(w, range.clone(), x, [a], out, to),
-                [a, b] => column::<D, BITS, P, 2, 2>(w, range.clone(), x, [a, b], out, to),
-                [a, b, c] => column::<D, BITS, P, 2, 3>(w, range.clone(), x, [a, b, c], out, to),
-                [a, b, c, d, ..] => column::<D, BITS, P, 2, 4>(w, range.clone(), x, [a, b, c, d], out, to),
+                [a] if D::PAIRS => column::<D, BITS, P, 2, 1>(w, range.clone(), x, [a], out),
+                [a] => column::<D, BITS, P, 4, 1>(w, range.clone(), x, [a], out),
+                [a, b] => column::<D, BITS, P, 2, 2>(w, range.clone(), x, [a, b], out),
+                [a, b, c] => column::<D, BITS, P, 2, 3>(w, range.clone(), x, [a, b, c], out),
+                [a, b, c, d, ..] => column::<D, BITS, P, 2, 4>(w, range.clone(), x, [a, b, c, d], out),
                 [] => {}
             }
         }
     }
 }
 
-/// All rows for one tile of tokens, U times [`Dot::ROWS`] at a time. `to` = (the tile's first column of `out`, columns of `out`).
+/// All rows for one tile of tokens, U times [`Dot::ROWS`] at a time.
 #[target_feature(enable = "neon")]
 unsafe fn column<D: Dot, const BITS: usize, P: Param, const U: usize, const T: usize>(
     w: &Matrix<'_>,
@@ -123,26 +123,25 @@ unsafe fn column<D: Dot, const BITS: usize, P: Param, const U: usize, const T: u
     x: &Acts<'_>,
     tokens: [u32; T],
     out: &mut [f32],
-    to: (usize, usize),
 ) {
-    let mut row = range.start;
+    let (mut row, height) = (range.start, range.len());
     while row < range.end {
-        let out = &mut out[(row - range.start) * to.1 + to.0..];
+        let out = &mut out[row - range.start..];
         // SAFETY: `fixed_point` checked the lengths.
         unsafe {
             if row + U * D::ROWS <= range.end {
-                tile::<D, BITS, P, U, T>(w, row..row + U * D::ROWS, x, tokens, out, to.1);
+                tile::<D, BITS, P, U, T>(w, row..row + U * D::ROWS, x, tokens, out, height);
                 row += U * D::ROWS;
             } else {
                 let end = range.end.min(row + D::ROWS);
-                tile::<D, BITS, P, 1, T>(w, row..end, x, tokens, out, to.1);
+                tile::<D, BITS, P, 1, T>(w, row..end, x, tokens, out, height);
                 row = end;
             }
         }
     }
 }
 
-/// U units of one or two rows × T tokens; out[r × width + t]. Where a pair lacks its second row, the first stands in.
+/// U units of one or two rows × T tokens; out[t × height + r]. Where a pair lacks its second row, the first stands in.
 #[inline]
 #[target_feature(enable = "neon")]
 unsafe fn tile<D: Dot, const BITS: usize, P: Param, const U: usize, const T: usize>(
@@ -151,7 +150,7 @@ unsafe fn tile<D: Dot, const BITS: usize, P: Param, const U: usize, const T: usi
     x: &Acts<'_>,
     tokens: [u32; T],
     out: &mut [f32],
-    width: usize,
+    height: usize,
 ) {
     let (group, groups, bytes) = (x.group, w.cols / x.group, w.row_bytes());
     let stride = Fixed::row_bytes(w.cols, BITS as u8);
@@ -206,10 +205,10 @@ unsafe fn tile<D: Dot, const BITS: usize, P: Param, const U: usize, const T: usi
             for t in 0..T {
                 let (first, pairs) = (units[u][0] - range.start, vpaddq_f32(total[u][t], total[u][t]));
                 if D::PAIRS {
-                    out[first * width + t] = vgetq_lane_f32::<0>(pairs);
-                    out[(units[u][1] - range.start) * width + t] = vgetq_lane_f32::<1>(pairs);
+                    out[t * height + first] = vgetq_lane_f32::<0>(pairs);
+                    out[t * height + units[u][1] - range.start] = vgetq_lane_f32::<1>(pairs);
                 } else {
-                    out[first * width + t] = vgetq_lane_f32::<0>(vpaddq_f32(pairs, pairs));
+                    out[t * height + first] = vgetq_lane_f32::<0>(vpaddq_f32(pairs, pairs));
                 }
             }
         }

@@ -107,10 +107,8 @@ impl Work<'_> {
                 (isa.rows)(&gate, rows.clone(), x, tokens, &mut gates[..cells]);
                 (isa.rows)(&up, rows.clone(), x, tokens, &mut ups[..cells]);
                 (isa.swiglu)(&mut gates[..cells], &ups[..cells]);
-                for (row, gates) in rows.zip(gates.chunks_exact(tokens.len())) {
-                    for (t, value) in gates.iter().enumerate() {
-                        mid.set((first + t) * width + row, *value);
-                    }
+                for (t, gates) in (first..).zip(gates[..cells].chunks_exact(rows.len())) {
+                    mid.fill(t * width + rows.start, gates);
                 }
             });
             first += tokens.len();
@@ -129,10 +127,8 @@ impl Work<'_> {
                 let tile = &mut tile[..rows.len() * places.len()];
                 let down = Matrix { then: then.filter(|_| rows.end == last), ..self.down };
                 (isa.rows)(&down, rows.clone(), mid, ids, tile);
-                for (row, values) in rows.zip(tile.chunks_exact(places.len())) {
-                    for (place, value) in places.iter().zip(values) {
-                        out.set(*place as usize * hidden + row, *value);
-                    }
+                for (place, values) in places.iter().zip(tile.chunks_exact(rows.len())) {
+                    out.fill(*place as usize * hidden + rows.start, values);
                 }
             });
             first += places.len() as u32;

@@ -47,7 +47,7 @@ pub(super) fn prepare<'a>((pool, isa): (&Pool, &Isa), to: &'a mut Prepared, x: &
     to.acts(x)
 }
 
-/// out[i × width + at + row] = w[row] · x[tokens[i]], for the i-th token and every row.
+/// out[i × width + at + row] = w[row] · x[i], for the i-th token and every row.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Linear<'a> {
     pub(super) w: Matrix<'a>,
@@ -82,10 +82,8 @@ impl Linear<'_> {
                 let out = &mut tile[..rows.len() * count];
                 let w = Matrix { then: then.filter(|_| rows.end == last), ..self.w };
                 (isa.rows)(&w, rows.clone(), &self.x, &ids[..count], out);
-                for (row, out) in rows.zip(out.chunks_exact(count)) {
-                    for (i, value) in out.iter().enumerate() {
-                        self.out.set((first + i) * self.width + self.at + row, *value);
-                    }
+                for (i, out) in (first..).zip(out.chunks_exact(rows.len())) {
+                    self.out.fill(i * self.width + self.at + rows.start, out);
                 }
             });
         }

@@ -395,10 +395,6 @@ impl<'a> Cells<'a> {
         Self(unsafe { &*(std::ptr::from_mut(floats) as *const [AtomicU32]) })
     }
 
-    pub(crate) fn set(&self, index: usize, value: f32) {
-        self.0[index].store(value.to_bits(), Relaxed);
-    }
-
     /// Cells [at, at + values.len()) take `values`.
     pub(crate) fn fill(&self, at: usize, values: &[f32]) {
         for (cell, value) in self.0[at..at + values.len()].iter().zip(values) {
@@ -529,7 +525,7 @@ mod tests {
             assert!(lock(&ids).len() >= threads.min(2), "workers come back to a long job");
             let mut floats = vec![0.0; 8];
             let cells = Cells::new(&mut floats);
-            pool.run(8, &|task| cells.set(task, task as f32));
+            pool.run(8, &|task| cells.fill(task, &[task as f32]));
             assert_eq!(floats, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
         }
     }
