@@ -54,7 +54,7 @@ impl Subject<'_> {
             threads: Some(setting.threads),
             // Half a slot more, so that rounding down meets the number.
             expert_cache: share(setting.slots, self.experts),
-            parallel: 4,
+            parallel: 6,
             // Every run computes everything; what is reused is in prefix.rs.
             prefix_cache: CacheBudget::Bytes(0),
             ..options()
@@ -148,11 +148,12 @@ impl Subject<'_> {
 
     /// Neighbours that come and go at other times than the first request.
     fn neighbours(&self, kernels: Kernels) -> Result<()> {
-        let expected = self.expected(kernels)?;
+        // Twice as many requests, so that steps have more rows than a tile of four.
+        let expected = [self.expected(kernels)?, self.expected(kernels)?].concat();
         let mut engine = self.engine(Setting { slots: self.experts / 4, threads: 2, kernels })?;
         for stride in [0, 1, 3, 11] {
             let late = |(index, request): (usize, &Request)| Late { at: index * stride, request: request.clone() };
-            let requests: Vec<Late> = self.requests.iter().enumerate().map(late).collect();
+            let requests: Vec<Late> = self.requests.iter().chain(&self.requests).enumerate().map(late).collect();
             same(run_with(&mut engine, &requests, &mut |_, _| {})?, &expected, &format!("{kernels:?}, one more every {stride} steps"))?;
         }
         Ok(())
