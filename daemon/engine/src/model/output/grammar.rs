@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use llguidance::{
-    Matcher, ParserFactory,
+    Matcher, ParserFactory, TokenParser,
     api::TopLevelGrammar,
     toktrie::{ApproximateTokEnv, INVALID_TOKEN, InferenceCapabilities, SimpleVob, TokRxInfo, TokTrie},
 };
@@ -18,6 +18,9 @@ use crate::{Error, Format, Tool, model::chat::ToolChoice};
 
 /// Longer tokens do not fit into a trie, and no grammar misses them.
 const TOKEN_BYTES_MAX: usize = 512;
+/// Remainders that all `multipleOf`s of a grammar may have together: a tenth of a second and 10 MB. llguidance makes a state for each
+/// when it compiles, and its limits do not count them: a million took 15 seconds and 400 MB.
+const REMAINDERS_MAX: u64 = 20_000;
 /// Grammars that are kept for the next request: an agent's turns all have the same tools.
 const KEPT: usize = 8;
 
@@ -66,16 +69,20 @@ impl Compiler {
                 return Ok(Grammar(copy));
             }
         }
-        let matcher = Matcher::new(self.factory.create_parser(TopLevelGrammar::from_lark(lark.to_owned())));
-        if let Some(error) = matcher.get_error() {
-            return Err(first_line(&error));
-        }
+        let matcher = Matcher::new(Ok(self.parser(lark.to_owned())?));
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() == KEPT {
             kept.remove(0);
         }
         kept.push((lark.to_owned(), matcher.deep_clone()));
         Ok(Grammar(matcher))
+    }
+
+    fn parser(&self, lark: String) -> Result<TokenParser, String> {
+        if rules::remainders(&lark) > REMAINDERS_MAX {
+            return Err(format!("multipleOf: numbers of more than {REMAINDERS_MAX} remainders take too long (decimals count as digits)"));
+        }
+        self.factory.create_parser(TopLevelGrammar::from_lark(lark)).map_err(|error| one_line(&error.to_string()))
     }
 
     /// A grammar for all of a reply's content: the format, or calls where they may take its place.
@@ -138,10 +145,7 @@ impl Compiler {
 
     /// The strictest form that compiles.
     fn enforceable(&self, tool: &Tool, part: Part) -> Result<Option<String>, Error> {
-        let compiles = |grammar: String| match self.factory.create_parser(TopLevelGrammar::from_lark(grammar)) {
-            Ok(_) => Ok(()),
-            Err(error) => Err(first_line(&error.to_string())),
-        };
+        let compiles = |grammar: String| self.parser(grammar).map(drop);
         let refuse = |reason| Error::Schema { param: "tools", reason: format!("{}: {reason}", tool.name) };
         let schema = match part {
             Part::Json(schema) => schema,
@@ -201,7 +205,7 @@ impl Guide {
 }
 
 fn too_complex(error: impl std::fmt::Display) -> Error {
-    Error::Internal(format!("the grammar cannot be followed any further: {}", first_line(&error.to_string())))
+    Error::Internal(format!("the grammar cannot be followed any further: {}", one_line(&error.to_string())))
 }
 
 /// Tools are to blame only where [`Compiler::enforceable`] says so.
@@ -209,8 +213,12 @@ fn refused(reason: String) -> Error {
     Error::Schema { param: "response_format", reason }
 }
 
-/// Without the place in a grammar that the caller may not have written.
-fn first_line(error: &str) -> String {
+/// Its first line, without the place in a grammar that the caller may not have written, and the last one if that has the reason.
+fn one_line(error: &str) -> String {
     let line = error.lines().next().unwrap_or_default();
-    line.strip_prefix("at ").and_then(|line| line.split_once("): ")).map_or(line, |(_, reason)| reason).to_owned()
+    let line = line.strip_prefix("at ").and_then(|line| line.split_once("): ")).map_or(line, |(_, reason)| reason);
+    match error.trim_end().lines().next_back() {
+        Some(last) if line.ends_with(':') => format!("{line} {}", last.trim()),
+        _ => line.to_owned(),
+    }
 }

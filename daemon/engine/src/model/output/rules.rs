@@ -190,6 +190,45 @@ pub(super) fn inline(schema: &Value, lenient: bool) -> String {
     format!("%json {schema}")
 }
 
+/// States that the `multipleOf`s of all schemas in a grammar take: one for every remainder, and where schemas are combined perhaps for
+/// every choice of one from each.
+pub(super) fn remainders(lark: &str) -> u64 {
+    fn walk(value: &Value, found: &mut (Vec<u64>, bool)) {
+        match value {
+            Value::Object(map) => {
+                for (key, value) in map {
+                    match (key.as_str(), value) {
+                        ("multipleOf", Value::Number(number)) => found.0.push(digits(&number.to_string())),
+                        ("allOf" | "$ref", _) => found.1 = true,
+                        _ => {}
+                    }
+                    walk(value, found);
+                }
+            }
+            Value::Array(items) => items.iter().for_each(|item| walk(item, found)),
+            _ => {}
+        }
+    }
+    let schemas = lark.split("%json").skip(1).filter_map(|rest| serde_json::Deserializer::from_str(rest).into_iter().next()?.ok());
+    let states = schemas.map(|schema: Value| {
+        let mut found = (Vec::new(), false);
+        walk(&schema, &mut found);
+        let (numbers, combined) = found;
+        if combined { numbers.into_iter().fold(1, u64::saturating_mul) } else { numbers.into_iter().fold(0, u64::saturating_add) }
+    });
+    states.fold(0, u64::saturating_add)
+}
+
+/// A number without its decimal point.
+fn digits(number: &str) -> u64 {
+    let (mantissa, exponent) = number.split_once(['e', 'E']).unwrap_or((number, "0"));
+    let (whole, part) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let part = part.trim_end_matches('0');
+    let zeros = exponent.parse::<i64>().unwrap_or(0) - part.len() as i64;
+    let digits = format!("{}{part}", whole.trim_start_matches('-')).parse().unwrap_or(u64::MAX);
+    10u64.checked_pow(zeros.clamp(0, 99) as u32).map_or(u64::MAX, |times| digits.saturating_mul(times))
+}
+
 /// A schema without what most often is beyond us, for callers who do not insist.
 pub(super) fn plainer(schema: &Value) -> Value {
     const BEYOND: [&str; 8] =

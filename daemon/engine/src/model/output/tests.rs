@@ -494,6 +494,12 @@ fn stop_strings_win_and_unlike_forms_are_refused() {
     let odd = json!({"type": "object", "propertyNames": {"pattern": "^a"}});
     refused(&ask("x"), Some(&schema(odd.clone(), true)), "propertyNames");
     request(&text, &ask("x"), Some(&schema(odd.clone(), false)), 1).unwrap();
+    // Which would take 15 seconds and 400 MB.
+    let steps = json!({"type": "integer", "multipleOf": 999_983});
+    refused(&ask("x"), Some(&schema(steps.clone(), true)), "multipleOf: numbers of more than 20000 remainders");
+    request(&text, &ask("x"), Some(&schema(steps.clone(), false)), 1).unwrap();
+    refused(&ask("x"), Some(&Format::Lark(format!("start: %json {steps}"))), "multipleOf");
+    refused(&ask("x"), Some(&schema(json!({"type": "string", "pattern": "^a{2}{b"}), true)), "regex");
     refused(&ask("x"), Some(&schema(json!({"type": "sausage"}), false)), "sausage");
     refused(&ask("x"), Some(&Format::Lark("start: (".into())), "response_format");
     refused(&ask("x"), Some(&Format::Regex("(".into())), "response_format");
@@ -514,6 +520,21 @@ fn stop_strings_win_and_unlike_forms_are_refused() {
     assert!(plain.render(&chat).unwrap_err().to_string().contains("does not show tools"));
     chat.choice.mode = Choice::None;
     plain.render(&chat).unwrap();
+}
+
+#[test]
+fn remainders_are_counted_before_they_are_made() {
+    let of = |schema: Value| super::rules::remainders(&format!("start: a\na: {}\n", super::rules::inline(&schema, false)));
+    let each = |number: Value| json!({"type": "number", "multipleOf": number});
+    for (number, expected) in [(json!(5), 5), (json!(0.01), 1), (json!(12.5), 125), (json!(1e6), 1_000_000), (json!(2.5e-7), 25)] {
+        assert_eq!(of(each(number.clone())), expected, "{number}");
+    }
+    assert_eq!(of(each(json!(1e300))), u64::MAX);
+    assert_eq!(of(json!({"properties": {"multipleOf": {"type": "integer"}}, "enum": ["\"multipleOf\": 9"]})), 0);
+    let two = [each(json!(1009)), each(json!(1013))];
+    assert_eq!(of(json!({"items": two[0], "properties": {"enum": two[1]}})), 2022);
+    assert_eq!(of(json!({"allOf": two})), 1009 * 1013);
+    assert_eq!(of(json!({"$ref": "#/$defs/a", "multipleOf": 1013, "$defs": {"a": two[0]}})), 1009 * 1013);
 }
 
 #[test]
