@@ -58,13 +58,15 @@ fn engine_status(error: &flash_engine::Error, message: String) -> Status {
         E::Schema { param, .. } => code::with_param(code::status(code::SCHEMA_NOT_SUPPORTED, message), param),
         E::Infill => code::with_param(code::status(code::FIM_NOT_SUPPORTED, message), "suffix"),
         E::Tools { .. } => code::with_param(code::status(code::INVALID_VALUE, message), "tool_choice"),
+        // Its pattern gave up on this very text, such as a million spaces.
+        E::Tokenizer { .. } => code::with_param(code::status(code::INVALID_VALUE, message), "messages"),
         E::ContextLength { .. } => code::with_param(code::status(code::CONTEXT_LENGTH, message), "messages"),
         E::EmptyPrompt | E::TokenId { .. } => code::with_param(code::status(code::INVALID_VALUE, message), "prompt"),
         E::Cancelled => code::status(code::CANCELLED, message),
         E::QueueFull { .. } => code::status(code::QUEUE_FULL, message),
         E::Memory { .. } => code::status(code::INSUFFICIENT_MEMORY, message),
         E::Experts(error) if matches!(**error, ExpertsError::Space { .. }) => code::status(code::NO_SPACE, message),
-        E::Clear { .. } | E::Tokenizer { .. } | E::Experts(_) | E::Internal(_) => code::status(code::ENGINE, message),
+        E::Clear { .. } | E::Experts(_) | E::Internal(_) => code::status(code::ENGINE, message),
     }
 }
 
