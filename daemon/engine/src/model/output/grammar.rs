@@ -213,12 +213,13 @@ fn refused(reason: String) -> Error {
     Error::Schema { param: "response_format", reason }
 }
 
-/// Its first line, without the place in a grammar that the caller may not have written, and the last one if that has the reason.
+/// Its first line, without the place in a grammar that the caller may not have written; of a pattern, it and what is wrong with it.
 fn one_line(error: &str) -> String {
-    let line = error.lines().next().unwrap_or_default();
+    let mut lines = error.lines();
+    let line = lines.next().unwrap_or_default();
     let line = line.strip_prefix("at ").and_then(|line| line.split_once("): ")).map_or(line, |(_, reason)| reason);
-    match error.trim_end().lines().next_back() {
-        Some(last) if line.ends_with(':') => format!("{line} {}", last.trim()),
+    match (lines.next(), lines.find_map(|line| line.strip_prefix("error: "))) {
+        (Some(pattern), Some(reason)) if line.ends_with(':') => format!("{line} {}: {reason}", pattern.trim()),
         _ => line.to_owned(),
     }
 }
