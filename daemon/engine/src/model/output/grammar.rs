@@ -20,7 +20,7 @@ use crate::{Error, Format, Tool, model::chat::ToolChoice};
 const TOKEN_BYTES_MAX: usize = 512;
 /// Remainders that all `multipleOf`s of a grammar may have together: a tenth of a second and 10 MB. llguidance makes a state for each
 /// when it compiles, and its limits do not count them: a million took 15 seconds and 400 MB.
-const REMAINDERS_MAX: u64 = 20_000;
+const REMAINDERS_MAX: u128 = 20_000;
 /// Grammars that are kept for the next request: an agent's turns all have the same tools.
 const KEPT: usize = 8;
 

@@ -190,43 +190,71 @@ pub(super) fn inline(schema: &Value, lenient: bool) -> String {
     format!("%json {schema}")
 }
 
-/// States that the `multipleOf`s of all schemas in a grammar take: one for every remainder, and where schemas are combined perhaps for
-/// every choice of one from each.
-pub(super) fn remainders(lark: &str) -> u64 {
-    fn walk(value: &Value, found: &mut (Vec<u64>, bool)) {
+/// States that the `multipleOf`s of all schemas in a grammar take at least: one for every remainder of each number, and where schemas are
+/// combined perhaps of what is a multiple of all of them.
+pub(super) fn remainders(lark: &str) -> u128 {
+    fn walk(value: &Value, numbers: &mut Vec<Decimal>, combined: &mut bool) {
         match value {
             Value::Object(map) => {
                 for (key, value) in map {
                     match (key.as_str(), value) {
-                        ("multipleOf", Value::Number(number)) => found.0.push(digits(&number.to_string())),
-                        ("allOf" | "$ref", _) => found.1 = true,
+                        ("multipleOf", Value::Number(number)) => numbers.push(Decimal::of(&number.to_string())),
+                        ("allOf" | "$ref", _) => *combined = true,
                         _ => {}
                     }
-                    walk(value, found);
+                    walk(value, numbers, combined);
                 }
             }
-            Value::Array(items) => items.iter().for_each(|item| walk(item, found)),
+            Value::Array(items) => items.iter().for_each(|item| walk(item, numbers, combined)),
             _ => {}
         }
     }
     let schemas = lark.split("%json").skip(1).filter_map(|rest| serde_json::Deserializer::from_str(rest).into_iter().next()?.ok());
     let states = schemas.map(|schema: Value| {
-        let mut found = (Vec::new(), false);
-        walk(&schema, &mut found);
-        let (numbers, combined) = found;
-        if combined { numbers.into_iter().fold(1, u64::saturating_mul) } else { numbers.into_iter().fold(0, u64::saturating_add) }
+        let (mut numbers, mut combined) = (Vec::new(), false);
+        walk(&schema, &mut numbers, &mut combined);
+        let each = numbers.iter().fold(0, |sum: u128, number| sum.saturating_add(number.digits));
+        let all = numbers.into_iter().reduce(Decimal::common_multiple).map_or(0, |number| number.digits);
+        if combined { all.max(each) } else { each }
     });
-    states.fold(0, u64::saturating_add)
+    states.fold(0, u128::saturating_add)
 }
 
-/// A number without its decimal point.
-fn digits(number: &str) -> u64 {
-    let (mantissa, exponent) = number.split_once(['e', 'E']).unwrap_or((number, "0"));
-    let (whole, part) = mantissa.split_once('.').unwrap_or((mantissa, ""));
-    let part = part.trim_end_matches('0');
-    let zeros = exponent.parse::<i64>().unwrap_or(0) - part.len() as i64;
-    let digits = format!("{}{part}", whole.trim_start_matches('-')).parse().unwrap_or(u64::MAX);
-    10u64.checked_pow(zeros.clamp(0, 99) as u32).map_or(u64::MAX, |times| digits.saturating_mul(times))
+/// digits / 10^places, in lowest terms of ten.
+struct Decimal {
+    digits: u128,
+    places: u32,
+}
+
+impl Decimal {
+    fn of(number: &str) -> Self {
+        let (mantissa, exponent) = number.split_once(['e', 'E']).unwrap_or((number, "0"));
+        let (whole, part) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+        let digits = format!("{}{part}", whole.trim_start_matches('-')).parse().unwrap_or(u128::MAX);
+        let places = part.len() as i64 - exponent.parse::<i64>().unwrap_or(0);
+        Self { digits: times_ten(digits, (-places).clamp(0, 99) as u32), places: places.clamp(0, 999) as u32 }.lowest()
+    }
+
+    fn lowest(mut self) -> Self {
+        while self.places > 0 && self.digits.is_multiple_of(10) {
+            (self.digits, self.places) = (self.digits / 10, self.places - 1);
+        }
+        self
+    }
+
+    fn common_multiple(self, other: Self) -> Self {
+        let places = self.places.max(other.places);
+        let [a, b] = [self, other].map(|number| times_ten(number.digits, places - number.places));
+        let (mut divisor, mut rest) = (a, b);
+        while rest > 0 {
+            (divisor, rest) = (rest, divisor % rest);
+        }
+        Self { digits: (a / divisor.max(1)).saturating_mul(b), places }.lowest()
+    }
+}
+
+fn times_ten(digits: u128, times: u32) -> u128 {
+    10u128.checked_pow(times).map_or(u128::MAX, |by| digits.saturating_mul(by))
 }
 
 /// A schema without what most often is beyond us, for callers who do not insist.

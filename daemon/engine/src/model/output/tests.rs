@@ -529,12 +529,15 @@ fn remainders_are_counted_before_they_are_made() {
     for (number, expected) in [(json!(5), 5), (json!(0.01), 1), (json!(12.5), 125), (json!(1e6), 1_000_000), (json!(2.5e-7), 25)] {
         assert_eq!(of(each(number.clone())), expected, "{number}");
     }
-    assert_eq!(of(each(json!(1e300))), u64::MAX);
+    assert_eq!(of(each(json!(1e300))), u128::MAX);
     assert_eq!(of(json!({"properties": {"multipleOf": {"type": "integer"}}, "enum": ["\"multipleOf\": 9"]})), 0);
     let two = [each(json!(1009)), each(json!(1013))];
     assert_eq!(of(json!({"items": two[0], "properties": {"enum": two[1]}})), 2022);
     assert_eq!(of(json!({"allOf": two})), 1009 * 1013);
     assert_eq!(of(json!({"$ref": "#/$defs/a", "multipleOf": 1013, "$defs": {"a": two[0]}})), 1009 * 1013);
+    // 1000, and they have as many remainders each for themselves.
+    assert_eq!(of(json!({"allOf": [each(json!(0.01)), each(json!(1000)), each(json!(0.25)), each(json!(50))]})), 1 + 1000 + 25 + 50);
+    assert_eq!(of(json!({"allOf": [each(json!(0)), each(json!(1e-300)), each(json!(7))]})), u128::MAX);
 }
 
 #[test]
