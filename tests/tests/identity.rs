@@ -149,7 +149,8 @@ impl Subject<'_> {
     /// Neighbours that come and go at other times than the first request.
     fn neighbours(&self, kernels: Kernels) -> Result<()> {
         // Twice as many requests, so that steps have more rows than a tile of four.
-        let expected = [self.expected(kernels)?, self.expected(kernels)?].concat();
+        let once = self.expected(kernels)?;
+        let expected = [once.clone(), once].concat();
         let mut engine = self.engine(Setting { slots: self.experts / 4, threads: 2, kernels })?;
         for stride in [0, 1, 3, 11] {
             let late = |(index, request): (usize, &Request)| Late { at: index * stride, request: request.clone() };

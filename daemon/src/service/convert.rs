@@ -468,6 +468,7 @@ mod tests {
         check(schema.into(), code::SCHEMA_NOT_SUPPORTED, tonic::Code::InvalidArgument);
         check(flash_engine::Error::Infill.into(), code::FIM_NOT_SUPPORTED, tonic::Code::InvalidArgument);
         check(flash_engine::Error::Tools { reason: "x".into() }.into(), code::INVALID_VALUE, tonic::Code::InvalidArgument);
+        check(flash_engine::Error::Tokenizer { reason: "x".into() }.into(), code::INVALID_VALUE, tonic::Code::InvalidArgument);
         check(flash_engine::Error::EmptyPrompt.into(), code::INVALID_VALUE, tonic::Code::InvalidArgument);
         check(internal().into(), code::ENGINE, tonic::Code::Internal);
         check(Error::Busy("x".into()), code::BUSY, tonic::Code::FailedPrecondition);

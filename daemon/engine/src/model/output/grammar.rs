@@ -18,8 +18,8 @@ use crate::{Error, Format, Tool, model::chat::ToolChoice};
 
 /// Longer tokens do not fit into a trie, and no grammar misses them.
 const TOKEN_BYTES_MAX: usize = 512;
-/// Remainders that all `multipleOf`s of a grammar may have together: a tenth of a second and 10 MB. llguidance makes a state for each
-/// when it compiles, and its limits do not count them: a million took 15 seconds and 400 MB.
+/// Remainders that all `multipleOf`s of a grammar may have together: a fifth of a second. llguidance makes a state for each when it
+/// compiles, and its limits do not count them: a million took 8 to 12 seconds and 500 MB and more.
 const REMAINDERS_MAX: u128 = 20_000;
 /// Grammars that are kept for the next request: an agent's turns all have the same tools.
 const KEPT: usize = 8;
@@ -96,7 +96,7 @@ impl Compiler {
         let lenient = matches!(format, Format::JsonSchema { strict: false, .. });
         let whole = |written: String| match calls {
             None => self.lark(&format!("start: {before}format\nformat: {written}\n{thought}")).map_err(refused),
-            Some((style, tools, choice)) => self.with_tools(&|form| {
+            Some((style, tools, choice)) => self.with_tools("response_format", &|form| {
                 let thinking = if dialect.harmony() { "thought? " } else { "" };
                 let calls = rules::calls(style, tools, choice, form)?;
                 Ok(format!("start: {before}format | {thinking}calls\nformat: {written}\n{calls}{thought}"))
@@ -114,7 +114,7 @@ impl Compiler {
 
     /// A grammar for a reply that is calls and nothing else.
     pub(crate) fn only_calls(&self, calls: &'static Calls, tools: &[&Tool], choice: &ToolChoice) -> Result<Grammar, Error> {
-        self.with_tools(&|form| {
+        self.with_tools("tools", &|form| {
             let rules = rules::calls(calls, tools, choice, form)?;
             Ok(match calls.style {
                 Style::Harmony => format!("start: thought? calls\n{rules}{}", rules::THOUGHT),
@@ -127,24 +127,31 @@ impl Compiler {
     /// names the tool, for that name on a line and the message.
     pub(crate) fn one_call(&self, calls: &'static Calls, tools: &[&Tool]) -> Result<Grammar, Error> {
         if calls.style == Style::Harmony {
-            return self.with_tools(&|form| rules::named(tools, form));
+            return self.with_tools("tools", &|form| rules::named(tools, form));
         }
-        self.with_tools(&|form| Ok(format!("start: body\n{}", rules::bodies(calls, tools, form)?)))
+        self.with_tools("tools", &|form| Ok(format!("start: body\n{}", rules::bodies(calls, tools, form)?)))
     }
 
-    /// At first as if every schema could be enforced; one by one only if that fails.
-    fn with_tools(&self, make: &dyn Fn(Form) -> Result<String, Error>) -> Result<Grammar, Error> {
+    /// At first as if every schema could be enforced; one by one only if that fails; and if all together are too much, without what is
+    /// dear where nobody insists. `param` is to blame for the rest.
+    fn with_tools(&self, param: &'static str, make: &dyn Fn(Form) -> Result<String, Error>) -> Result<Grammar, Error> {
         let quick = make(&|tool, part| {
             Ok(Some(match part {
                 Part::Json(schema) => inline(schema, !tool.strict),
                 Part::Text(rules) => rules.to_owned(),
             }))
         })?;
-        self.lark(&quick).or_else(|_| self.lark(&make(&|tool, part| self.enforceable(tool, part))?).map_err(refused))
+        if let Ok(grammar) = self.lark(&quick) {
+            return Ok(grammar);
+        }
+        if let Ok(grammar) = self.lark(&make(&|tool, part| self.enforceable(tool, part, false))?) {
+            return Ok(grammar);
+        }
+        self.lark(&make(&|tool, part| self.enforceable(tool, part, true))?).map_err(|reason| Error::Schema { param, reason })
     }
 
-    /// The strictest form that compiles.
-    fn enforceable(&self, tool: &Tool, part: Part) -> Result<Option<String>, Error> {
+    /// The strictest form that compiles; a `plain` one where the tool leaves the choice.
+    fn enforceable(&self, tool: &Tool, part: Part, plain: bool) -> Result<Option<String>, Error> {
         let compiles = |grammar: String| self.parser(grammar).map(drop);
         let refuse = |reason| Error::Schema { param: "tools", reason: format!("{}: {reason}", tool.name) };
         let schema = match part {
@@ -163,7 +170,7 @@ impl Compiler {
             return compiles(&form).map(|()| Some(form)).map_err(refuse);
         }
         let forms = [inline(schema, true), inline(&plainer(schema), true)];
-        Ok(Some(forms.into_iter().find(|form| compiles(form).is_ok()).unwrap_or_else(|| inline(&json!({}), true))))
+        Ok(Some(forms.into_iter().skip(usize::from(plain)).find(|form| compiles(form).is_ok()).unwrap_or_else(|| inline(&json!({}), true))))
     }
 }
 
@@ -208,7 +215,7 @@ fn too_complex(error: impl std::fmt::Display) -> Error {
     Error::Internal(format!("the grammar cannot be followed any further: {}", one_line(&error.to_string())))
 }
 
-/// Tools are to blame only where [`Compiler::enforceable`] says so.
+/// A format, with or without tools beside it.
 fn refused(reason: String) -> Error {
     Error::Schema { param: "response_format", reason }
 }

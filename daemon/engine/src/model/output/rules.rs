@@ -209,7 +209,9 @@ pub(super) fn remainders(lark: &str) -> u128 {
             _ => {}
         }
     }
-    let schemas = lark.split("%json").skip(1).filter_map(|rest| serde_json::Deserializer::from_str(rest).into_iter().next()?.ok());
+    // Each up to its own end, whatever its texts say.
+    let after = lark.match_indices("%json").map(|(at, mark)| &lark[at + mark.len()..]);
+    let schemas = after.filter_map(|rest| serde_json::Deserializer::from_str(rest).into_iter().next()?.ok());
     let states = schemas.map(|schema: Value| {
         let (mut numbers, mut combined) = (Vec::new(), false);
         walk(&schema, &mut numbers, &mut combined);

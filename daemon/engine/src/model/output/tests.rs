@@ -494,7 +494,7 @@ fn stop_strings_win_and_unlike_forms_are_refused() {
     let odd = json!({"type": "object", "propertyNames": {"pattern": "^a"}});
     refused(&ask("x"), Some(&schema(odd.clone(), true)), "propertyNames");
     request(&text, &ask("x"), Some(&schema(odd.clone(), false)), 1).unwrap();
-    // Which would take 15 seconds and 400 MB.
+    // Which would take ten seconds and half a gigabyte.
     let steps = json!({"type": "integer", "multipleOf": 999_983});
     refused(&ask("x"), Some(&schema(steps.clone(), true)), "multipleOf: numbers of more than 20000 remainders");
     request(&text, &ask("x"), Some(&schema(steps.clone(), false)), 1).unwrap();
@@ -514,6 +514,14 @@ fn stop_strings_win_and_unlike_forms_are_refused() {
     request(&text, &chat, None, 1).unwrap();
     chat.choice.mode = Choice::Required;
     refused(&chat, Some(&any), "tool_choice");
+    // Each is bearable, all are not.
+    let stepping = |name: &str, strict| Tool {
+        strict,
+        ..tool(name, json!({"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 9001}}}))
+    };
+    let many = |strict| Chat { tools: ["f", "g", "h"].map(|name| stepping(name, strict)).to_vec(), ..chat.clone() };
+    request(&text, &many(false), None, 1).unwrap();
+    refused(&many(true), None, "tools: multipleOf");
     refused(&Chat { tools: Vec::new(), ..chat.clone() }, None, "tool_choice");
     // A template that shows none.
     let plain = Text::open(&bundled()).unwrap();
@@ -530,6 +538,7 @@ fn remainders_are_counted_before_they_are_made() {
         assert_eq!(of(each(number.clone())), expected, "{number}");
     }
     assert_eq!(of(each(json!(1e300))), u128::MAX);
+    assert_eq!(of(json!({"description": "%json {}", "multipleOf": 999_983})), 999_983);
     assert_eq!(of(json!({"properties": {"multipleOf": {"type": "integer"}}, "enum": ["\"multipleOf\": 9"]})), 0);
     let two = [each(json!(1009)), each(json!(1013))];
     assert_eq!(of(json!({"items": two[0], "properties": {"enum": two[1]}})), 2022);
