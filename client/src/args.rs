@@ -10,6 +10,11 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
+use crate::{
+    failure::{Failure, exit},
+    url::Url,
+};
+
 pub(crate) use self::{measure::*, models::*, serving::*, talk::*};
 
 /// clap knows no groups of subcommands, so they are written here; a test holds them against the real ones.
@@ -94,6 +99,33 @@ pub(crate) struct Global {
     /// Where the daemon listens [env: FLASH_SOCKET]
     #[arg(long, global = true, value_name = "PATH", help_heading = "Global options")]
     pub(crate) socket: Option<PathBuf>,
+    /// Another machine's gateway, behind which the daemon is; from [`Remote`].
+    #[arg(skip)]
+    pub(crate) gateway: Option<Url>,
+}
+
+/// Of the commands that another machine's daemon answers as well.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct Remote {
+    /// Ask the daemon behind this gateway: HOST:PORT or http://HOST:PORT [env: FLASH_HOST], or the one at unix:PATH
+    #[arg(long, value_name = "URL", help_heading = "Global options", display_order = 100)]
+    pub(crate) host: Option<String>,
+}
+
+impl Remote {
+    /// The global options with where to ask.
+    pub(crate) fn aim(&self, global: Global) -> Result<Global, Failure> {
+        match self.host.as_deref() {
+            Some(_) if global.socket.is_some() => Err(Failure::new(exit::USAGE, "usage", "--host and --socket are two places")),
+            Some(host) if host.starts_with("unix:") => Ok(Global { socket: Some(host["unix:".len()..].into()), ..global }),
+            Some(host) => {
+                let url = Url::read(host, "--host").map_err(|failure| Failure { exit: exit::USAGE, ..failure })?;
+                Ok(Global { gateway: Some(url), ..global })
+            }
+            None if global.socket.is_some() => Ok(global),
+            None => Ok(Global { gateway: Url::from_environment()?, ..global }),
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -103,13 +135,13 @@ pub(crate) enum Command {
     Tokenize(TokenizeArgs),
     /// List installed models
     #[command(visible_aliases = ["ls", "list"])]
-    Models,
+    Models(Remote),
     Show(ShowArgs),
     Cp(CpArgs),
     Rm(RmArgs),
     Load(LoadArgs),
     /// Show what is loaded
-    Ps,
+    Ps(Remote),
     Stop(StopArgs),
     Stats(StatsArgs),
     Convert(ConvertArgs),
@@ -140,6 +172,21 @@ pub(crate) enum Command {
     },
     /// Show versions of flashctl and of the running daemon
     Version,
+}
+
+impl Command {
+    /// Where it is to ask, if it may ask elsewhere.
+    pub(crate) fn remote(&self) -> Option<&Remote> {
+        match self {
+            Self::Models(remote) | Self::Ps(remote) => Some(remote),
+            Self::Run(args) => Some(&args.remote),
+            Self::Chat(args) => Some(&args.remote),
+            Self::Tokenize(args) => Some(&args.remote),
+            Self::Show(args) => Some(&args.remote),
+            Self::Stats(args) => Some(&args.remote),
+            _ => None,
+        }
+    }
 }
 
 #[cfg(test)]

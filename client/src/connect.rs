@@ -18,46 +18,72 @@ use flash_proto::{
     },
 };
 use tokio::time::{sleep, timeout};
-use tonic::{Status, transport::Channel};
+use tonic::{
+    Request, Status,
+    metadata::{Ascii, MetadataValue},
+    service::interceptor::{InterceptedService, Interceptor},
+    transport::{Channel, Endpoint},
+};
 
 use crate::{
     args::Global,
     failure::{Failure, exit, is_disconnect},
     log_file,
     term::StatusLine,
+    url::Url,
 };
 
 /// From the spawn to the first answer.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 /// A daemon answers Version from memory.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+/// Of a connection to another machine, which may end without a word.
+const PROBE_EVERY: Duration = Duration::from_secs(20);
 const RETRY_EVERY: Duration = Duration::from_millis(10);
+
+/// The way to a daemon: its socket, or a gateway that wants a key.
+pub(crate) type Line = InterceptedService<Channel, Key>;
+
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Key(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for Key {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(key) = &self.0 {
+            request.metadata_mut().insert("authorization", key.clone());
+        }
+        Ok(request)
+    }
+}
 
 /// A daemon that answered.
 #[derive(Clone, Debug)]
 pub(crate) struct Daemon {
-    channel: Channel,
+    line: Line,
+    /// It is on another machine, behind this.
+    gateway: Option<Url>,
     pub(crate) version: VersionResponse,
     /// This call started it.
     pub(crate) started: bool,
 }
 
 impl Daemon {
-    pub(crate) fn admin(&self) -> AdminClient<Channel> {
-        AdminClient::new(self.channel.clone())
+    pub(crate) fn admin(&self) -> AdminClient<Line> {
+        AdminClient::new(self.line.clone())
     }
 
-    pub(crate) fn models(&self) -> ModelsClient<Channel> {
-        ModelsClient::new(self.channel.clone())
+    pub(crate) fn models(&self) -> ModelsClient<Line> {
+        ModelsClient::new(self.line.clone())
     }
 
-    pub(crate) fn generate(&self) -> GenerateClient<Channel> {
-        GenerateClient::new(self.channel.clone())
+    pub(crate) fn generate(&self) -> GenerateClient<Line> {
+        GenerateClient::new(self.line.clone())
     }
 
     pub(crate) fn log(&self) -> String {
-        match (self.version.log_path.is_empty(), log_file::path()) {
-            (true, Ok(path)) => path.display().to_string(),
+        match (&self.gateway, log_file::path()) {
+            (Some(url), _) => format!("{} behind {url}", self.version.log_path),
+            (None, Ok(path)) if self.version.log_path.is_empty() => path.display().to_string(),
             _ => self.version.log_path.clone(),
         }
     }
@@ -70,12 +96,25 @@ impl Daemon {
 
     /// A status of this daemon, for the user; `doing` completes "the daemon went away while it was …".
     pub(crate) fn failure(&self, status: &Status, doing: &str) -> Failure {
-        Failure::from_status(status, doing, &self.log())
+        match is_disconnect(status) {
+            true => self.went_away(doing),
+            false => Failure::from_status(status, doing, &self.log()),
+        }
+    }
+
+    /// The connection broke, or a stream ended before its last event.
+    pub(crate) fn went_away(&self, doing: &str) -> Failure {
+        let Some(url) = &self.gateway else { return Failure::went_away(doing, &self.log()) };
+        Failure::new(exit::UNAVAILABLE, "gateway_gone", format!("the connection to {url} broke while the daemon behind it was {doing}"))
+            .hint("see whether that machine can be reached, and its gateway's log")
     }
 }
 
 /// The running daemon, of whatever version; `None` if nobody listens.
 pub(crate) async fn find(global: &Global) -> Result<Option<Daemon>, Failure> {
+    if let Some(url) = &global.gateway {
+        return behind(url).await.map(Some);
+    }
     hello(&socket_path(global)?).await
 }
 
@@ -147,9 +186,9 @@ async fn hello(socket: &Path) -> Result<Option<Daemon>, Failure> {
         Err(socket::Error::NotListening { source, .. }) if source.kind() != std::io::ErrorKind::PermissionDenied => return Ok(None),
         Err(error) => return Err(socket_failure(&error)),
     };
-    let mut admin = AdminClient::new(channel.clone());
-    match timeout(HELLO_DEADLINE, admin.version(VersionRequest {})).await {
-        Ok(Ok(version)) => Ok(Some(Daemon { channel, version: version.into_inner(), started: false })),
+    let line = InterceptedService::new(channel, Key::default());
+    match timeout(HELLO_DEADLINE, AdminClient::new(line.clone()).version(VersionRequest {})).await {
+        Ok(Ok(version)) => Ok(Some(Daemon { line, gateway: None, version: version.into_inner(), started: false })),
         // It was on its way out.
         Ok(Err(status)) if is_disconnect(&status) => Ok(None),
         Ok(Err(status)) => Err(Failure::from_status(&status, "greeting", &log_path_text())),
@@ -157,6 +196,39 @@ async fn hello(socket: &Path) -> Result<Option<Daemon>, Failure> {
             let message = format!("the daemon on {} does not answer", socket.display());
             Err(Failure::new(exit::UNAVAILABLE, "daemon_silent", message).hint("end it by hand and try again; see `flashctl daemon logs`"))
         }
+    }
+}
+
+/// The daemon behind a gateway, usually another machine's. Nothing is started there.
+async fn behind(url: &Url) -> Result<Daemon, Failure> {
+    let unavailable = |message: String| Failure::new(exit::UNAVAILABLE, "gateway_unavailable", message);
+    if url.tls {
+        let failure = Failure::new(exit::USAGE, "usage", format!("flashctl has no TLS, which {url} asks for"));
+        return Err(failure.hint("ssh -N -L 8080:127.0.0.1:8080 HOST, then --host http://127.0.0.1:8080"));
+    }
+    let no_answer = |error: &dyn std::fmt::Display| {
+        let hint = "there: flashctl serve --host ADDRESS --api-key KEY; here: --host, or FLASH_HOST, which may be unset";
+        unavailable(format!("no gateway answers on {url}: {error}")).hint(hint)
+    };
+    // Before gRPC, whose errors say less.
+    match timeout(HELLO_DEADLINE, tokio::net::TcpStream::connect(url.address())).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => return Err(no_answer(&error)),
+        Err(_) => return Err(no_answer(&"it takes too long")),
+    }
+    let key = env::var("FLASH_API_KEY").ok().filter(|key| !key.is_empty());
+    let key = key.map(|key| format!("Bearer {key}").parse()).transpose();
+    let key = key.map_err(|_| Failure::new(exit::CONFIG, "config", "FLASH_API_KEY has characters that no key has"))?;
+    let endpoint = Endpoint::from_shared(url.to_string()).map_err(|error| no_answer(&error))?;
+    let endpoint = socket::tuned(endpoint).http2_keep_alive_interval(PROBE_EVERY).keep_alive_timeout(HELLO_DEADLINE).tcp_nodelay(true);
+    let line = InterceptedService::new(endpoint.connect_lazy(), Key(key));
+    match timeout(HELLO_DEADLINE, AdminClient::new(line.clone()).version(VersionRequest {})).await {
+        Ok(Ok(version)) => Ok(Daemon { line, gateway: Some(url.clone()), version: version.into_inner(), started: false }),
+        Ok(Err(status)) if is_disconnect(&status) || flash_proto::code::of(&status).is_none() => {
+            Err(unavailable(format!("what listens on {url} is no flash-gateway that knows --host")))
+        }
+        Ok(Err(status)) => Err(Failure::from_status(&status, "greeting", &format!("behind {url}"))),
+        Err(_) => Err(no_answer(&"it takes too long")),
     }
 }
 
@@ -168,7 +240,11 @@ fn same_protocol(daemon: Daemon) -> Result<Daemon, Failure> {
     let ours = env!("CARGO_PKG_VERSION");
     let message =
         format!("flashctl {ours} speaks protocol {PROTOCOL_VERSION}, the daemon (flashd {version}, pid {pid}) speaks protocol {protocol}");
-    Err(Failure::new(exit::UNAVAILABLE, "protocol_mismatch", message).hint("`flashctl daemon restart` replaces the daemon"))
+    let hint = match daemon.gateway {
+        Some(_) => "install the same release on both machines",
+        None => "`flashctl daemon restart` replaces the daemon",
+    };
+    Err(Failure::new(exit::UNAVAILABLE, "protocol_mismatch", message).hint(hint))
 }
 
 /// Spawns flashd and waits until somebody answers: it, or the daemon of whoever was quicker.

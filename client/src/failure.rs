@@ -104,6 +104,9 @@ pub(crate) fn is_disconnect(status: &Status) -> bool {
 fn exit_of(code: &str) -> u8 {
     match code {
         code::INVALID_VALUE => exit::BAD_DATA,
+        // The gateway's own, of the way to a daemon on another machine.
+        "daemon_unavailable" => exit::UNAVAILABLE,
+        "invalid_api_key" | "host_not_allowed" => exit::PERMISSION,
         code::NO_SPACE => exit::CANNOT_CREATE,
         code::MODEL_LOADING | code::QUEUE_FULL | code::DRAINING | code::BUSY => exit::BUSY,
         _ => exit::GENERIC,
@@ -121,6 +124,8 @@ fn hint_of(code: &str, retry_after: Option<u64>, log: &str) -> String {
         (code::QUEUE_FULL | code::MODEL_LOADING, None) => "try again in a moment".into(),
         (code::NO_SPACE, _) => "free some space on that disk; `flashctl convert --in-place` needs room for one shard only".into(),
         (code::BUSY, _) => "`flashctl ps` shows what runs, `flashctl stop` unloads the model".into(),
+        ("invalid_api_key", _) => "FLASH_API_KEY is one of the keys that the gateway there was started with".into(),
+        ("host_not_allowed", _) => "the gateway there wants to be told by what name others call it: --allowed-host NAME".into(),
         (code::DRAINING, _) => "the daemon is shutting down; the next command starts it again".into(),
         _ => format!("the daemon's log may say more: {log}"),
     }

@@ -33,7 +33,7 @@ pub(crate) async fn follow(
             Some(Some(Event::Done(done))) => return Ok(done),
             // An event of a newer daemon.
             Some(None) => {}
-            None => return Err(Failure::went_away(doing, &daemon.log())),
+            None => return Err(daemon.went_away(doing)),
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::{
 /// Loads `model`, or changes the settings of the loaded one.
 pub(crate) async fn load(daemon: &Daemon, model: &str, settings: &Settings, global: &Global) -> Result<LoadResponse, Failure> {
     let request = LoadRequest {
-        model: model_name(model),
+        model: name_there(model, global),
         expert_cache: settings.expert_cache.clone(),
         memory: settings.memory.clone(),
         context_length: settings.ctx,
@@ -54,6 +54,11 @@ pub(crate) async fn load(daemon: &Daemon, model: &str, settings: &Settings, glob
     Ok(response)
 }
 
+/// As [`model_name`], unless another machine is asked, which has paths of its own.
+pub(crate) fn name_there(model: &str, global: &Global) -> String {
+    if global.gateway.is_some() { model.into() } else { model_name(model) }
+}
+
 /// A path means the same to the daemon, which has another working directory; a name stays a name.
 pub(crate) fn model_name(model: &str) -> String {
     let is_path = (model.contains('/') || model.starts_with('.')) && Path::new(model).exists();
@@ -68,11 +73,13 @@ mod tests {
     #[test]
     fn paths_become_absolute_and_names_stay() {
         let here = std::env::current_dir().expect("a working directory");
-        let check = |model: &str, expected: &str| assert_eq!(model_name(model), expected);
+        let check = |model: &str, expected: &str| assert_eq!(name_there(model, &Global::default()), expected);
         check("local", "local");
         check("src", "src");
         check("mlx-community/Nothing-Here-4bit", "mlx-community/Nothing-Here-4bit");
         check("./src", here.join("src").to_str().expect("UTF-8"));
         check("/", "/");
+        let there = Global { gateway: Some(crate::url::Url::default()), ..Global::default() };
+        assert_eq!(name_there("./src", &there), "./src");
     }
 }

@@ -13,6 +13,7 @@ mod log_file;
 mod render;
 mod reply;
 mod term;
+mod url;
 
 use std::{env, process::ExitCode};
 

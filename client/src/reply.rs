@@ -118,7 +118,7 @@ pub(crate) async fn receive(
     let mut stream: Streaming<GenerateEvent> = stream.map_err(|status| daemon.failure(&status, "answering"))?.into_inner();
     loop {
         let event = stream.message().await.map_err(|status| daemon.failure(&status, "answering"))?;
-        let Some(event) = event else { return Err(Failure::went_away("answering", &daemon.log())) };
+        let Some(event) = event else { return Err(daemon.went_away("answering")) };
         match event.event {
             Some(Event::Accepted(accepted)) => reply.accepted = Some(accepted),
             Some(Event::Progress(progress)) => line.show(&progress_text(&progress)),

@@ -80,7 +80,7 @@ fn too_large() -> Failure {
     Failure::new(Code::RequestTooLarge, message)
 }
 
-async fn collect(body: &mut Body, idle: Duration) -> Result<Bytes, Failure> {
+pub(crate) async fn collect(body: &mut Body, idle: Duration) -> Result<Bytes, Failure> {
     let mut collected = Vec::new();
     loop {
         let frame = timeout(idle, body.frame()).await;

@@ -10,6 +10,8 @@ use flash_proto::{code, v1};
 use serde_json::{Value, json};
 use tonic::Status;
 
+use crate::remote;
+
 /// The machine-readable `code` of an error body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Code {
@@ -184,6 +186,26 @@ impl Failure {
             Dialect::OpenAi => self.openai(),
             Dialect::Anthropic => self.anthropic(request_id),
             Dialect::Ollama => self.ollama(),
+            Dialect::Grpc => Value::Null,
+        }
+    }
+
+    /// For flashctl, which reads the code beside the status.
+    pub(crate) fn grpc(&self) -> Status {
+        let (name, http, _) = self.code.row();
+        let code = match http {
+            401 => tonic::Code::Unauthenticated,
+            403 => tonic::Code::PermissionDenied,
+            404 | 405 => tonic::Code::Unimplemented,
+            429 => tonic::Code::ResourceExhausted,
+            500.. => tonic::Code::Unavailable,
+            _ => tonic::Code::InvalidArgument,
+        };
+        let mut status = Status::new(code, &self.message);
+        status.metadata_mut().insert("flash-code", tonic::metadata::MetadataValue::from_static(name));
+        match self.retry_after {
+            Some(seconds) => code::with_retry_after(status, seconds),
+            None => status,
         }
     }
 }
@@ -202,6 +224,7 @@ pub(crate) enum Dialect {
     OpenAi,
     Anthropic,
     Ollama,
+    Grpc,
 }
 
 impl Dialect {
@@ -212,6 +235,8 @@ impl Dialect {
             Self::Anthropic
         } else if under("/api") && !under("/api/v0") && !under("/api/v1") && !under("/api/hello") {
             Self::Ollama
+        } else if path.starts_with(remote::PREFIX) && remote::speaks(headers) {
+            Self::Grpc
         } else {
             Self::OpenAi
         }

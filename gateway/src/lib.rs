@@ -15,6 +15,7 @@ mod metrics;
 mod ollama;
 mod openai;
 mod ops;
+mod remote;
 mod reply;
 mod router;
 mod sse;

@@ -32,7 +32,7 @@ use crate::{
     error::{Code, Dialect, Failure},
     guard,
     io::Activity,
-    lmstudio, ollama, openai, ops,
+    lmstudio, ollama, openai, ops, remote,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -73,7 +73,7 @@ pub(crate) fn router(app: Arc<App>) -> Router {
             .route("/api/v0/models/{*id}", get(lmstudio::one_v0))
             .route("/api/v1/models", get(lmstudio::list_v1));
     }
-    router
+    remote::routes(router)
         .route("/", get(ops::hello))
         .route("/api/hello", get(ops::hello))
         .route("/livez", get(ops::livez))
@@ -163,9 +163,13 @@ async fn envelope(State(app): State<Arc<App>>, route: Option<MatchedPath>, reque
         Ok(origin) => (origin, next.run(Request::from_parts(parts, body)).await),
     };
     if let Some(failure) = response.extensions_mut().remove::<Failure>() {
-        *response.status_mut() = failure.status(dialect);
-        *response.body_mut() = Body::from(failure.body(dialect, &request_id).to_string());
-        response.headers_mut().remove(header::CONTENT_LENGTH);
+        if dialect == Dialect::Grpc {
+            response = failure.grpc().into_http();
+        } else {
+            *response.status_mut() = failure.status(dialect);
+            *response.body_mut() = Body::from(failure.body(dialect, &request_id).to_string());
+            response.headers_mut().remove(header::CONTENT_LENGTH);
+        }
     }
     let headers = response.headers_mut();
     headers.append(header::VARY, HeaderValue::from_static("Origin"));

@@ -13,11 +13,13 @@ use std::{
     time::Duration,
 };
 
+use axum::http;
 use flash_proto::v1::{
     self, admin_client::AdminClient, generate_client::GenerateClient, generate_event::Event, models_client::ModelsClient, progress::Phase,
 };
 use tokio::time::{Instant, timeout};
 use tonic::{Response, Status, Streaming, transport::Channel};
+use tower::Service;
 
 use crate::{
     App,
@@ -132,6 +134,14 @@ impl Upstream {
             Ok(outcome) => outcome.map(drop).map_err(|status| self.failed(&status)),
             Err(_) => Err(too_late(Code::Busy)),
         }
+    }
+
+    /// A call that is not ours, as it is.
+    pub(crate) async fn forward(&self, request: http::Request<tonic::body::Body>) -> Result<http::Response<tonic::body::Body>, Failure> {
+        let mut channel = self.channel.clone();
+        let lost = |error: tonic::transport::Error| self.failed(&Status::from_error(error.into()));
+        poll_fn(|context| channel.poll_ready(context)).await.map_err(lost)?;
+        channel.call(request).await.map_err(lost)
     }
 
     /// A call that may be repeated: once more if the connection turned out to be a dead one.

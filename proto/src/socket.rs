@@ -75,14 +75,17 @@ pub async fn connect(path: &Path) -> Result<Channel, Error> {
 pub fn connect_lazy(path: &Path) -> Channel {
     let path = path.to_path_buf();
     // tonic wants a URI; the connector ignores it.
-    let endpoint = Endpoint::from_static("http://flashd");
-    let endpoint = endpoint.initial_stream_window_size(STREAM_WINDOW_BYTES).initial_connection_window_size(CONNECTION_WINDOW_BYTES);
-    // Frames of streams that a client has left come for a while; after 1,024 of them h2 would close the connection, and with it all others.
-    let endpoint = endpoint.http2_max_local_error_reset_streams(None);
-    endpoint.connect_with_connector_lazy(tower::service_fn(move |_| {
+    tuned(Endpoint::from_static("http://flashd")).connect_with_connector_lazy(tower::service_fn(move |_| {
         let path = path.clone();
         async move { tokio::net::UnixStream::connect(path).await.map(TokioIo::new) }
     }))
+}
+
+/// For streams of tokens that readers may leave.
+pub fn tuned(endpoint: Endpoint) -> Endpoint {
+    let endpoint = endpoint.initial_stream_window_size(STREAM_WINDOW_BYTES).initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+    // Frames of streams that a client has left come for a while; after 1,024 of them h2 would close the connection, and with it all others.
+    endpoint.http2_max_local_error_reset_streams(None)
 }
 
 /// Takes the place: creates the directory (0700), replaces a dead socket, refuses a live one. The listener is

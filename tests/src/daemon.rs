@@ -369,12 +369,15 @@ pub struct Answer {
 
 impl Client {
     pub async fn connect(socket: &Path) -> Result<Self> {
-        let channel = flash_proto::socket::connect(socket).await?;
-        Ok(Self {
+        Ok(Self::over(flash_proto::socket::connect(socket).await?))
+    }
+
+    pub fn over(channel: Channel) -> Self {
+        Self {
             generate: GenerateClient::new(channel.clone()),
             models: ModelsClient::new(channel.clone()),
             admin: AdminClient::new(channel),
-        })
+        }
     }
 
     pub async fn start(&self, request: GenerateRequest) -> Result<Streaming<GenerateEvent>, Status> {

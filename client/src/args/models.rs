@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 
-use super::Settings;
+use super::{Remote, Settings};
 
 /// Load a model, or change the settings of the loaded one
 #[derive(Args, Debug)]
@@ -23,6 +23,8 @@ pub(crate) struct ShowArgs {
     /// Print its chat template and nothing else
     #[arg(long, conflicts_with = "json")]
     pub(crate) template: bool,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
 }
 
 /// Copy a model's folder under another name
@@ -68,6 +70,8 @@ pub(crate) struct StatsArgs {
     /// Again every so many seconds
     #[arg(short, long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1")]
     pub(crate) watch: Option<f64>,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
 }
 
 /// Pack a model's experts into records that are read in one piece

@@ -5,6 +5,8 @@ use std::{path::PathBuf, time::Duration};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
+use super::Remote;
+
 /// Answer one prompt and exit; without a prompt, at a terminal, talk in turns
 #[derive(Args, Debug)]
 #[command(after_help = "\
@@ -32,7 +34,7 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["system", "raw"])]
     pub(crate) suffix: Option<String>,
     /// Print speed and cache figures to standard error afterwards (at a terminal they always are)
-    #[arg(long)]
+    #[arg(short = 'v', long, visible_alias = "verbose")]
     pub(crate) stats: bool,
     /// Print the answer when it is complete
     #[arg(long)]
@@ -49,6 +51,8 @@ pub(crate) struct RunArgs {
     pub(crate) thinking: Thinking,
     #[command(flatten)]
     pub(crate) settings: Settings,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
 }
 
 /// Talk to a model in turns
@@ -74,7 +78,7 @@ pub(crate) struct ChatArgs {
     #[arg(long, value_name = "json|SCHEMA.json")]
     pub(crate) format: Option<PathBuf>,
     /// Print speed and cache figures after each answer
-    #[arg(long)]
+    #[arg(short = 'v', long, visible_alias = "verbose")]
     pub(crate) stats: bool,
     /// Keep neither what is typed nor the conversation, unless that has a name
     #[arg(long)]
@@ -85,6 +89,8 @@ pub(crate) struct ChatArgs {
     pub(crate) thinking: Thinking,
     #[command(flatten)]
     pub(crate) settings: Settings,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
 }
 
 /// Absent values are the model's own.
@@ -186,6 +192,8 @@ pub(crate) struct TokenizeArgs {
     /// As a user's message, through the chat template
     #[arg(long)]
     pub(crate) chat: bool,
+    #[command(flatten)]
+    pub(crate) remote: Remote,
 }
 
 /// "30", "90s", "5m", "1.5h", "200ms".

@@ -312,7 +312,7 @@ impl<'a> Chat<'a> {
         }
         let mut reply = Reply::default();
         let prompt = Prompt::Chat(reply::thinking_chat(self.talk.messages(Some(&text)), &self.thinking));
-        let mut request = reply::request(&load::model_name(&self.model), prompt, &self.generation);
+        let mut request = reply::request(&load::name_there(&self.model, self.global), prompt, &self.generation);
         request.format.clone_from(&self.format);
         let mut thoughts = Thoughts::new(&self.thinking);
         let mut sink = |said: Said<'_>| match said {
@@ -368,7 +368,7 @@ impl<'a> Chat<'a> {
 
     async fn measure(&self, daemon: &Daemon, next: Option<&str>) -> Result<TokenizeResponse, Failure> {
         let prompt = tokenize_request::Prompt::Chat(reply::thinking_chat(self.talk.messages(next), &self.thinking));
-        let request = TokenizeRequest { model: load::model_name(&self.model), prompt: Some(prompt) };
+        let request = TokenizeRequest { model: load::name_there(&self.model, self.global), prompt: Some(prompt) };
         let size = daemon.generate().tokenize(request).await;
         Ok(size.map_err(|status| daemon.failure(&status, "counting tokens"))?.into_inner())
     }
@@ -414,7 +414,7 @@ impl<'a> Chat<'a> {
         }
         if what == Show::Template {
             let daemon = self.daemon().await?;
-            let shown = daemon.models().show(ShowRequest { model: load::model_name(&self.model) }).await;
+            let shown = daemon.models().show(ShowRequest { model: load::name_there(&self.model, self.global) }).await;
             let template = shown.map_err(|status| daemon.failure(&status, "answering"))?.into_inner().chat_template;
             term::println(if template.is_empty() { "the model has no chat template" } else { template.trim_end() })?;
         }

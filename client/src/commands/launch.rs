@@ -20,7 +20,7 @@ use tokio::signal::unix::SignalKind;
 
 use self::{
     agents::{Endpoint, Setup},
-    gateway::{Found, Url},
+    gateway::Found,
 };
 use super::{listen, serve, terminations};
 use crate::{
@@ -29,6 +29,7 @@ use crate::{
     failure::{Failure, exit},
     files, load, render,
     term::{self, Paint},
+    url::Url,
 };
 
 /// What an agent's first request alone needs, about: its instructions and its tools.
@@ -39,7 +40,7 @@ const GATEWAY_LEAVES: Duration = Duration::from_secs(5);
 pub(crate) async fn run(args: LaunchArgs, global: &Global) -> Result<(), Failure> {
     let prints = args.print_env || args.print_config;
     let program = if prints { None } else { Some(installed(args.agent)?) };
-    let url = Url::from_environment()?;
+    let url = Url::from_environment()?.unwrap_or_default();
     let key = std::env::var("FLASH_API_KEY").ok().filter(|key| !key.is_empty());
     let found = gateway::find(&url).await?;
     let Some(found) = found else {

@@ -40,6 +40,10 @@ use crate::{
 
 pub(crate) async fn dispatch(cli: Cli) -> Result<(), Failure> {
     let Cli { global, command } = cli;
+    let global = match command.remote() {
+        Some(remote) => remote.aim(global)?,
+        None => global,
+    };
     // These have their own idea of Ctrl-C.
     let command = match command {
         Command::Chat(args) => return chat::run(args, &global).await,
@@ -53,13 +57,13 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<(), Failure> {
         match command {
             Command::Run(args) => run::run(args, &global).await,
             Command::Tokenize(args) => tokenize::run(args, &global).await,
-            Command::Models => models::run(&global).await,
+            Command::Models(_) => models::run(&global).await,
             Command::Show(args) => show::run(args, &global).await,
             Command::Cp(args) => cp::run(args, &global).await,
             Command::Rm(args) => rm::run(args, &global).await,
             Command::Config(command) => config::run(command, &global).await,
             Command::Load(args) => load::run(args, &global).await,
-            Command::Ps => ps::run(&global).await,
+            Command::Ps(_) => ps::run(&global).await,
             Command::Stop(args) => stop::run(args, &global).await,
             Command::Stats(args) => stats::run(args, &global).await,
             Command::Convert(args) => convert::run(args, &global).await,

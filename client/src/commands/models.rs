@@ -17,7 +17,7 @@ pub(crate) async fn run(global: &Global) -> Result<(), Failure> {
     let daemon = connect(global).await?;
     let list = daemon.models().list(ListRequest {}).await.map_err(|status| daemon.failure(&status, "listing models"))?.into_inner();
     let stats = daemon.admin().stats(StatsRequest {}).await.map_err(|status| daemon.failure(&status, "listing models"))?.into_inner();
-    let room = room(&stats);
+    let room = room(&stats, global);
     if global.json {
         let models: Vec<_> = list.models.iter().map(|model| json::model(model, fits(model, room))).collect();
         let default = (!list.default_model.is_empty()).then_some(&list.default_model);
@@ -40,8 +40,9 @@ pub(crate) async fn run(global: &Global) -> Result<(), Failure> {
 }
 
 /// What a model may take: the cap, else half of the machine, which is what the daemon's `auto` gives the experts.
-pub(super) fn room(stats: &Snapshot) -> Option<u64> {
-    stats.memory.and_then(|memory| memory.cap_bytes).or_else(|| total_memory().map(|total| total / 2))
+pub(super) fn room(stats: &Snapshot, global: &Global) -> Option<u64> {
+    let here = || if global.gateway.is_none() { total_memory() } else { None };
+    stats.memory.and_then(|memory| memory.cap_bytes).or_else(|| here().map(|total| total / 2))
 }
 
 fn row(model: &Model, room: Option<u64>, now: u64) -> [String; 8] {

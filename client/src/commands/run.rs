@@ -25,9 +25,9 @@ pub(crate) fn is_chat(args: &RunArgs) -> bool {
 
 impl From<RunArgs> for ChatArgs {
     fn from(run: RunArgs) -> Self {
-        let RunArgs { model, system, generation, thinking, settings, stats, format, .. } = run;
+        let RunArgs { model, system, generation, thinking, settings, stats, format, remote, .. } = run;
         let (resume, session, no_history) = (false, None, false);
-        Self { model: Some(model), resume, session, system, format, generation, thinking, settings, stats, no_history }
+        Self { model: Some(model), resume, session, system, format, generation, thinking, settings, stats, no_history, remote }
     }
 }
 
@@ -55,7 +55,7 @@ async fn answer(args: RunArgs, global: &Global) -> Result<(), Failure> {
         let system = args.system.as_deref().map(|system| reply::message("system", system));
         Prompt::Chat(reply::thinking_chat(system.into_iter().chain([reply::message("user", &prompt)]).collect(), &args.thinking))
     };
-    let mut request = reply::request(&load::model_name(&args.model), prompt, &args.generation);
+    let mut request = reply::request(&load::name_there(&args.model, global), prompt, &args.generation);
     request.format = format;
     let mut reply = Reply::default();
     let streaming = !args.no_stream && !global.json;

@@ -14,12 +14,12 @@ use crate::{
 pub(crate) async fn run(args: ShowArgs, global: &Global) -> Result<(), Failure> {
     let daemon = connect(global).await?;
     let failed = |status| daemon.failure(&status, "describing a model");
-    let shown = daemon.models().show(ShowRequest { model: load::model_name(&args.model) }).await.map_err(failed)?.into_inner();
+    let shown = daemon.models().show(ShowRequest { model: load::name_there(&args.model, global) }).await.map_err(failed)?.into_inner();
     if args.template {
         return term::println(shown.chat_template.trim_end());
     }
     let stats = daemon.admin().stats(StatsRequest {}).await.map_err(failed)?.into_inner();
-    let room = room(&stats);
+    let room = room(&stats, global);
     if global.json {
         let model = shown.model.unwrap_or_default();
         let mut value = json::model(&model, fits(&model, room));

@@ -35,7 +35,7 @@ pub(crate) async fn run(args: StatsArgs, global: &Global) -> Result<(), Failure>
             None => term::print_json(&json::snapshot(&snapshot))?,
         }
     }
-    Err(Failure::went_away("being watched", &daemon.log()))
+    Err(daemon.went_away("being watched"))
 }
 
 fn interval_ms(seconds: f64) -> Result<u32, Failure> {

@@ -15,7 +15,7 @@ pub(crate) async fn run(args: TokenizeArgs, global: &Global) -> Result<(), Failu
     let text = if args.text.is_empty() { piped_input().await?.unwrap_or_default() } else { args.text.join(" ") };
     let daemon = connect(global).await?;
     let prompt = if args.chat { Prompt::Chat(reply::chat(vec![reply::message("user", &text)])) } else { Prompt::Text(text) };
-    let request = TokenizeRequest { model: load::model_name(&args.model), prompt: Some(prompt) };
+    let request = TokenizeRequest { model: load::name_there(&args.model, global), prompt: Some(prompt) };
     let answer = daemon.generate().tokenize(request).await;
     let answer = answer.map_err(|status| daemon.failure(&status, "tokenizing"))?.into_inner();
     if global.json {

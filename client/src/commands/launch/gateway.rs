@@ -1,7 +1,7 @@
 //! The gateway that an agent is to use: where it should be, whether it is there, what it says of a model, and one of our own where there is
 //! none. Speaks as much HTTP as two questions take.
 
-use std::{env, fmt, io::Write, net::Ipv6Addr, os::unix::process::CommandExt, process::Stdio, time::Duration};
+use std::{io::Write, os::unix::process::CommandExt, process::Stdio, time::Duration};
 
 use serde_json::Value;
 use tokio::{
@@ -16,70 +16,12 @@ use crate::{
     connect,
     failure::{Failure, exit},
     log_file,
+    url::Url,
 };
 
-const DEFAULT_PORT: u16 = 8080;
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// Far more than a gateway says of one model.
 const ANSWER_BYTES: u64 = 1 << 20;
-
-/// Where a gateway is, or should be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Url {
-    tls: bool,
-    host: String,
-    port: u16,
-    /// The user said so; the default place may belong to any other program.
-    chosen: bool,
-}
-
-impl fmt::Display for Url {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}://{}:{}", if self.tls { "https" } else { "http" }, self.host, self.port)
-    }
-}
-
-impl Url {
-    /// `FLASH_HOST`: `HOST`, `HOST:PORT`, `:PORT`, or a URL; else the gateway's default.
-    pub(super) fn from_environment() -> Result<Self, Failure> {
-        let set = env::var("FLASH_HOST").ok().filter(|text| !text.trim().is_empty());
-        let Some(text) = set else {
-            return Ok(Self { tls: false, host: "127.0.0.1".into(), port: DEFAULT_PORT, chosen: false });
-        };
-        Self::parse(text.trim()).ok_or_else(|| {
-            Failure::new(exit::CONFIG, "config", format!("FLASH_HOST is `{text}`, which is no address"))
-                .hint("it is where the gateway listens: HOST:PORT or http://HOST:PORT")
-        })
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        let (tls, default, rest) = match text.split_once("://") {
-            Some(("http", rest)) => (false, 80, rest),
-            Some(("https", rest)) => (true, 443, rest),
-            Some(_) => return None,
-            None => (false, DEFAULT_PORT, text),
-        };
-        let rest = rest.trim_end_matches('/').trim_end_matches("/v1");
-        let bare = rest.parse::<Ipv6Addr>().is_ok();
-        let (host, port) = match rest.rsplit_once(':') {
-            Some((host, port)) if !bare && !port.ends_with(']') => (host, port.parse().ok()?),
-            _ => (rest, default),
-        };
-        let host = match host {
-            // What a server listens on, seen from a client.
-            "" | "0.0.0.0" => "127.0.0.1".into(),
-            "[::]" | "::" => "[::1]".into(),
-            host if host.parse::<Ipv6Addr>().is_ok() => format!("[{host}]"),
-            host => host.to_owned(),
-        };
-        let valid = |c: char| c.is_ascii_alphanumeric() || "-._:[]".contains(c);
-        (port != 0 && host.chars().all(valid)).then_some(Self { tls, host, port, chosen: true })
-    }
-
-    pub(super) fn is_loopback(&self) -> bool {
-        self.host == "localhost" || self.host == "[::1]" || self.host.starts_with("127.")
-    }
-}
 
 /// A gateway of ours.
 #[derive(Clone, Copy, Debug)]
@@ -130,7 +72,7 @@ fn encoded(text: &str) -> String {
 /// One question in HTTP/1.0, whose answer ends with the connection: status and JSON, null if it is none.
 async fn get(url: &Url, path: &str, key: Option<&str>) -> std::io::Result<(u16, Value)> {
     let asked = async {
-        let mut stream = TcpStream::connect((url.host.trim_matches(['[', ']']), url.port)).await?;
+        let mut stream = TcpStream::connect(url.address()).await?;
         let key = key.filter(|key| !key.contains(['\r', '\n'])).map(|key| format!("Authorization: Bearer {key}\r\n")).unwrap_or_default();
         let request = format!("GET {path} HTTP/1.0\r\nHost: {}:{}\r\n{key}Accept: application/json\r\n\r\n", url.host, url.port);
         stream.write_all(request.as_bytes()).await?;
@@ -185,26 +127,6 @@ async fn keep_log(mut lines: Lines<BufReader<ChildStderr>>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn hosts_are_read() {
-        let check =
-            |text: &str, expected: Option<&str>| assert_eq!(Url::parse(text).map(|url| url.to_string()).as_deref(), expected, "{text}");
-        check("localhost", Some("http://localhost:8080"));
-        check("127.0.0.1:9", Some("http://127.0.0.1:9"));
-        check(":81", Some("http://127.0.0.1:81"));
-        check("0.0.0.0:81", Some("http://127.0.0.1:81"));
-        check("http://box.lan", Some("http://box.lan:80"));
-        check("https://box.lan/v1/", Some("https://box.lan:443"));
-        check("[::1]:81", Some("http://[::1]:81"));
-        check("[::1]", Some("http://[::1]:8080"));
-        check("::1", Some("http://[::1]:8080"));
-        for bad in ["ftp://x", "x:y", "a b", "http://x/path", "x:0", "x:99999", "a\r\nb"] {
-            check(bad, None);
-        }
-        let local = |text| Url::parse(text).is_some_and(|url| url.is_loopback());
-        assert!(local("localhost") && local("[::1]") && local("127.0.0.2") && !local("128.0.0.1"));
-    }
 
     #[test]
     fn names_go_into_paths() {

@@ -1,0 +1,129 @@
+//! flashctl against another machine's daemon: the gateway passes on what asks a model, and nothing that changes the machine.
+
+use std::{
+    io::Read,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result};
+use flash_proto::v1;
+use flash_tests::{
+    daemon::{Client, Gateway, Home, Process, finish},
+    tiny_model::{Spec, TinyModel},
+};
+use rustix::process::Signal;
+use tonic::{Code, transport::Endpoint};
+
+/// A machine with a daemon and a gateway, and one with neither.
+struct Machines {
+    there: Home,
+    gateway: Gateway,
+    here: Home,
+}
+
+impl Machines {
+    fn new(gateway: &[&str]) -> Result<Self> {
+        let (there, here) = (Home::new()?, Home::new()?);
+        TinyModel::generate(Spec::default()).write(&there.models().join("tiny"))?;
+        let gateway = there.gateway(gateway)?;
+        Ok(Self { there, gateway, here })
+    }
+
+    fn ctl(&self, args: &[&str]) -> Command {
+        let mut command = self.here.command("flashctl");
+        command.args(args).args(["--host", &self.gateway.address]).env("FLASH_API_KEY", "sesame");
+        command
+    }
+}
+
+#[test]
+fn another_machines_daemon_answers_as_it_does_there() -> Result<()> {
+    let machines = Machines::new(&["--api-key", "sesame"])?;
+    let ask = ["run", "tiny", "Hello", "-t", "0", "-n", "12"];
+    let down = finish(machines.ctl(&ask), None)?;
+    assert_eq!(down.code, Some(69), "{down:?}");
+    assert!(down.stderr.contains("flashd is not answering"), "{down:?}");
+
+    let _daemon = machines.there.daemon(&[])?;
+    let alone = machines.there.ctl(&ask)?;
+    let answer = finish(machines.ctl(&ask), None)?;
+    assert_eq!((answer.code, &answer.stdout), (Some(0), &alone.stdout), "{answer:?}");
+    let with_environment = {
+        let mut command = machines.here.command("flashctl");
+        command.args(ask).env("FLASH_HOST", &machines.gateway.address).env("FLASH_API_KEY", "sesame");
+        finish(command, None)?
+    };
+    assert_eq!(with_environment.stdout, alone.stdout);
+    for (args, said) in [
+        (&["models"][..], "tiny"),
+        (&["show", "tiny"], "experts"),
+        (&["tokenize", "tiny", "Hello"], " "),
+        (&["ps"], "ready"),
+        (&["stats", "--json"], "\"finished\":3"),
+    ] {
+        let told = finish(machines.ctl(args), None)?;
+        assert_eq!(told.code, Some(0), "{args:?} {told:?}");
+        assert!(told.stdout.contains(said), "{args:?} {told:?}");
+    }
+
+    let wrong = finish(
+        {
+            let mut command = machines.ctl(&ask);
+            command.env("FLASH_API_KEY", "guess");
+            command
+        },
+        None,
+    )?;
+    assert_eq!(wrong.code, Some(77), "{wrong:?}");
+    assert!(wrong.stderr.contains("API key"), "{wrong:?}");
+    let settings = finish(machines.ctl(&["run", "tiny", "Hello", "--memory", "1GiB"]), None)?;
+    assert_eq!(settings.code, Some(64), "{settings:?}");
+    assert!(!machines.here.socket().exists(), "nothing is started here");
+    Ok(())
+}
+
+#[test]
+fn what_changes_the_machine_is_for_its_own_user() -> Result<()> {
+    let machines = Machines::new(&[])?;
+    let _daemon = machines.there.daemon(&[])?;
+    let address = format!("http://{}", machines.gateway.address);
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let client = Client::over(Endpoint::from_shared(address)?.connect().await?);
+        let mut models = client.models.clone();
+        let removed = models.remove(v1::RemoveRequest { model: "tiny".into() }).await;
+        assert_eq!(removed.err().map(|status| status.code()), Some(Code::PermissionDenied));
+        let cleared = client.admin.clone().clear_cache(v1::ClearCacheRequest {}).await;
+        assert_eq!(cleared.err().map(|status| status.code()), Some(Code::PermissionDenied));
+        let capped = models.load(v1::LoadRequest { model: "tiny".into(), memory: Some("1GiB".into()), ..Default::default() }).await;
+        assert_eq!(capped.err().map(|status| status.code()), Some(Code::InvalidArgument));
+        // A path is the daemon's, which would take it from its own user.
+        let path = machines.there.path().join("elsewhere");
+        TinyModel::generate(Spec::default()).write(&path)?;
+        let path = path.display().to_string();
+        let loaded = models.load(v1::LoadRequest { model: path.clone(), ..Default::default() }).await;
+        assert_eq!(loaded.err().map(|status| status.message().contains("does not exist")), Some(true));
+        assert!(models.show(v1::ShowRequest { model: path }).await.is_err());
+        models.load(v1::LoadRequest { model: "tiny".into(), ..Default::default() }).await?;
+        anyhow::Ok(())
+    })?;
+    assert!(machines.there.models().join("tiny").exists());
+    Ok(())
+}
+
+#[test]
+fn a_connection_that_breaks_is_told() -> Result<()> {
+    let machines = Machines::new(&["--api-key", "sesame"])?;
+    let _daemon = machines.there.daemon(&[])?;
+    let stderr = machines.here.path().join("flashctl.stderr");
+    let mut command = machines.ctl(&["run", "tiny", "Hello", "-t", "0"]);
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(std::fs::File::create(&stderr)?);
+    let mut process = Process::adopt(command.spawn()?, stderr);
+    let mut stdout = process.child().stdout.take().context("a pipe")?;
+    stdout.read_exact(&mut [0; 16])?;
+    machines.gateway.process.signal(Signal::KILL)?;
+    std::io::copy(&mut stdout, &mut std::io::sink())?;
+    assert_eq!(process.code()?, Some(69), "{}", process.errors());
+    assert!(process.errors().contains("broke"), "{}", process.errors());
+    Ok(())
+}
