@@ -6,8 +6,9 @@
 //! - `SAY[[text]]END` answers with that text, of which `<think>` and `</think>` are thoughts;
 //! - `CALL[[["tool",{"argument":1}]]]END` calls tools: a list of turns, each a list of calls. After the last turn the answer is the text
 //!   of a `SAY` behind it, or `done`.
+//! - `WAIT[[seconds]]END` before either: the first answer takes as long to begin, as one to a long prompt does.
 
-use std::{ffi::OsString, fs, path::Path, sync::Arc};
+use std::{ffi::OsString, fs, path::Path, sync::Arc, thread, time::Duration};
 
 use anyhow::{Context, Result};
 use flash_engine::{Script, Text};
@@ -90,15 +91,27 @@ pub fn script(dir: &Path) -> Result<Script> {
         }
         turns.push(&prompt[from..]);
         let told = turns.iter().enumerate().rev().find_map(|(index, turn)| Some((index, answers(&bytes(turn))?)));
-        let wanted = match told {
+        let wanted = match &told {
             Some((index, answers)) => answers.get(turns.len().saturating_sub(2 + index)).or(answers.last()).cloned().unwrap_or_default(),
             None => "ok".into(),
         };
+        if let Some((index, _)) = &told
+            && index + 2 == turns.len()
+            && said.is_empty()
+            && let Some(wait) = wait(&bytes(turns[*index]))
+        {
+            thread::sleep(wait);
+        }
         let ids = text.encode(&wanted).unwrap_or_default();
         let next = ids.get(said.len()).copied().unwrap_or(end);
         logits.fill(0.0);
         logits[next as usize] = 100.0;
     })))
+}
+
+fn wait(text: &str) -> Option<Duration> {
+    let (seconds, _) = text.rsplit_once("WAIT[[")?.1.split_once("]]END")?;
+    seconds.parse().ok().map(Duration::from_secs)
 }
 
 /// What the last directive in a text says, turn by turn.
