@@ -1,19 +1,27 @@
 //! What several requests at once cost and gain.
 //! - Decoding, on the bundled model with all experts in memory and with a quarter of them: tokens per second of four streams together
-//!   against one alone, beside what the bytes allow (a step reads every expert that some stream needs once), and bytes from disk a token.
+//!   against one alone, beside what the bytes allow (a step reads every expert that some stream needs once), and bytes from disk a token;
+//!   for those also what the same routing would have read a token of each stream in turn, and with a cache that knows the future.
 //! - A prompt of 2,048 tokens that arrives while another request decodes, on a synthetic model: the times between that one's tokens, before
 //!   and meanwhile, and the prompt's time to its first token, alone and so.
 //!
 //! Rounds in turn, medians of them. Prints figures beside their bounds and judges none.
 //! `cargo bench -p flash-engine --bench streams`; `-- together` is the first part alone, `-- SHAPE LAYERS` the second, on another model.
 
-use std::{collections::BTreeMap, fs, path::Path, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+    time::Instant,
+};
 
 use anyhow::{Result, anyhow, ensure};
 use flash_engine::{
     CacheBudget, Delivery, Engine, Event, Io, Lookahead, Options, Report, Request, RequestId, Sampling, Stage, Step,
+    replay::{ReplayPolicy, Trace, replay},
     synth::{Routing, Synth, write},
 };
+use flash_experts::{ExpertId, PolicyKind};
 
 const ROUNDS: u64 = 9;
 /// With everything in memory, where they are short.
@@ -33,6 +41,8 @@ struct Heard {
     tokens: BTreeMap<RequestId, Vec<Instant>>,
     done: Vec<RequestId>,
     failed: Option<flash_engine::Error>,
+    /// Of each request, [positions, layers, top_k].
+    routed: BTreeMap<RequestId, Vec<u16>>,
 }
 
 impl Heard {
@@ -42,7 +52,8 @@ impl Heard {
                 Event::Token { .. } => self.tokens.entry(id).or_default().push(Instant::now()),
                 Event::Done(_) => self.done.push(id),
                 Event::Failed(error) => self.failed = Some(error),
-                Event::Prefill { .. } | Event::Prompt(_) | Event::Routing { .. } => {}
+                Event::Routing { ids, .. } => self.routed.entry(id).or_default().extend(ids),
+                Event::Prefill { .. } | Event::Prompt(_) => {}
             }
             Delivery::Taken
         });
@@ -80,14 +91,16 @@ struct Speed {
     /// A token's share of what its step read from memory: trunk and experts.
     memory_bytes: f64,
     disk_bytes: f64,
+    /// As `disk_bytes`, of a cold cache: the streams together and by turns, with our policy and with Belady's.
+    replayed: [[f64; 2]; 2],
     /// Microseconds of a token.
     stages: [f64; Stage::ALL.len()],
 }
 
-fn decode(engine: &mut Engine, prompts: &[&[u32]], seed: u64) -> Result<Speed> {
+fn decode(engine: &mut Engine, prompts: &[&[u32]], seed: u64, replays: bool) -> Result<Speed> {
     let mut heard = Heard::default();
     for (prompt, stream) in prompts.iter().zip(0..) {
-        engine.admit(request(prompt, TOKENS, seed * 10 + stream))?;
+        engine.admit(Request { record_routing: replays, ..request(prompt, TOKENS, seed * 10 + stream) })?;
     }
     while heard.tokens.len() < prompts.len() {
         heard.step(engine)?;
@@ -109,7 +122,29 @@ fn decode(engine: &mut Engine, prompts: &[&[u32]], seed: u64) -> Result<Speed> {
         memory_bytes: (steps * report.trunk_bytes + experts) as f64 / tokens,
         stages: Stage::ALL.map(|stage| report.profile.since(&before.profile).get(stage).as_secs_f64() * 1e6 / tokens),
         disk_bytes: (report.experts.bytes_read - before.experts.bytes_read) as f64 / tokens,
+        replayed: if replays { replayed(engine, &heard.routed)? } else { Default::default() },
     })
+}
+
+fn replayed(engine: &Engine, routed: &BTreeMap<RequestId, Vec<u16>>) -> Result<[[f64; 2]; 2]> {
+    let (info, slots) = (engine.info(), engine.report().experts.slots_per_layer as usize);
+    let token = info.layers * info.top_k;
+    // The last token's position is not computed.
+    let decoded: Vec<&[u16]> = routed.values().map(|ids| &ids[ids.len() - (TOKENS - 1) * token..]).collect();
+    let mut traces = [(); 2].map(|()| Trace::new(info.layers, info.experts));
+    let [together, turns] = &mut traces;
+    for at in (0..TOKENS - 1).map(|token_of| token_of * token) {
+        for layer in (at..at + token).step_by(info.top_k) {
+            let union: BTreeSet<u16> = decoded.iter().flat_map(|ids| &ids[layer..][..info.top_k]).copied().collect();
+            together.push(&union.into_iter().map(ExpertId).collect::<Vec<_>>()).map_err(|error| anyhow!(error))?;
+        }
+        for ids in decoded.iter().flat_map(|ids| ids[at..][..token].chunks_exact(info.top_k)) {
+            turns.push(&ids.iter().copied().map(ExpertId).collect::<Vec<_>>()).map_err(|error| anyhow!(error))?;
+        }
+    }
+    let tokens = ((TOKENS - 1) * decoded.len()) as f64;
+    let bytes = |trace: &Trace, policy| replay(trace, policy, slots).misses as f64 * info.expert_bytes as f64 / tokens;
+    Ok(traces.map(|trace| [ReplayPolicy::Live(PolicyKind::default()), ReplayPolicy::Belady].map(|policy| bytes(&trace, policy))))
 }
 
 fn together() -> Result<()> {
@@ -140,7 +175,7 @@ fn together() -> Result<()> {
             let one = &prompts[round as usize % STREAMS..][..1];
             let turn = if round % 2 == 0 { [one, &prompts[..]] } else { [&prompts[..], one] };
             for prompts in turn {
-                found[usize::from(prompts.len() > 1)].push(decode(&mut engine, prompts, round)?);
+                found[usize::from(prompts.len() > 1)].push(decode(&mut engine, prompts, round, share < 1.0)?);
             }
         }
         let [one, four] = &found;
@@ -159,6 +194,16 @@ fn together() -> Result<()> {
             of(one, |s| s.memory_bytes) / 1e6,
         );
         println!("    from disk {:.2} and {:.2} MB a token", of(four, |s| s.disk_bytes) / 1e6, of(one, |s| s.disk_bytes) / 1e6);
+        if share < 1.0 {
+            let replayed = |speeds: &[Speed], turns: usize| {
+                let [ours, best] = [0, 1].map(|policy| median(&speeds.iter().map(|s| s.replayed[turns][policy] / 1e6).collect::<Vec<_>>()));
+                format!("{ours:.2} ({best:.2})")
+            };
+            let [together, turns, alone] = [replayed(four, 0), replayed(four, 1), replayed(one, 0)];
+            println!(
+                "    a cold cache, and one that knows the future: together {together}, the same tokens by turns {turns}, one {alone} MB"
+            );
+        }
         let stage = |speeds: &[Speed], stage: Stage| median(&speeds.iter().map(|speed| speed.stages[stage as usize]).collect::<Vec<_>>());
         let stages = Stage::ALL.map(|at| format!("{} {:.0} and {:.0}", at.name(), stage(four, at), stage(one, at)));
         println!("    us a token: {}", stages.join(", "));
