@@ -127,7 +127,7 @@ fn decode(engine: &mut Engine, prompts: &[&[u32]], seed: u64, replays: bool) -> 
 }
 
 fn replayed(engine: &Engine, routed: &BTreeMap<RequestId, Vec<u16>>) -> Result<[[f64; 2]; 2]> {
-    let (info, slots) = (engine.info(), engine.report().experts.slots_per_layer as usize);
+    let (info, slots) = (engine.info(), engine.report().experts.slots_per_layer);
     let token = info.layers * info.top_k;
     // The last token's position is not computed.
     let decoded: Vec<&[u16]> = routed.values().map(|ids| &ids[ids.len() - (TOKENS - 1) * token..]).collect();

@@ -35,8 +35,10 @@ pub(super) const FAST_MATH: Isa = Isa {
     ..ISA
 };
 
-/// Tokens of a tile: with two rows, their sums fill the registers.
+/// Tokens of a tile, of two rows. Up to four tokens take four rows: their sums fill the registers, and scales wait in the first cache.
 const TOKENS: usize = 6;
+/// Results of a tile.
+const RESULTS: usize = 16;
 
 fn rows<const EXACT: bool>(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
     let Some(kind) = fixed_point(w, &range, x, tokens, out) else { return (avx512::ISA.rows)(w, range, x, tokens, out) };
@@ -113,9 +115,9 @@ unsafe fn product<const EXACT: bool, const BITS: usize, P: Wide>(
         unsafe {
             match *tile {
                 [a] => column::<EXACT, BITS, P, 4, 1>(&sizes, range.clone(), x, [a], out),
-                [a, b] => column::<EXACT, BITS, P, 2, 2>(&sizes, range.clone(), x, [a, b], out),
-                [a, b, c] => column::<EXACT, BITS, P, 2, 3>(&sizes, range.clone(), x, [a, b, c], out),
-                [a, b, c, d] => column::<EXACT, BITS, P, 2, 4>(&sizes, range.clone(), x, [a, b, c, d], out),
+                [a, b] => column::<EXACT, BITS, P, 4, 2>(&sizes, range.clone(), x, [a, b], out),
+                [a, b, c] => column::<EXACT, BITS, P, 4, 3>(&sizes, range.clone(), x, [a, b, c], out),
+                [a, b, c, d] => column::<EXACT, BITS, P, 4, 4>(&sizes, range.clone(), x, [a, b, c, d], out),
                 [a, b, c, d, e] => column::<EXACT, BITS, P, 2, 5>(&sizes, range.clone(), x, [a, b, c, d, e], out),
                 [a, b, c, d, e, f, ..] => column::<EXACT, BITS, P, 2, TOKENS>(&sizes, range.clone(), x, [a, b, c, d, e, f], out),
                 [] => {}
@@ -238,7 +240,7 @@ unsafe fn tile<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, co
                 }
             }
         }
-        let mut of = [0.0; 2 * TOKENS];
+        let mut of = [0.0; RESULTS];
         for (four, of) in of.as_chunks_mut::<4>().0.iter_mut().enumerate().take((R * T).div_ceil(4)) {
             let total = std::array::from_fn(|i| {
                 let i = 4 * four + i;
