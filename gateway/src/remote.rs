@@ -31,7 +31,9 @@ const FRAME: usize = 5;
 
 pub(crate) fn routes(router: Router<Arc<App>>) -> Router<Arc<App>> {
     let path = |call: &str| format!("{PREFIX}{call}");
-    let router = ["Admin/Version", "Admin/Stats", "Models/List"].iter().fold(router, |router, call| router.route(&path(call), post(pass)));
+    let router = ["Admin/Version", "Admin/Stats", "Admin/WatchStats", "Models/List"]
+        .iter()
+        .fold(router, |router, call| router.route(&path(call), post(pass)));
     let router = ["Admin", "Models", "Generate"]
         .iter()
         .fold(router, |router, service| router.route(&path(&format!("{service}/{{call}}")), post(refuse)));

@@ -1,13 +1,14 @@
 //! flashctl against another machine's daemon: the gateway passes on what asks a model, and nothing that changes the machine.
 
 use std::{
-    io::Read,
-    process::{Command, Stdio},
+    io::{BufRead, BufReader, Read},
+    process::{ChildStdout, Command, Stdio},
 };
 
 use anyhow::{Context, Result};
 use flash_proto::v1;
 use flash_tests::{
+    DEADLINE,
     daemon::{Client, Gateway, Home, Process, finish},
     tiny_model::{Spec, TinyModel},
 };
@@ -110,17 +111,43 @@ fn what_changes_the_machine_is_for_its_own_user() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn a_connection_that_breaks_is_told() -> Result<()> {
-    let machines = Machines::new(&["--api-key", "sesame"])?;
-    let _daemon = machines.there.daemon(&[])?;
-    let stderr = machines.here.path().join("flashctl.stderr");
-    let mut command = machines.ctl(&["run", "tiny", "Hello", "-t", "0"]);
+/// A command that has begun to write, and what it writes.
+fn begun(machines: &Machines, args: &[&str]) -> Result<(Process, ChildStdout)> {
+    let stderr = machines.here.path().join(format!("{}.stderr", args[0]));
+    let mut command = machines.ctl(args);
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(std::fs::File::create(&stderr)?);
     let mut process = Process::adopt(command.spawn()?, stderr);
     let mut stdout = process.child().stdout.take().context("a pipe")?;
     stdout.read_exact(&mut [0; 16])?;
+    Ok((process, stdout))
+}
+
+#[test]
+fn an_interrupt_ends_the_answer_there() -> Result<()> {
+    let machines = Machines::new(&["--api-key", "sesame"])?;
+    let daemon = machines.there.daemon(&[])?;
+    let (mut process, _stdout) = begun(&machines, &["run", "tiny", "Hello", "-t", "0"])?;
+    let (mut watch, mut seen) = begun(&machines, &["stats", "--json", "--watch", "0.1"])?;
+    process.signal(Signal::INT)?;
+    assert_eq!(process.code()?, Some(130), "{}", process.errors());
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let cancelled =
+            |snapshot: &v1::Snapshot| snapshot.requests.is_some_and(|requests| requests.cancelled == 1 && requests.running == 0);
+        daemon.client().await?.wait_stats("it is cancelled", DEADLINE, cancelled).await
+    })?;
+    let mut lines = BufReader::new(&mut seen).lines();
+    while !lines.next().context("a line")??.contains("\"cancelled\":1") {}
+    watch.signal(Signal::INT)?;
+    assert_eq!(watch.code()?, Some(130), "{}", watch.errors());
+    Ok(())
+}
+
+#[test]
+fn a_connection_that_breaks_is_told() -> Result<()> {
+    let machines = Machines::new(&["--api-key", "sesame"])?;
+    let _daemon = machines.there.daemon(&[])?;
+    let (mut process, mut stdout) = begun(&machines, &["run", "tiny", "Hello", "-t", "0"])?;
     machines.gateway.process.signal(Signal::KILL)?;
     std::io::copy(&mut stdout, &mut std::io::sink())?;
     assert_eq!(process.code()?, Some(69), "{}", process.errors());
