@@ -186,7 +186,7 @@ impl Failure {
             Dialect::OpenAi => self.openai(),
             Dialect::Anthropic => self.anthropic(request_id),
             Dialect::Ollama => self.ollama(),
-            Dialect::Grpc => Value::Null,
+            Dialect::Grpc => unreachable!("gRPC has its failures in its headers"),
         }
     }
 

@@ -49,12 +49,9 @@ fn another_machines_daemon_answers_as_it_does_there() -> Result<()> {
     let alone = machines.there.ctl(&ask)?;
     let answer = finish(machines.ctl(&ask), None)?;
     assert_eq!((answer.code, &answer.stdout), (Some(0), &alone.stdout), "{answer:?}");
-    let with_environment = {
-        let mut command = machines.here.command("flashctl");
-        command.args(ask).env("FLASH_HOST", &machines.gateway.address).env("FLASH_API_KEY", "sesame");
-        finish(command, None)?
-    };
-    assert_eq!(with_environment.stdout, alone.stdout);
+    let mut by_environment = machines.here.command("flashctl");
+    by_environment.args(ask).env("FLASH_HOST", &machines.gateway.address).env("FLASH_API_KEY", "sesame");
+    assert_eq!(finish(by_environment, None)?.stdout, alone.stdout);
     for (args, said) in [
         (&["models"][..], "tiny"),
         (&["show", "tiny"], "experts"),
@@ -67,14 +64,9 @@ fn another_machines_daemon_answers_as_it_does_there() -> Result<()> {
         assert!(told.stdout.contains(said), "{args:?} {told:?}");
     }
 
-    let wrong = finish(
-        {
-            let mut command = machines.ctl(&ask);
-            command.env("FLASH_API_KEY", "guess");
-            command
-        },
-        None,
-    )?;
+    let mut guess = machines.ctl(&ask);
+    guess.env("FLASH_API_KEY", "guess");
+    let wrong = finish(guess, None)?;
     assert_eq!(wrong.code, Some(77), "{wrong:?}");
     assert!(wrong.stderr.contains("API key"), "{wrong:?}");
     let settings = finish(machines.ctl(&["run", "tiny", "Hello", "--memory", "1GiB"]), None)?;

@@ -515,11 +515,9 @@ fn stop_strings_win_and_unlike_forms_are_refused() {
     chat.choice.mode = Choice::Required;
     refused(&chat, Some(&any), "tool_choice");
     // Each is bearable, all are not.
-    let stepping = |name: &str, strict| Tool {
-        strict,
-        ..tool(name, json!({"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 9001}}}))
-    };
-    let many = |strict| Chat { tools: ["f", "g", "h"].map(|name| stepping(name, strict)).to_vec(), ..chat.clone() };
+    let stepping = json!({"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 9001}}});
+    let stepping = |strict| ["f", "g", "h"].map(|name| Tool { strict, ..tool(name, stepping.clone()) }).to_vec();
+    let many = |strict| Chat { tools: stepping(strict), ..chat.clone() };
     request(&text, &many(false), None, 1).unwrap();
     refused(&many(true), None, "tools: multipleOf");
     refused(&Chat { tools: Vec::new(), ..chat.clone() }, None, "tool_choice");
