@@ -285,6 +285,29 @@ fn a_failed_read_fails_its_expert_only_and_is_tried_again() {
     check(Verdict::Panic, "the storage panicked: planned");
 }
 
+/// A prefetch or a fetch that has ended began the read: its failure may be older than the question.
+#[test]
+fn what_was_joined_and_failed_is_read_again() {
+    let Gated { mut experts, asked, mut held, .. } = Gated::new(2, 2);
+    let failed = || Verdict::Fail(io::ErrorKind::Other);
+    for (record, verdict) in [(4, Verdict::Go), (5, failed())] {
+        if record == 4 {
+            experts.prefetch(LayerId(0), &ids(&[record]));
+            expect(&asked, &mut held, &[record]);
+        } else {
+            let _fetch = ask(&mut experts, LayerId(0), &[record]);
+            expect(&asked, &mut held, &[record]);
+        }
+        let mut fetch = ask(&mut experts, LayerId(0), &[record]);
+        answer(&mut held, record, failed());
+        expect(&asked, &mut held, &[record]);
+        answer(&mut held, record, verdict);
+        assert_eq!(arrivals(&mut fetch).unwrap()[0].is_ok(), record == 4, "once, and no more");
+        assert_eq!(arrivals(&mut fetch), None);
+    }
+    assert_eq!((experts.stats().joined, experts.stats().load_errors), (2, 3));
+}
+
 #[test]
 fn a_failure_frees_the_slot_for_what_is_pending() {
     let Gated { mut experts, asked, mut held, .. } = Gated::new(1, 1);

@@ -6,7 +6,8 @@
 //!
 //! ```text
 //! Off ─grow─▶ Free ⇄ Populating      Free ─miss─▶ Queued ─start─▶ Loading ─ok─▶ Resident ─evict─▶ Free
-//!  ▲                                                └──fetch dropped──▶ Free ◀─failed─┘
+//!  ▲                                    ▲           └──fetch dropped──▶ Free ◀─failed─┤
+//!  │                                    └── joined by the fetch, and failed ───────────┘
 //!  └── shrink: from Free and Resident at once; from Populating and Loading through Draining, when the loader is back
 //! ```
 //!
@@ -14,7 +15,8 @@
 //! `pending` until a slot of its layer can be had.
 //!
 //! Loads start in this order: what the fetch waits for; what a prefetch has wished for; what a warm start brings back. The
-//! last two go from Free to Loading at once, are never waited for, and together leave half of the loaders to demand.
+//! last two go from Free to Loading at once, are never waited for, and together leave half of the loaders to demand. A fetch
+//! joins loads that others began; should such a one fail, the fetch has its own, since the disk may be well by then.
 
 mod ahead;
 mod budget;
@@ -64,6 +66,8 @@ enum State {
 enum ForWhom {
     /// The fetch that is going on waits for it.
     Demand,
+    /// It too, since the load began: if that fails, it is queued again.
+    Joined,
     /// A fetch that has ended.
     Nobody,
     Prefetch,
@@ -302,7 +306,7 @@ impl Core {
                 counted.prefetch_late += u64::from(*for_whom == ForWhom::Prefetch);
                 counted.joined += count;
                 self.demand.streaming += 1;
-                *for_whom = ForWhom::Demand;
+                *for_whom = ForWhom::Joined;
             }
             state => unreachable!("between fetches nothing is in state {state:?}"),
         }
@@ -350,7 +354,7 @@ impl Core {
         for expert in held {
             let Some(slot) = self.layers[layer_id.index()].slot_of[expert.index()] else { continue };
             match &mut self.slots[slot.index()].state {
-                State::Loading { for_whom: whom @ ForWhom::Demand, .. } => *whom = ForWhom::Nobody,
+                State::Loading { for_whom: whom @ (ForWhom::Demand | ForWhom::Joined), .. } => *whom = ForWhom::Nobody,
                 State::Resident { pinned: true, .. } => self.unpin(slot),
                 _ => {}
             }
@@ -419,8 +423,13 @@ impl Core {
             State::Draining => return Some(Vacant { slot }),
             state => unreachable!("a load ends in state {state:?}"),
         };
+        if for_whom == ForWhom::Joined && result.is_err() {
+            self.slots[slot.index()].state = State::Queued(expert);
+            self.queue.push_back(slot);
+            return None;
+        }
         self.background -= usize::from(matches!(for_whom, ForWhom::Prefetch | ForWhom::Warm));
-        let wanted = for_whom == ForWhom::Demand;
+        let wanted = matches!(for_whom, ForWhom::Demand | ForWhom::Joined);
         let layer = self.layer_of(slot);
         layer.busy -= 1;
         let found = match result {

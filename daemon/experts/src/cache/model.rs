@@ -24,6 +24,7 @@ const POLICIES: [PolicyKind; 4] = [PolicyKind::Lfru, PolicyKind::Lru, PolicyKind
 #[derive(Clone, Copy, PartialEq)]
 enum Whom {
     Demand,
+    Joined,
     Nobody,
     Prefetch,
     Warm,
@@ -184,7 +185,7 @@ impl Model {
                 self.counts[7] += u64::from(layer.unused.remove(&id));
             } else if let Some((_, _, whom)) = layer.loading.iter_mut().find(|(_, expert, _)| *expert == id) {
                 self.counts[9] += u64::from(*whom == Whom::Prefetch);
-                *whom = Whom::Demand;
+                *whom = Whom::Joined;
                 demand.waiting.push(id);
                 demand.missed.insert(id);
                 self.counts[2] += count;
@@ -200,7 +201,7 @@ impl Model {
 
     fn end(&mut self) {
         if let Some(Demand { layer, .. }) = self.demand.take() {
-            let loading = self.layers[layer].loading.iter_mut().filter(|(.., whom)| *whom == Whom::Demand);
+            let loading = self.layers[layer].loading.iter_mut().filter(|(.., whom)| matches!(whom, Whom::Demand | Whom::Joined));
             loading.for_each(|(.., whom)| *whom = Whom::Nobody);
             self.keep_none();
         }
@@ -280,6 +281,12 @@ impl Model {
         let layer = &mut self.layers[l];
         let Some(at) = layer.loading.iter().position(|&(loading, ..)| loading == slot) else { return true };
         let (.., whom) = layer.loading.remove(at);
+        if whom == Whom::Joined && !ok {
+            let demand = self.demand.as_mut().unwrap();
+            demand.waiting.retain(|&expert| expert != id);
+            demand.queued.push(id);
+            return false;
+        }
         if ok {
             layer.resident.insert(id);
             if whom == Whom::Prefetch {
@@ -288,7 +295,7 @@ impl Model {
         } else {
             layer.expected.remove(&id);
         }
-        if whom == Whom::Demand {
+        if matches!(whom, Whom::Demand | Whom::Joined) {
             let demand = self.demand.as_mut().unwrap();
             demand.waiting.retain(|&expert| expert != id);
             demand.ready.push(if ok { Ok(id) } else { Err(id) });

@@ -26,7 +26,9 @@ impl Core {
         assert_eq!(self.background, in_state(&ahead).len());
         assert_eq!(self.touched, self.slots.iter().filter(|entry| entry.touched).count());
         let held = in_state(&|state| {
-            matches!(state, State::Queued(_) | State::Loading { for_whom: ForWhom::Demand, .. } | State::Resident { pinned: true, .. })
+            let wanted = |whom| matches!(whom, ForWhom::Demand | ForWhom::Joined);
+            matches!(state, State::Queued(_) | State::Resident { pinned: true, .. })
+                || matches!(state, State::Loading { for_whom, .. } if wanted(for_whom))
         });
         let demand = &self.demand;
         let Some(layer_id) = demand.layer else { return assert!(held.is_empty(), "held by no fetch: {held:?}") };
