@@ -24,13 +24,14 @@ use std::{
 };
 
 use flash_engine::{Bytes, Cleared, Delivery, Engine, Event, ModelInfo, Options, Report, RequestId, Step, Text, clear_disk_cache};
+use flash_proto::heap;
 use tokio::sync::watch;
 
 pub(crate) use self::command::{
     Admitted, Bench, ClearCache, Command, Events, Generate, Load, Loaded, Model, Recent, Reply, Reservation, Reserve, Unload,
 };
 use self::line::Waiting;
-use crate::{Error, config::KeepAlive, hot::HotSets, pressure, stats::Totals};
+use crate::{Error, config::KeepAlive, hot::HotSets, stats::Totals};
 
 /// Events a slow reader may leave unread before its request pauses …
 pub(crate) const EVENTS: usize = 64;
@@ -290,7 +291,7 @@ impl Thread {
         let of_engine = self.loaded.as_mut().map_or(Ok(Cleared::default()), |loaded| loaded.engine.clear_prefixes())?;
         // What is left there when nothing is loaded, or when the disk is not used any more.
         let Cleared { files, disk_bytes, .. } = clear_disk_cache(dir)?;
-        pressure::give_back();
+        heap::give_back();
         tracing::info!("the prefix cache was cleared");
         self.publish();
         Ok(Cleared { files: of_engine.files + files, disk_bytes: of_engine.disk_bytes + disk_bytes, ..of_engine })
@@ -364,7 +365,7 @@ impl Thread {
         if catch_unwind(AssertUnwindSafe(|| drop(loaded))).is_err() {
             tracing::error!("the engine panicked while it was dropped");
         }
-        pressure::give_back();
+        heap::give_back();
     }
 
     fn unload_at(&self) -> Option<Instant> {

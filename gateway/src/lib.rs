@@ -23,9 +23,13 @@ mod upstream;
 
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, Once},
+    sync::{
+        Arc, Mutex, Once,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
 };
 
+use flash_proto::heap;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto::Builder,
@@ -46,6 +50,9 @@ use openai::responses::store::Store;
 use router::Connection;
 use upstream::Upstream;
 
+/// After so long without a connection, what they left in the allocator is given back.
+const QUIET: Duration = Duration::from_secs(1);
+
 /// What all requests share.
 #[derive(Debug)]
 pub(crate) struct App {
@@ -57,6 +64,7 @@ pub(crate) struct App {
     /// Cancelled when patience with running work ends.
     pub(crate) cut: CancellationToken,
     pub(crate) hint_v1_v1: Once,
+    guests: Guests,
     /// Responses by which clients may go on.
     pub(crate) responses: Mutex<Store>,
 }
@@ -90,6 +98,7 @@ pub async fn serve(config: Config, listener: TcpListener, shutdown: impl Future<
         drain: CancellationToken::new(),
         cut: CancellationToken::new(),
         hint_v1_v1: Once::new(),
+        guests: Guests::default(),
         responses: Mutex::default(),
         config,
     });
@@ -113,6 +122,39 @@ pub async fn serve(config: Config, listener: TcpListener, shutdown: impl Future<
         tracing::warn!(connections = server.connections.len(), "cut off");
     }
     Ok(())
+}
+
+/// Connections: open, and ever opened.
+#[derive(Debug, Default)]
+struct Guests {
+    here: AtomicUsize,
+    came: AtomicUsize,
+}
+
+/// One of them, until it is dropped.
+struct Guest(Arc<App>);
+
+impl Guest {
+    fn new(app: Arc<App>) -> Self {
+        app.guests.here.fetch_add(1, SeqCst);
+        app.guests.came.fetch_add(1, SeqCst);
+        Self(app)
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if self.0.guests.here.fetch_sub(1, SeqCst) > 1 {
+            return;
+        }
+        let (app, came) = (self.0.clone(), self.0.guests.came.load(SeqCst));
+        tokio::spawn(async move {
+            sleep(QUIET).await;
+            if app.guests.came.load(SeqCst) == came {
+                heap::give_back();
+            }
+        });
+    }
 }
 
 struct Server {
@@ -141,7 +183,9 @@ impl Server {
     fn connection(&self, stream: TcpStream, peer: SocketAddr) -> impl Future<Output = ()> + Send + 'static {
         let (app, routes) = (self.app.clone(), self.routes.clone());
         let connection = Connection { peer, bound: self.bound, activity: Arc::new(Activity::default()) };
+        let guest = Guest::new(app.clone());
         async move {
+            let _guest = guest;
             // Events must not wait for each other; a failure only costs latency.
             let _ = stream.set_nodelay(true);
             let io = TokioIo::new(Timed::new(stream, connection.activity.clone(), app.config.timing));

@@ -25,6 +25,8 @@ use crate::{
 
 /// Streams that are open while the gateway's memory is read.
 const OPEN: usize = 100;
+/// Longer than what has been idle keeps what it had for others.
+const STILL: Duration = Duration::from_secs(2);
 const JSON: (&str, &str) = ("Content-Type", "application/json");
 
 #[derive(Clone, Copy, Debug)]
@@ -137,8 +139,8 @@ impl Served {
     /// Adds what gateway and daemon hold when all is quiet.
     fn hold(&self, outcome: &mut Outcome) -> Result<()> {
         outcome.kv_bytes.push(self.quiet()?);
-        outcome.gateway.push(held(self.gateway.process.pid())?);
-        outcome.daemon.push(held(self.daemon.process.pid())?);
+        outcome.gateway.push(settled(self.gateway.process.pid())?);
+        outcome.daemon.push(settled(self.daemon.process.pid())?);
         Ok(())
     }
 
@@ -249,6 +251,18 @@ fn proc(pid: Pid, what: &str) -> String {
 
 fn held(pid: Pid) -> Result<Held> {
     Ok(Held { descriptors: fs::read_dir(proc(pid, "fd"))?.count(), bytes: resident_bytes(pid)? })
+}
+
+/// What it holds when that no longer changes: idle, it gives back what it had for others.
+fn settled(pid: Pid) -> Result<Held> {
+    let (mut last, mut since) = (held(pid)?, Instant::now());
+    wait_until("what a process holds stays the same", || {
+        if let Some(now) = held(pid).ok().filter(|now| *now != last) {
+            (last, since) = (now, Instant::now());
+        }
+        since.elapsed() >= STILL
+    })?;
+    Ok(last)
 }
 
 /// Connections to this port that a process still has open.

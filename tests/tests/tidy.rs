@@ -37,6 +37,7 @@ const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("daemon/engine/src/backend/cpu/pool.rs", "workers borrow the engine thread's buffers for the length of a call"),
     ("daemon/engine/src/backend/mlx/", "memory that MLX owns"),
     ("daemon/src/pressure/", "mach calls"),
+    ("proto/src/heap.rs", "malloc_trim"),
     ("tests/tests/allocations.rs", "an allocator that counts"),
 ];
 

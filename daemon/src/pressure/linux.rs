@@ -207,15 +207,6 @@ pub(crate) fn hold_code() {
     }
 }
 
-/// Hands the allocator's free pages back: glibc keeps what an unloaded model leaves between other blocks, a third of it here.
-pub(crate) fn give_back() {
-    // SAFETY: takes no pointer and may be called at any time.
-    #[cfg(target_env = "gnu")]
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
 /// A field of memory.stat, of the group and all below it; 0 if the kernel does not say.
 fn stat(version: Version, folder: &Path, field: &str) -> Bytes {
     let text = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();

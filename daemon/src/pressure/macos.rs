@@ -73,9 +73,6 @@ impl Alarm {
 /// The compressor takes other pages first.
 pub(crate) fn hold_code() {}
 
-/// The system's allocator gives free pages back by itself.
-pub(crate) fn give_back() {}
-
 /// Free, speculative, purgeable and file-backed inactive pages: what can be had without the compressor.
 fn available() -> Option<Bytes> {
     const HOST_VM_INFO64: i32 = 4;

@@ -16,25 +16,28 @@ use std::{
 };
 
 use flash_engine::{Bytes, Report};
+use flash_proto::heap;
 
 use crate::{Error, worker::Worker};
 
 pub(crate) use budget::Level;
 use budget::{Governor, Limit, Readings, Slab};
 #[cfg(target_os = "linux")]
-use linux::{Alarm, hold_code};
+pub(crate) use linux::Sensors;
 #[cfg(target_os = "linux")]
-pub(crate) use linux::{Sensors, give_back};
+use linux::{Alarm, hold_code};
+#[cfg(target_os = "macos")]
+pub(crate) use macos::Sensors;
 #[cfg(target_os = "macos")]
 use macos::{Alarm, hold_code};
-#[cfg(target_os = "macos")]
-pub(crate) use macos::{Sensors, give_back};
 
 const PERIOD_IDLE: Duration = Duration::from_millis(250);
 /// While requests run: a limit that falls takes the pages of our code first, and then every sample comes late.
 const PERIOD: Duration = Duration::from_millis(50);
 /// Near a bound.
 const PERIOD_CLOSE: Duration = Duration::from_millis(20);
+/// After so long without requests, what they left in the allocator is given back.
+const QUIET: Duration = Duration::from_secs(1);
 /// Decisions kept for Stats.
 const DECISIONS: usize = 16;
 
@@ -97,6 +100,7 @@ impl Monitor {
 fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc::Receiver<()>) {
     let (mut governor, mut alarm) = (Governor::default(), Alarm::default());
     hold_code();
+    let mut last_busy = None;
     loop {
         let mut readings = sensors.read();
         readings.squeezed = alarm.rang(sensors);
@@ -124,6 +128,11 @@ fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc:
         }
         drop(view);
         let busy = state.report().is_some_and(|report| report.running > 0);
+        if busy {
+            last_busy = Some(Instant::now());
+        } else if last_busy.take_if(|at| at.elapsed() >= QUIET).is_some() {
+            heap::give_back();
+        }
         let period = match (busy, verdict.close) {
             (false, false) => PERIOD_IDLE,
             (true, false) => PERIOD,

@@ -11,12 +11,13 @@ use flash_engine::{
     Engine, Options,
     bench::{self, BenchEvent},
 };
+use flash_proto::heap;
 
 use super::{
     Admitted, BENCH_EVENTS, Bench, Generate, Live, Load, Loadable, Loaded, Model, PUBLISH_EVERY, Phase, Reservation, Reserve, Reserved,
     Thread, Unload, panic_text,
 };
-use crate::{Error, pressure};
+use crate::Error;
 
 /// What waits for its turn: one line, so that a second model is not starved by the first one's requests.
 pub(super) enum Waiting {
@@ -243,7 +244,7 @@ impl Thread {
         let result = catch_unwind(AssertUnwindSafe(measure));
         self.measuring = false;
         let result = result.unwrap_or_else(|panic| Err(flash_engine::Error::Internal(panic_text(&*panic))));
-        pressure::give_back();
+        heap::give_back();
         self.publish();
         match result {
             Ok(()) => {}

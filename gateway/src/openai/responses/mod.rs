@@ -10,7 +10,8 @@ use std::sync::{Arc, PoisonError};
 use axum::{
     Extension, Json,
     extract::{Path, State, rejection::PathRejection},
-    response::Response,
+    http::header::CONTENT_TYPE,
+    response::{IntoResponse, Response},
 };
 use flash_proto::v1;
 use serde_json::{Value, json};
@@ -28,7 +29,7 @@ use crate::{
 };
 
 fn read(call: &Call, body: &Value) -> Result<Request, Failure> {
-    let earlier = |id: &str| find(&call.app, &call.caller, id).map(|stored| stored.messages.clone());
+    let earlier = |id: &str| find(&call.app, &call.caller, id).map(|stored| stored.messages());
     let request = request::read(body, earlier)?;
     call.app.note_unknown(&request.unknown)?;
     Ok(request)
@@ -53,7 +54,8 @@ pub(crate) async fn create(Asked { call, body }: Asked) -> Result<Response, Fail
     let keep = move |response: Value, said: Vec<v1::Message>| {
         let Some(mut messages) = kept.clone() else { return };
         messages.extend(said);
-        app.responses.lock().unwrap_or_else(PoisonError::into_inner).put(Stored { client: client.clone(), response, messages });
+        let stored = Stored::new(client.clone(), &response, messages);
+        app.responses.lock().unwrap_or_else(PoisonError::into_inner).put(stored);
     };
     if stream {
         let mut events = Events::new(style);
@@ -83,8 +85,9 @@ pub(crate) async fn one(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
     id: Result<Path<String>, PathRejection>,
-) -> Result<Json<Value>, Failure> {
-    find(&app, &caller, &named(id)).map(|stored| Json(stored.response.clone())).ok_or_else(not_found)
+) -> Result<impl IntoResponse, Failure> {
+    let stored = find(&app, &caller, &named(id)).ok_or_else(not_found)?;
+    Ok(([(CONTENT_TYPE, "application/json")], stored.response.to_string()))
 }
 
 /// `DELETE /v1/responses/{id}`.

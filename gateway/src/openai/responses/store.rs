@@ -1,5 +1,6 @@
 //! Earlier responses, so that a client can go on from one by its id: in memory, bounded in number, bytes and age, the
-//! longest unused first to go. Everyone finds only their own.
+//! longest unused first to go. Everyone finds only their own. They are kept as bytes: trees of them would take several times the
+//! memory, in blocks so small that each holds a page of what was freed around it.
 
 use std::{
     collections::VecDeque,
@@ -8,6 +9,7 @@ use std::{
 };
 
 use flash_proto::v1;
+use prost::Message;
 use serde_json::Value;
 
 const COUNT_MAX: usize = 256;
@@ -18,16 +20,33 @@ const AGE_MAX: Duration = Duration::from_secs(3600);
 pub(crate) struct Stored {
     /// Whose it is.
     pub(crate) client: String,
-    /// As it was sent.
-    pub(crate) response: Value,
-    /// The conversation up to and with it, without instructions.
-    pub(crate) messages: Vec<v1::Message>,
+    id: String,
+    /// JSON, as it was sent.
+    pub(crate) response: Box<str>,
+    /// A [`v1::Chat`].
+    messages: Box<[u8]>,
+}
+
+impl Stored {
+    /// `messages`: the conversation up to and with the response, without instructions.
+    pub(crate) fn new(client: String, response: &Value, messages: Vec<v1::Message>) -> Self {
+        let id = response["id"].as_str().unwrap_or_default().to_owned();
+        let messages = v1::Chat { messages, ..Default::default() }.encode_to_vec().into();
+        Self { client, id, response: response.to_string().into(), messages }
+    }
+
+    pub(crate) fn messages(&self) -> Vec<v1::Message> {
+        v1::Chat::decode(&*self.messages).expect("it was encoded above").messages
+    }
+
+    fn bytes(&self) -> usize {
+        size_of::<Self>() + self.client.len() + self.id.len() + self.response.len() + self.messages.len()
+    }
 }
 
 #[derive(Debug)]
 struct Entry {
     stored: Arc<Stored>,
-    bytes: usize,
     at: Instant,
 }
 
@@ -40,14 +59,13 @@ pub(crate) struct Store {
 
 impl Store {
     pub(crate) fn put(&mut self, stored: Stored) {
-        let messages: usize = stored.messages.iter().map(size).sum();
-        let bytes = stored.response.to_string().len() + messages;
+        let bytes = stored.bytes();
         if bytes > BYTES_MAX {
             tracing::debug!(bytes, "a response is too large to be kept");
             return;
         }
         self.bytes += bytes;
-        self.entries.push_back(Entry { stored: Arc::new(stored), bytes, at: Instant::now() });
+        self.entries.push_back(Entry { stored: Arc::new(stored), at: Instant::now() });
         while self.entries.len() > COUNT_MAX || self.bytes > BYTES_MAX {
             self.take(0);
         }
@@ -69,19 +87,14 @@ impl Store {
         while let Some(old) = self.entries.iter().position(|entry| entry.at.elapsed() > AGE_MAX) {
             self.take(old);
         }
-        self.entries.iter().position(|entry| entry.stored.response["id"] == id && entry.stored.client == client)
+        self.entries.iter().position(|entry| entry.stored.id == id && entry.stored.client == client)
     }
 
     fn take(&mut self, at: usize) {
         if let Some(entry) = self.entries.remove(at) {
-            self.bytes -= entry.bytes;
+            self.bytes -= entry.stored.bytes();
         }
     }
-}
-
-fn size(message: &v1::Message) -> usize {
-    let calls: usize = message.tool_calls.iter().map(|call| call.id.len() + call.name.len() + call.arguments_json.len()).sum();
-    message.content.len() + message.reasoning.as_ref().map_or(0, String::len) + calls + 64
 }
 
 #[cfg(test)]
@@ -92,7 +105,7 @@ mod tests {
 
     fn stored(id: usize, client: &str, content: usize) -> Stored {
         let message = v1::Message { content: "x".repeat(content), ..Default::default() };
-        Stored { client: client.into(), response: json!({"id": format!("resp_{id}")}), messages: vec![message] }
+        Stored::new(client.into(), &json!({"id": format!("resp_{id}")}), vec![message])
     }
 
     #[test]
@@ -109,7 +122,7 @@ mod tests {
         store.put(stored(1000, "a", BYTES_MAX));
         assert!(store.get("resp_1000", "a").is_none() && store.get("resp_999", "a").is_some());
         assert!(store.remove("resp_999", "a") && !store.remove("resp_999", "a"));
-        assert_eq!(store.bytes, store.entries.iter().map(|entry| entry.bytes).sum::<usize>());
+        assert_eq!(store.bytes, store.entries.iter().map(|entry| entry.stored.bytes()).sum::<usize>());
     }
 
     #[test]
