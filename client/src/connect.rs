@@ -35,6 +35,8 @@ use crate::{
 
 /// From the spawn to the first answer.
 const START_DEADLINE: Duration = Duration::from_secs(30);
+/// Whoever has the socket and does not answer for so long is ending.
+const BUSY_FOR: Duration = Duration::from_secs(1);
 /// A daemon answers Version from memory.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 /// Of a connection to another machine, which may end without a word.
@@ -250,16 +252,19 @@ fn same_protocol(daemon: Daemon) -> Result<Daemon, Failure> {
 /// Spawns flashd and waits until somebody answers: it, or the daemon of whoever was quicker.
 async fn start(socket: &Path, settings: &[(&str, String)]) -> Result<Daemon, Failure> {
     let (child, log, from) = spawn(socket, settings)?;
-    let mut child = Some(child);
+    let (mut child, mut taken) = (Some(child), None);
     let deadline = Instant::now() + START_DEADLINE;
     loop {
         if let Some(daemon) = hello(socket).await? {
             return Ok(Daemon { started: child.as_ref().is_some_and(|child| child.id() == daemon.version.pid), ..daemon });
         }
         match child.as_mut().map(Child::try_wait) {
-            // Another daemon took the socket first and is about to answer.
-            Some(Ok(Some(status))) if status.code() == Some(i32::from(exit::BUSY)) => child = None,
+            // Another daemon has the socket: it is about to answer, or about to be gone.
+            Some(Ok(Some(status))) if status.code() == Some(i32::from(exit::BUSY)) => (child, taken) = (None, Some(Instant::now())),
             Some(Ok(Some(status))) => return Err(died(status.code(), &status.to_string(), &log, from)),
+            None if taken.is_some_and(|at| at.elapsed() > BUSY_FOR) && Instant::now() < deadline => {
+                child = Some(spawn(socket, settings)?.0);
+            }
             _ if Instant::now() > deadline => return Err(died(None, "it did not answer in time", &log, from)),
             _ => sleep(RETRY_EVERY).await,
         }

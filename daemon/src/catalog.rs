@@ -3,7 +3,10 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
     time::{Duration, Instant},
 };
 
@@ -25,6 +28,8 @@ pub(crate) struct Catalog {
     /// The configured default model.
     default: Option<String>,
     listing: tokio::sync::Mutex<Option<Listing>>,
+    /// How often something was written that a listing tells of.
+    forgotten: AtomicU64,
     refreshing: Arc<Semaphore>,
     /// The text side used last of a model that is not loaded.
     text: Mutex<Option<(PathBuf, Arc<Text>)>>,
@@ -51,6 +56,7 @@ impl Catalog {
             roots,
             default,
             listing: tokio::sync::Mutex::new(None),
+            forgotten: AtomicU64::new(0),
             refreshing: Arc::new(Semaphore::new(1)),
             text: Mutex::new(None),
             encoders: Semaphore::new(ENCODERS),
@@ -70,8 +76,7 @@ impl Catalog {
         {
             let catalog = self.clone();
             tokio::spawn(async move {
-                let fresh = catalog.scan().await;
-                *catalog.listing.lock().await = Some(fresh);
+                catalog.rescan().await;
                 drop(permit);
             });
         }
@@ -80,8 +85,13 @@ impl Catalog {
 
     /// A fresh listing: something was not found in the known one.
     async fn rescan(&self) -> Arc<Vec<Entry>> {
+        let forgotten = self.forgotten.load(SeqCst);
         let fresh = self.scan().await;
-        *self.listing.lock().await = Some(fresh.clone());
+        let mut listing = self.listing.lock().await;
+        // Else it may be older than what was written meanwhile.
+        if self.forgotten.load(SeqCst) == forgotten {
+            *listing = Some(fresh.clone());
+        }
         fresh.entries
     }
 
@@ -140,7 +150,9 @@ impl Catalog {
 
     /// Something was written: the next listing looks again. For threads that may block.
     pub(crate) fn forget_listing(&self) {
-        *self.listing.blocking_lock() = None;
+        let mut listing = self.listing.blocking_lock();
+        self.forgotten.fetch_add(1, SeqCst);
+        *listing = None;
     }
 
     fn find(&self, entries: &[Entry], name: &str) -> Option<Model> {

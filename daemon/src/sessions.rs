@@ -66,11 +66,16 @@ impl Guard {
     pub(crate) fn wake(&self) {
         self.worker.wake();
     }
+
+    /// Nobody is told of the request any more.
+    pub(crate) fn leave(&self) {
+        self.sessions.live.remove(&self.number);
+    }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        self.sessions.live.remove(&self.number);
+        self.leave();
         self.sessions.count.send_modify(|count| *count -= 1);
         self.worker.wake();
     }

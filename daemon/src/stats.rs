@@ -46,6 +46,11 @@ pub(crate) struct Speed {
 }
 
 impl Totals {
+    /// Requests that came to their end, whatever that was.
+    pub(crate) fn ended(&self) -> u64 {
+        [&self.finished, &self.cancelled, &self.failed].map(|count| count.load(Relaxed)).iter().sum()
+    }
+
     pub(crate) fn finish(&self, done: &Done) {
         self.finished.fetch_add(1, Relaxed);
         self.prompt_tokens.fetch_add(done.prompt_tokens as u64, Relaxed);

@@ -154,6 +154,11 @@ impl Worker {
         self.state.borrow().clone()
     }
 
+    /// Requests that came to their end.
+    pub(crate) fn ended(&self) -> u64 {
+        self.totals.ended()
+    }
+
     pub(crate) fn set_ceiling(&self, ceiling: Option<Bytes>) {
         if self.levels.ceiling.swap(ceiling.unwrap_or(u64::MAX), SeqCst) != ceiling.unwrap_or(u64::MAX) {
             self.wake();
@@ -425,16 +430,18 @@ fn deliver(live: &mut HashMap<RequestId, Live>, totals: &Totals, last_used: &mut
         event => Ok(event),
     };
     // The spare places make Full impossible unless an engine ignores it; such a request is as lost as one without reader.
-    if request.events.try_send(event).is_err() {
+    let Ok(place) = request.events.try_reserve() else {
         cancelled(totals, request);
         live.remove(&id);
         *last_used = Instant::now();
         return Delivery::Gone;
-    }
+    };
     let Some(done) = done else {
+        place.send(event);
         request.paused = request.events.capacity() <= EVENTS_SPARE;
         return if request.paused { Delivery::Full } else { Delivery::Taken };
     };
+    // Counted before its reader hears of it and asks for the counts.
     match done {
         Some(done) => {
             totals.finish(&done);
@@ -446,6 +453,7 @@ fn deliver(live: &mut HashMap<RequestId, Live>, totals: &Totals, last_used: &mut
             tracing::warn!(parent: &request.span, "failed");
         }
     }
+    place.send(event);
     live.remove(&id);
     *last_used = Instant::now();
     Delivery::Taken

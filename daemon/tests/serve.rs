@@ -338,7 +338,9 @@ async fn a_dropped_stream_frees_its_place_and_a_full_queue_refuses() {
     second.finish().await.1.expect("a reply");
     // One that waits leaves, too.
     let first = daemon.generate(endless()).await.expect("accepted").started().await;
-    drop(daemon.generate(story(1)).await.expect("accepted"));
+    let waiting_one = daemon.generate(story(1)).await.expect("accepted");
+    daemon.until("one waiting", |snapshot| (running(snapshot), waiting(snapshot)) == (1, 1)).await;
+    drop(waiting_one);
     daemon.until("nobody waiting", |snapshot| (running(snapshot), waiting(snapshot)) == (1, 0)).await;
     drop(first);
     let snapshot = daemon.until("nobody running", |snapshot| running(snapshot) == 0).await;

@@ -8,7 +8,7 @@ use std::{
 };
 
 use flash_engine::{CacheBudget, Delivery, Engine, Event, Options, Request, Step};
-use flash_tests::daemon::bundled_model;
+use flash_tests::daemon::{bundled_model, wait_until};
 
 struct Counting;
 
@@ -45,6 +45,13 @@ fn a_decode_step_allocates_nothing() {
     let options = Options { threads: Some(2), expert_cache: CacheBudget::Share(1.0), ..Options::default() };
     let mut engine = Engine::load(&bundled_model(), &options, &mut |_| ()).expect("loads");
     let tokens: Vec<u32> = (0..64).map(|i| 300 + i * 7).collect();
+
+    // Slots are faulted in by a loader meanwhile, which notes it.
+    wait_until("every slot has its pages", || {
+        let experts = engine.report().experts;
+        experts.slab_bytes == experts.slots_per_layer as u64 * experts.layers.len() as u64 * experts.slot_bytes
+    })
+    .expect("they are faulted in");
 
     // The pass and its logits, without text. Twice, so that every expert of these tokens is there.
     for counted in [false, true] {

@@ -4,7 +4,6 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use anyhow::{Context, Result};
@@ -146,9 +145,9 @@ async fn a_full_queue_says_so_and_a_dropped_stream_makes_room() -> Result<()> {
     assert_eq!(code::of(&refused), Some(code::QUEUE_FULL));
     assert!(code::retry_after(&refused).is_some_and(|seconds| (1..=60).contains(&seconds)), "{refused:?}");
     drop(running);
-    client.wait_stats("the one that waited runs", Duration::from_secs(5), |stats| counts(stats) == (1, 0)).await?;
+    client.wait_stats("the one that waited runs", DEADLINE, |stats| counts(stats) == (1, 0)).await?;
     drop(waiting);
-    let stats = client.wait_stats("nothing runs", Duration::from_secs(5), |stats| counts(stats) == (0, 0)).await?;
+    let stats = client.wait_stats("nothing runs", DEADLINE, |stats| counts(stats) == (0, 0)).await?;
     assert_eq!(stats.requests.context("requests")?.cancelled, 2);
     assert_eq!(stats.memory.context("memory")?.kv_reserved_bytes, 0, "its KV blocks are free again");
     Ok(())

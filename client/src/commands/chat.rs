@@ -91,10 +91,16 @@ async fn next_input(lines: &mut Lines, interrupt: &mut Signal) -> Result<Asked, 
     let mut open: Option<String> = None;
     loop {
         let prompt = if open.is_none() { ">>> " } else { "... " };
-        let line = tokio::select! {
-            line = lines.read(prompt) => line?,
-            // Off a terminal Ctrl-C is a signal, and there is no line to go back to.
-            _ = interrupt.recv() => return Err(Failure::silent(exit::SIGINT)),
+        let terminal = lines.at_terminal();
+        let line = {
+            let mut read = std::pin::pin!(lines.read(prompt));
+            loop {
+                tokio::select! {
+                    line = &mut read => break line?,
+                    // At a terminal it was meant for the answer that had just ended. Off one there is no line to go back to.
+                    _ = interrupt.recv() => if !terminal { return Err(Failure::silent(exit::SIGINT)) },
+                }
+            }
         };
         let text = match (line, &mut open) {
             (Line::End, _) => return Ok(Asked::Leave),

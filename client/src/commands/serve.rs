@@ -3,7 +3,10 @@
 use std::{os::unix::process::CommandExt, process::Command};
 
 use rustix::process::{Pid, Signal, kill_process};
-use tokio::{process::Child, signal::unix::SignalKind};
+use tokio::{
+    process::Child,
+    signal::unix::{self as signal, SignalKind},
+};
 
 use super::{daemon, listen, terminations};
 use crate::{
@@ -18,8 +21,10 @@ const GRACE_S: f64 = 30.0;
 pub(crate) async fn run(args: ServeArgs, global: &Global) -> Result<(), Failure> {
     let gateway = connect::program("flash-gateway")?;
     let parallel = args.parallel.map(|parallel| ("FLASH_PARALLEL", parallel.to_string()));
+    // Before there is a daemon that would be left behind.
+    let signals = (listen(SignalKind::interrupt())?, terminations()?);
     let daemon = connect::connect_or_start(global, parallel.as_slice()).await?;
-    let outcome = serve(&args, &gateway, &daemon, global).await;
+    let outcome = serve(&args, &gateway, &daemon, global, signals).await;
     if daemon.started {
         daemon::stop(GRACE_S, global).await?;
     }
@@ -37,8 +42,13 @@ async fn has_parallel(daemon: &connect::Daemon, wanted: &str) -> Result<(), Fail
     }
 }
 
-async fn serve(args: &ServeArgs, gateway: &std::path::Path, daemon: &connect::Daemon, global: &Global) -> Result<(), Failure> {
-    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, terminations()?);
+async fn serve(
+    args: &ServeArgs,
+    gateway: &std::path::Path,
+    daemon: &connect::Daemon,
+    global: &Global,
+    (mut interrupt, mut terminate): (signal::Signal, signal::Signal),
+) -> Result<(), Failure> {
     if let Some(parallel) = args.parallel.filter(|_| !daemon.started) {
         has_parallel(daemon, &parallel.to_string()).await?;
     }

@@ -133,8 +133,8 @@ fn what_is_printed_can_be_evaluated() {
 
 #[test]
 fn without_a_gateway_one_lives_as_long_as_the_agent() {
-    let gateway = "echo \"$* \" > \"$HOME/gateway\"; echo 'listening on http://127.0.0.1:4711' >&2; echo 'a line of its log' >&2
-trap 'echo gone >> \"$HOME/gateway\"; exit 0' TERM; while :; do sleep 0.02; done";
+    let gateway = "trap 'echo gone >> \"$HOME/gateway\"; exit 0' TERM
+echo \"$* \" > \"$HOME/gateway\"; echo 'listening on http://127.0.0.1:4711' >&2; echo 'a line of its log' >&2; while :; do sleep 0.02; done";
     // Nobody listens on the first port of this machine.
     let launch = Launch::new("127.0.0.1:1".into(), &[("flash-gateway", gateway), ("claude", AGENT)]);
     launch.run(&["claude", "--print-env", "--no-autostart"]).expect(69, "", "no daemon is listening");

@@ -91,7 +91,8 @@ impl Sampler {
 
     fn pick(&mut self, logits: &[f32]) -> Option<u32> {
         let Sampling { temperature, top_k, top_p, min_p, .. } = self.settings;
-        let (max, inverse) = (highest(logits)?, 1.0 / temperature);
+        // Of the smallest temperatures the inverse is no number, and infinity times the 0 of the highest is none either.
+        let (max, inverse) = (highest(logits)?, (1.0 / temperature).min(f32::MAX));
         self.weights.resize(logits.len(), 0.0);
         exponentials(logits, max, inverse, &mut self.weights);
         let weights = &self.weights[..];
@@ -380,6 +381,24 @@ mod tests {
             token
         };
         assert_eq!([draw(), draw(), draw()], [0, 1, 2]);
+    }
+
+    #[test]
+    fn the_smallest_settings_draw_the_likeliest() {
+        let tiny = [f32::from_bits(1), 1e-42, f32::MIN_POSITIVE];
+        let logits: Vec<f32> = (0..400).map(|i| (i * 37 % 101) as f32 / 10.0 - 5.0).collect();
+        let likeliest = greedy(&logits).expect("one is the highest");
+        for temperature in tiny {
+            for (top_k, top_p, min_p) in [(0, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1), (7, tiny[0], tiny[0])] {
+                let settings = Sampling { temperature, top_k, top_p, min_p, seed: Some(1), ..Sampling::greedy() };
+                assert_eq!(Sampler::new(settings.clone()).draw(&mut logits.clone(), None), Some(likeliest), "{settings:?}");
+            }
+            // Logits that are no longer finite.
+            let settings = Sampling { repetition_penalty: temperature, temperature: 1.0, top_p: 0.9, seed: Some(1), ..Sampling::greedy() };
+            let (mut sampler, mut logits) = (Sampler::new(settings), logits.clone());
+            sampler.penalize(&mut logits, &[0, 3, 100]);
+            assert!(sampler.draw(&mut logits, None).is_some());
+        }
     }
 
     #[test]

@@ -100,7 +100,7 @@ impl Monitor {
 fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc::Receiver<()>) {
     let (mut governor, mut alarm) = (Governor::default(), Alarm::default());
     hold_code();
-    let mut last_busy = None;
+    let (mut ended, mut last_busy) = (0, None);
     loop {
         let mut readings = sensors.read();
         readings.squeezed = alarm.rang(sensors);
@@ -128,7 +128,8 @@ fn watch(sensors: &Sensors, view: &Mutex<View>, worker: &Worker, stopped: &mpsc:
         }
         drop(view);
         let busy = state.report().is_some_and(|report| report.running > 0);
-        if busy {
+        // The short ones between two looks count as well.
+        if busy | (std::mem::replace(&mut ended, worker.ended()) != worker.ended()) {
             last_busy = Some(Instant::now());
         } else if last_busy.take_if(|at| at.elapsed() >= QUIET).is_some() {
             heap::give_back();

@@ -13,7 +13,7 @@ use flash_engine::{Event, Text};
 use flash_proto::{code, v1};
 use tokio::{
     sync::{mpsc, oneshot},
-    time::{Interval, MissedTickBehavior, interval},
+    time::{Instant, Interval, MissedTickBehavior, Sleep, interval, sleep},
 };
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
@@ -28,6 +28,10 @@ use crate::{
 
 /// A waiting client hears from us this often.
 const HEARTBEAT: Duration = Duration::from_secs(2);
+
+/// After a token's event, those that follow within this time go together: to wake us and the reader for each would take more of
+/// two cores than a small model's token. The first one never waits.
+const GATHER: Duration = Duration::from_millis(1);
 
 pub(super) struct Service {
     pub(super) daemon: Arc<Daemon>,
@@ -100,6 +104,8 @@ impl Service {
             progress: Some(progress),
             parts: VecDeque::new(),
             heartbeat,
+            gather: Box::pin(sleep(GATHER)),
+            gathers: false,
             text,
             ended: false,
             guard,
@@ -117,6 +123,9 @@ pub(super) struct Events {
     /// Messages of an event that takes more than one.
     parts: VecDeque<v1::GenerateEvent>,
     heartbeat: Interval,
+    gather: Pin<Box<Sleep>>,
+    /// Until `gather` has passed.
+    gathers: bool,
     text: Arc<Text>,
     ended: bool,
     guard: Guard,
@@ -135,6 +144,10 @@ impl Stream for Events {
         }
         if this.ended {
             return Poll::Ready(None);
+        }
+        if this.gathers {
+            ready!(this.gather.as_mut().poll(cx));
+            this.gathers = false;
         }
         let event = match (this.receiver.poll_recv(cx), &this.progress) {
             (Poll::Ready(event), _) => event,
@@ -161,6 +174,10 @@ impl Stream for Events {
             }
             Some(Ok(Event::Token { parts, logprobs, channel })) => {
                 this.progress = None;
+                if this.receiver.is_empty() {
+                    this.gather.as_mut().reset(Instant::now() + GATHER);
+                    this.gathers = true;
+                }
                 this.parts = convert::token(parts, logprobs, channel, &this.text);
                 return self.poll_next(cx);
             }
@@ -177,6 +194,13 @@ impl Stream for Events {
             None => this.fail(&Error::Panicked("the engine's thread is gone".into())),
         };
         Poll::Ready(Some(Ok(event)))
+    }
+}
+
+impl Drop for Events {
+    /// Before the receiver goes: who then finds nothing running finds no request either. The guard, which goes after it, wakes the engine.
+    fn drop(&mut self) {
+        self.guard.leave();
     }
 }
 

@@ -192,7 +192,6 @@ async fn patience_with_queue_and_loading_ends() {
     let gateway = Gateway::with(&fake, |config| config.timing.load_wait = brief).await;
     fake.script([Step::Hang]);
     assert_eq!(chat(gateway.address, &body(json!({}))).await.error(), (503, "model_loading".to_owned()));
-    fake.gone(2).await;
 }
 
 #[tokio::test]

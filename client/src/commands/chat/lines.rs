@@ -62,6 +62,10 @@ impl Lines {
         Ok(Self { editor: Some(editor), history, is_empty, models, terminal })
     }
 
+    pub(super) fn at_terminal(&self) -> bool {
+        self.terminal.is_some()
+    }
+
     /// The next line. The future may be dropped, once: the thread is then left to the end of the process.
     pub(super) async fn read(&mut self, prompt: &'static str) -> Result<Line, Failure> {
         let mut editor = self.editor.take().ok_or_else(|| Failure::new(exit::INTERNAL, "input", "the line editor is gone"))?;

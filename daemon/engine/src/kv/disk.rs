@@ -484,8 +484,12 @@ impl Writer {
 
     /// Waits for what is in the queue.
     fn finish(&self) {
-        let busy = |queue: &mut Queue| queue.busy || !queue.jobs.is_empty();
-        drop(self.shared.moved.wait_while(self.shared.lock(), busy));
+        // A writer that panicked writes nothing more.
+        let gone = || self.thread.as_ref().is_none_or(JoinHandle::is_finished);
+        let mut queue = self.shared.lock();
+        while (queue.busy || !queue.jobs.is_empty()) && !gone() {
+            queue = self.shared.moved.wait_timeout(queue, MOMENT).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 }
 

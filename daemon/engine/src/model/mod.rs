@@ -3,6 +3,7 @@
 
 pub(crate) mod arch;
 pub(crate) mod chat;
+mod deadline;
 pub(crate) mod families;
 mod files;
 pub mod hub;

@@ -3,10 +3,7 @@
 //! pattern, and so is a text that keeps a pattern busy past a deadline. Not a tokenizer: `tokenizer.rs` plugs these
 //! normalizers and pre-tokenizers into the crate's own pipeline and leaves all others as they are.
 
-use std::{
-    cell::RefCell,
-    time::{Duration, Instant},
-};
+use std::{cell::RefCell, time::Duration};
 
 use fancy_regex::{Regex, RegexBuilder};
 use serde::{Deserialize, Deserializer, de::Error as _};
@@ -16,6 +13,8 @@ use tokenizers::{
     pattern::{Invert, Pattern},
 };
 
+use super::deadline::Deadline;
+
 /// Steps of one match; the Qwen and Llama patterns need about ten.
 const BACKTRACK_LIMIT: usize = 1_000_000;
 /// Pathological patterns fail in well under this.
@@ -24,7 +23,7 @@ const DEADLINE: Duration = Duration::from_millis(800);
 const DEADLINE_PER_MIB: Duration = Duration::from_secs(1);
 
 struct Watch {
-    until: Instant,
+    until: Deadline,
     bytes: usize,
     failure: Option<String>,
 }
@@ -36,7 +35,7 @@ thread_local! {
 
 /// Runs `encode` over a text of `bytes` bytes; the error is that of the first pattern that gave up.
 pub(super) fn watched<T>(bytes: usize, encode: impl FnOnce() -> T) -> Result<T, String> {
-    let until = Instant::now() + DEADLINE + DEADLINE_PER_MIB * (bytes >> 20) as u32;
+    let until = Deadline::after(DEADLINE + DEADLINE_PER_MIB * (bytes >> 20) as u32);
     WATCH.set(Some(Watch { until, bytes, failure: None }));
     let result = encode();
     match WATCH.take().and_then(|watch| watch.failure) {
@@ -77,7 +76,7 @@ impl Pattern for &Watched {
                     found.map_err(|error| self.give_up(watch, &format!("cannot split a text of {} bytes: {error}", inside.len())))?;
                 match watch {
                     Some(Watch { failure: Some(failure), .. }) => Err(failure.clone().into()),
-                    Some(Watch { until, bytes, .. }) if Instant::now() > *until => {
+                    Some(Watch { until, bytes, .. }) if until.passed() => {
                         let reason = format!("takes too long on a text of {bytes} bytes");
                         Err(self.give_up(watch, &reason))
                     }

@@ -1,12 +1,12 @@
 //! Chat templates, rendered byte for byte as transformers does with jinja2. They are programs from a download, so each run
-//! is bounded: instructions, wall-clock time, the size of every variable and of the output. Knows nothing of tokens;
+//! is bounded: instructions, processor time, the size of every variable and of the output. Knows nothing of tokens;
 //! `text.rs` calls it.
 
 use std::{
     cell::Cell,
     fmt,
     io::{self, Write},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use minijinja::{
@@ -17,6 +17,7 @@ use serde_json::{Map, Value as Json};
 
 use super::{
     chat::{self, Chat, Message, Tool},
+    deadline::Deadline,
     python, rewrite,
 };
 
@@ -131,7 +132,7 @@ impl Template {
 
     fn run(&self, variables: &Map<String, Json>) -> Result<String, String> {
         on_own_thread(|| {
-            LIMITS.set(Limits { until: Instant::now() + TIME, bytes: 0 });
+            LIMITS.set(Limits { until: Deadline::after(TIME), bytes: 0 });
             let mut out = Bounded(Vec::new());
             let template = self.environment.get_template("chat").map_err(|error| reason(&error))?;
             template.render_captured_to(variables, &mut out).map_err(|error| reason(&error))?;
@@ -172,13 +173,13 @@ fn reason(error: &Error) -> String {
 
 #[derive(Clone, Copy)]
 struct Limits {
-    until: Instant,
+    until: Deadline,
     /// Printed so far, into the output or into a captured block.
     bytes: usize,
 }
 
 thread_local! {
-    static LIMITS: Cell<Limits> = Cell::new(Limits { until: Instant::now(), bytes: 0 });
+    static LIMITS: Cell<Limits> = Cell::new(Limits { until: Deadline::after(TIME), bytes: 0 });
 }
 
 fn too_large() -> Error {
@@ -194,7 +195,7 @@ fn spend(bytes: usize) -> Result<(), Error> {
 
 /// Called at the head of every loop and macro body.
 fn tick() -> Result<Value, Error> {
-    match Instant::now() > LIMITS.get().until {
+    match LIMITS.get().until.passed() {
         true => Err(Error::new(ErrorKind::InvalidOperation, format!("the template ran for longer than {} ms", TIME.as_millis()))),
         false => Ok(Value::UNDEFINED),
     }

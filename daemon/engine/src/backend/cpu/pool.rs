@@ -511,7 +511,8 @@ mod tests {
             while threads > 1 && ran_by() == 1 {
                 assert!(Instant::now() < end, "workers come back");
             }
-            // Also to a job that began without them.
+            // Also to a job that began without them, after a rest that is short again.
+            *lock(&pool.shared.rest) = Rest::default();
             pool.lost(WORTH_A_REST, |_| true);
             let ids = Mutex::new(HashSet::new());
             pool.run(1 << 19, &|_| {
