@@ -21,6 +21,7 @@ pub(crate) mod exit {
     pub(crate) const CONFIG: u8 = 78;
     pub(crate) const TIMEOUT: u8 = 124;
     pub(crate) const SIGINT: u8 = 130;
+    pub(crate) const SIGHUP: u8 = 129;
     pub(crate) const SIGTERM: u8 = 143;
 }
 

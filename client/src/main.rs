@@ -65,6 +65,11 @@ fn show(failure: &Failure, json: bool) -> u8 {
 
 /// clap's own words, for help and for mistakes; `run` without a model also says which there are.
 async fn refuse(error: &clap::Error) -> u8 {
+    if error.use_stderr() && env::args().any(|arg| arg == "--json") {
+        let text = error.to_string();
+        let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+        return show(&Failure::new(exit::USAGE, "usage", message), true);
+    }
     // A closed pipe behind `--help | head` is nobody's error.
     let _ = error.print();
     let first = env::args().skip(1).find(|arg| !arg.starts_with('-'));

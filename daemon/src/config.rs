@@ -277,6 +277,7 @@ impl Sources<'_> {
     fn options(&mut self, home: &Path) -> Result<Options, Error> {
         let at_least_1 = |text: &str| text.parse().ok().filter(|number| *number >= 1);
         let or_auto = |text: &str| if text == "auto" { Some(None) } else { at_least_1(text).map(Some) };
+        let threads = |text: &str| or_auto(text).filter(|threads| threads.is_none_or(|threads| threads <= 256));
         let memory = |text: &str| if text == "auto" { Some(None) } else { parse_bytes(text).ok().map(Some) };
         if self.flags.fast_math {
             self.flags.kernels = Some("fast-math".into());
@@ -299,7 +300,7 @@ impl Sources<'_> {
                 "a number from 1 to 4096",
                 |text| at_least_1(text).filter(|number| *number <= QUEUE_MAX),
             )?,
-            threads: self.pick("threads", |raw| raw.threads.as_ref(), "auto", "a number of at least 1, or auto", or_auto)?,
+            threads: self.pick("threads", |raw| raw.threads.as_ref(), "auto", "a number from 1 to 256, or auto", threads)?,
             kernels: self.pick("kernels", |raw| raw.kernels.as_ref(), "auto", Kernels::CHOICES, |text| text.parse().ok())?,
             loaders: self.pick("loaders", |raw| raw.loaders.as_ref(), "4", "a number of at least 1", at_least_1)?,
             io: self.pick("io", |raw| raw.io.as_ref(), "auto", "auto, direct, buffered, uring or mmap", |text| text.parse().ok())?,

@@ -17,7 +17,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::{
     config::Timing,
-    error::{Code, Failure},
+    error::{Code, Dialect, Failure},
     json,
 };
 
@@ -62,7 +62,10 @@ fn checked(parts: &Parts, body: &Body) -> Result<Coding, Failure> {
     let text = |name| parts.headers.get(name).map(|value| value.to_str().unwrap_or("?").trim().to_ascii_lowercase());
     let media = text(header::CONTENT_TYPE).unwrap_or_default();
     let media = media.split(';').next().unwrap_or_default().trim();
-    if media != "application/json" && !(media.starts_with("application/") && media.ends_with("+json")) {
+    // Ollama looks at no Content-Type, and its own examples and litellm send none. What it would keep off, a page of another site, has
+    // an Origin and was refused for it.
+    let any = Dialect::of(parts.uri.path(), &parts.headers) == Dialect::Ollama && matches!(media, "" | "application/x-www-form-urlencoded");
+    if !any && media != "application/json" && !(media.starts_with("application/") && media.ends_with("+json")) {
         let message = "Content-Type must be application/json; with curl: -H 'Content-Type: application/json'";
         return Err(Failure::new(Code::UnsupportedMediaType, message));
     }

@@ -255,12 +255,34 @@ impl IntoResponse for Failure {
         }
         match self.code {
             Code::InvalidApiKey => drop(headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))),
-            // Unloaded by force: a retry would load it again.
-            Code::Cancelled => drop(headers.insert("x-should-retry", HeaderValue::from_static("false"))),
+            // Unloaded by force: a retry would load it again. What stopped the engine would stop it again.
+            Code::Cancelled | Code::Engine => drop(headers.insert("x-should-retry", HeaderValue::from_static("false"))),
             _ => {}
         }
         response.extensions_mut().insert(self);
         response
+    }
+}
+
+impl Failure {
+    /// The daemon names what is to blame as chat completions do; other routes have other words.
+    pub(crate) fn in_words_of(mut self, path: &str) -> Self {
+        let words: &[(&str, &str)] = match path {
+            "/v1/completions" => &[("messages", "prompt")],
+            "/v1/responses" | "/v1/responses/input_tokens" => &[("messages", "input"), ("response_format", "text.format")],
+            "/v1/messages" | "/v1/messages/count_tokens" => &[("response_format", "output_config.format")],
+            "/api/chat" | "/api/generate" => &[("response_format", "format")],
+            _ => &[],
+        };
+        for (daemon, route) in words {
+            if let Some(rest) = self.message.strip_prefix(daemon).filter(|rest| rest.starts_with(':')) {
+                self.message = format!("{route}{rest}");
+            }
+            if self.param.as_deref() == Some(daemon) {
+                self.param = Some((*route).to_owned());
+            }
+        }
+        self
     }
 }
 

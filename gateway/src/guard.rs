@@ -91,23 +91,24 @@ pub(crate) fn cors(origin: HeaderValue, answer: &mut HeaderMap) {
     answer.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, exposed);
 }
 
-/// What the caller presents as its key.
-pub(crate) fn credential(headers: &HeaderMap) -> Option<&str> {
+/// What the caller presents as its key; some send an old one in one header beside a good one in another.
+pub(crate) fn credentials(headers: &HeaderMap) -> impl Iterator<Item = &str> {
     let bearer = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(|value| {
         let (scheme, key) = value.split_once(' ')?;
         scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
     });
     let plain = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
-    bearer.or_else(|| plain("x-api-key")).or_else(|| plain("api-key"))
+    [bearer, plain("x-api-key"), plain("api-key")].into_iter().flatten().filter(|key| !key.is_empty())
 }
 
 pub(crate) fn key(parts: &Parts, config: &Config, bound: IpAddr) -> Result<(), Failure> {
     if config.keys.is_empty() || exempt(&parts.method, &parts.uri, bound) {
         return Ok(());
     }
-    let presented = digest(credential(&parts.headers).unwrap_or_default());
     // Every key is compared, and in full, whatever the guess.
-    let known = config.keys.iter().fold(subtle::Choice::from(0), |known, key| known | key.ct_eq(&presented));
+    let known = credentials(&parts.headers)
+        .map(digest)
+        .fold(subtle::Choice::from(0), |known, presented| config.keys.iter().fold(known, |known, key| known | key.ct_eq(&presented)));
     if known.into() { Ok(()) } else { Err(Failure::new(Code::InvalidApiKey, "Incorrect API key provided.")) }
 }
 

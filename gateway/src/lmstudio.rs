@@ -1,4 +1,5 @@
-//! The lists of models as LM Studio's server gives them; its other routes are OpenAI's.
+//! The lists of models as LM Studio's server gives them; its other routes are OpenAI's. Of the formats that its clients know ours is
+//! MLX's.
 
 use std::sync::Arc;
 
@@ -43,7 +44,7 @@ fn v0(model: &v1::Model) -> Value {
     let state = if model.state() == model::State::Ready { "loaded" } else { "not-loaded" };
     json!({
         "id": model.id, "object": "model", "type": "llm", "publisher": publisher(model), "arch": model.arch,
-        "compatibility_type": "safetensors", "quantization": model.quantization, "state": state,
+        "compatibility_type": "mlx", "quantization": model.quantization, "state": state,
         "max_context_length": model.context_length, "capabilities": if model.tools { &["tool_use"][..] } else { &[] },
     })
 }
@@ -59,6 +60,6 @@ fn described(model: &v1::Model) -> Value {
         "quantization": {"name": model.quantization, "bits_per_weight": digits.parse::<u32>().ok()},
         "size_bytes": model.size_bytes, "params_string": parameters(model.params),
         "loaded_instances": loaded.into_iter().collect::<Vec<_>>(), "max_context_length": model.context_length,
-        "format": "safetensors", "capabilities": {"vision": false, "trained_for_tool_use": model.tools},
+        "format": "mlx", "capabilities": {"vision": false, "trained_for_tool_use": model.tools},
     })
 }

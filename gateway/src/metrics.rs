@@ -151,6 +151,9 @@ fn of_daemon(snapshot: &v1::Snapshot) -> Registry {
         // An expert that was on its way already is no miss of its own.
         registry.register("expert_cache_hits", "Experts found resident", ConstCounter::new(experts.hits));
         registry.register("expert_cache_misses", "Experts that had to be loaded", ConstCounter::new(experts.misses));
+        let prefetch = experts.prefetch.clone().unwrap_or_default();
+        registry.register("prefetch_useful", "Experts that were prefetched and asked for", ConstCounter::new(prefetch.useful));
+        registry.register("prefetch_wasted", "Experts that were prefetched and evicted unused", ConstCounter::new(prefetch.wasted));
         registry.register("ssd_read_bytes", "Expert bytes read", ConstCounter::new(experts.bytes_read));
         registry.register("ssd_read_seconds", "Time spent in those reads", ConstCounter::new(experts.read_s));
     }

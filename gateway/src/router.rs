@@ -71,6 +71,9 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         router = router
             .route("/api/v0/models", get(lmstudio::list_v0))
             .route("/api/v0/models/{*id}", get(lmstudio::one_v0))
+            .route("/api/v0/chat/completions", post(openai::chat))
+            .route("/api/v0/completions", post(openai::completions))
+            .route("/api/v0/embeddings", post(openai::embeddings))
             .route("/api/v1/models", get(lmstudio::list_v1));
     }
     remote::routes(router)
@@ -132,7 +135,7 @@ async fn envelope(State(app): State<Arc<App>>, route: Option<MatchedPath>, reque
     let (mut parts, body) = request.into_parts();
     let connection = parts.extensions.get::<Connection>().cloned().expect("every connection names itself");
     let request_id = request_id(&parts.headers);
-    let client = guard::credential(&parts.headers).filter(|key| !key.is_empty());
+    let client = guard::credentials(&parts.headers).next();
     let client = client.map_or_else(|| connection.peer.ip().to_string(), |key| format!("key-{:.8}", hex(&digest(key))));
     parts.extensions.insert(Caller { request_id: request_id.clone(), client });
     let mut account = Account {
@@ -146,7 +149,7 @@ async fn envelope(State(app): State<Arc<App>>, route: Option<MatchedPath>, reque
     };
     connection.activity.begin(parts.version == Version::HTTP_2);
     let is_head = parts.method == Method::HEAD;
-    let dialect = Dialect::of(parts.uri.path(), &parts.headers);
+    let (dialect, path) = (Dialect::of(parts.uri.path(), &parts.headers), parts.uri.path().to_owned());
     let admitted = guard::host(&parts, &app.config)
         .and_then(|()| guard::origin(&parts.method, &parts.headers, &app.config))
         .and_then(|origin| guard::key(&parts, &app.config, connection.bound).map(|()| origin));
@@ -162,7 +165,7 @@ async fn envelope(State(app): State<Arc<App>>, route: Option<MatchedPath>, reque
         }
         Ok(origin) => (origin, next.run(Request::from_parts(parts, body)).await),
     };
-    if let Some(failure) = response.extensions_mut().remove::<Failure>() {
+    if let Some(failure) = response.extensions_mut().remove::<Failure>().map(|failure| failure.in_words_of(&path)) {
         if dialect == Dialect::Grpc {
             response = failure.grpc().into_http();
         } else {

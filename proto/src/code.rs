@@ -22,8 +22,16 @@ pub const BUSY: &str = "busy";
 pub const NO_SPACE: &str = "no_space";
 pub const CANCELLED: &str = "cancelled";
 
+/// Longer messages do not fit into a response's headers, where non-ASCII takes three times its bytes.
+const MESSAGE_BYTES_MAX: usize = 2000;
+
 /// A status that carries `code`.
 pub fn status(code: &'static str, message: impl Into<String>) -> Status {
+    let mut message = message.into();
+    if message.len() > MESSAGE_BYTES_MAX {
+        message.truncate(message.floor_char_boundary(MESSAGE_BYTES_MAX));
+        message += " ...";
+    }
     let grpc = match code {
         MODEL_NOT_FOUND => Code::NotFound,
         MODEL_INVALID | INSUFFICIENT_MEMORY | BUSY | NO_SPACE => Code::FailedPrecondition,

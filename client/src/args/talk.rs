@@ -1,6 +1,11 @@
 //! The arguments of the commands that talk to a model, and what they share: sampling, thinking, the daemon's settings.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    hash::{BuildHasher, RandomState},
+    num::ParseIntError,
+    path::PathBuf,
+    time::Duration,
+};
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -105,7 +110,7 @@ pub(crate) struct Generation {
     #[arg(long, value_name = "P")]
     pub(crate) top_p: Option<f32>,
     /// Keep the K most likely tokens; 0 = all
-    #[arg(short = 'k', long, value_name = "K")]
+    #[arg(short = 'k', long, value_name = "K", value_parser = top_k, allow_negative_numbers = true)]
     pub(crate) top_k: Option<u32>,
     /// Drop tokens less likely than P times the most likely one
     #[arg(long, value_name = "P")]
@@ -120,10 +125,10 @@ pub(crate) struct Generation {
     #[arg(long, value_name = "F", allow_negative_numbers = true)]
     pub(crate) presence_penalty: Option<f32>,
     /// The same seed gives the same answer
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = seed, allow_negative_numbers = true)]
     pub(crate) seed: Option<u64>,
     /// End the answer after N tokens
-    #[arg(short = 'n', long, value_name = "N")]
+    #[arg(short = 'n', long, value_name = "N", value_parser = max_tokens, allow_negative_numbers = true)]
     pub(crate) max_tokens: Option<u32>,
     /// End the answer before this text; may be repeated
     #[arg(long, value_name = "TEXT")]
@@ -209,6 +214,21 @@ fn parse_time(text: &str) -> Result<Duration, String> {
     };
     let seconds = number.parse::<f64>().map_err(|_| "not a time such as 30, 90s or 5m".to_owned())?;
     Duration::try_from_secs_f64(seconds * factor).map_err(|error| error.to_string())
+}
+
+// -1 is how ollama and llama.cpp say "whatever": all tokens, any seed, as many as fit.
+
+fn top_k(text: &str) -> Result<u32, ParseIntError> {
+    if text == "-1" { Ok(0) } else { text.parse() }
+}
+
+fn seed(text: &str) -> Result<u64, ParseIntError> {
+    // RandomState is seeded by the operating system.
+    if text == "-1" { Ok(RandomState::new().hash_one(0)) } else { text.parse() }
+}
+
+fn max_tokens(text: &str) -> Result<u32, ParseIntError> {
+    if text == "-1" { Ok(u32::MAX) } else { text.parse() }
 }
 
 #[cfg(test)]

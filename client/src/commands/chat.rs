@@ -257,7 +257,8 @@ impl<'a> Chat<'a> {
             Input::Reset => {
                 self.files.clear();
                 (self.talk, self.generation) = (Conversation::default(), Generation::default());
-                self.tell("the conversation, the system prompt and the parameters are as new")
+                let kept = self.part().map(|name| format!("; {name} stays as it was")).unwrap_or_default();
+                self.tell(&format!("the conversation, the system prompt and the parameters are as new{kept}"))
             }
             Input::Drop(turns) => {
                 let dropped = self.talk.drop_oldest(turns);
@@ -275,7 +276,8 @@ impl<'a> Chat<'a> {
             _ => {
                 self.talk.clear();
                 self.files.clear();
-                self.tell("the conversation is forgotten")
+                let kept = self.part().map(|name| format!("; {name} stays as it was")).unwrap_or_default();
+                self.tell(&format!("the conversation is forgotten{kept}"))
             }
         };
         self.keep();

@@ -1,6 +1,10 @@
 //! `flashctl serve`: the gateway in the foreground, on a daemon that runs already or is started for as long as this lasts.
 
-use std::{os::unix::process::CommandExt, process::Command};
+use std::{
+    io::{self, IsTerminal},
+    os::unix::process::CommandExt,
+    process::Command,
+};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::{
@@ -22,7 +26,7 @@ pub(crate) async fn run(args: ServeArgs, global: &Global) -> Result<(), Failure>
     let gateway = connect::program("flash-gateway")?;
     let parallel = args.parallel.map(|parallel| ("FLASH_PARALLEL", parallel.to_string()));
     // Before there is a daemon that would be left behind.
-    let signals = (listen(SignalKind::interrupt())?, terminations()?);
+    let signals = (listen(SignalKind::interrupt())?, terminations()?, hangups()?);
     let daemon = connect::connect_or_start(global, parallel.as_slice()).await?;
     let outcome = serve(&args, &gateway, &daemon, global, signals).await;
     if daemon.started {
@@ -47,7 +51,7 @@ async fn serve(
     gateway: &std::path::Path,
     daemon: &connect::Daemon,
     global: &Global,
-    (mut interrupt, mut terminate): (signal::Signal, signal::Signal),
+    (mut interrupt, mut terminate, mut hangup): (signal::Signal, signal::Signal, Option<signal::Signal>),
 ) -> Result<(), Failure> {
     if let Some(parallel) = args.parallel.filter(|_| !daemon.started) {
         has_parallel(daemon, &parallel.to_string()).await?;
@@ -58,6 +62,7 @@ async fn serve(
             loaded = load::load(daemon, model, &args.settings, global) => { loaded?; }
             _ = interrupt.recv() => return Err(Failure::silent(exit::SIGINT)),
             _ = terminate.recv() => return Err(Failure::silent(exit::SIGTERM)),
+            () = hung_up(&mut hangup) => return Err(Failure::silent(exit::SIGHUP)),
         }
     }
     let mut child = spawn(args, gateway, global)?;
@@ -67,9 +72,23 @@ async fn serve(
             status = child.wait() => return ended(status, stopped_by),
             _ = interrupt.recv() => (Signal::INT, exit::SIGINT),
             _ = terminate.recv() => (Signal::TERM, exit::SIGTERM),
+            () = hung_up(&mut hangup) => (Signal::TERM, exit::SIGHUP),
         };
         forward(&child, signal);
         stopped_by = Some(exit);
+    }
+}
+
+/// The terminal's end, if there is one: under nohup there is none, and the signal stays ignored.
+fn hangups() -> Result<Option<signal::Signal>, Failure> {
+    let terminal = io::stdin().is_terminal() || io::stdout().is_terminal() || io::stderr().is_terminal();
+    terminal.then(|| listen(SignalKind::hangup())).transpose()
+}
+
+async fn hung_up(hangup: &mut Option<signal::Signal>) {
+    match hangup {
+        Some(hangup) => drop(hangup.recv().await),
+        None => std::future::pending().await,
     }
 }
 

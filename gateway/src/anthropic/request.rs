@@ -160,9 +160,9 @@ fn thinking(node: &Node<'_>, variables: &mut Variables, unknown: &mut Vec<String
     let mut thinking = node.object()?;
     let kind = thinking.require("type")?;
     let on = match kind.text()? {
-        "enabled" | "adaptive" => true,
         "disabled" => false,
-        _ => return Err(kind.refuse(Code::InvalidValue, "must be 'enabled', 'adaptive' or 'disabled'")),
+        // Newer ways to think are ways to think: clients repeat what is refused.
+        _ => true,
     };
     variables.thinking(on);
     thinking.read("budget_tokens", |node| if on { variables.budget(&node) } else { Ok(()) })?;

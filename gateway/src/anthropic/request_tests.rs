@@ -141,6 +141,7 @@ fn thinking_is_what_the_client_wants_to_see() {
     check(json!({"thinking": {"type": "disabled"}}), false, r#"{"enable_thinking":false}"#);
     check(json!({"thinking": {"type": "enabled", "budget_tokens": 1024}}), true, r#"{"enable_thinking":true,"thinking_budget":1024}"#);
     check(json!({"thinking": {"type": "adaptive", "display": "omitted"}}), false, r#"{"enable_thinking":true}"#);
+    check(json!({"thinking": {"type": "between_tools"}}), true, r#"{"enable_thinking":true}"#);
     check(json!({"output_config": {"effort": "max"}}), false, r#"{"enable_thinking":false,"reasoning_effort":"xhigh"}"#);
 }
 
@@ -204,7 +205,7 @@ fn refusals_name_the_field() {
     check(with(json!({"temperature": 3})), InvalidValue, Some("temperature"));
     check(with(json!({"tools": [{"input_schema": {}}]})), MissingParameter, Some("tools[0].name"));
     check(with(json!({"tool_choice": {"type": "any"}})), InvalidValue, Some("tool_choice"));
-    check(with(json!({"thinking": {"type": "deep"}})), InvalidValue, Some("thinking.type"));
+    check(with(json!({"thinking": {"type": 1}})), InvalidValue, Some("thinking.type"));
 }
 
 #[test]

@@ -18,6 +18,7 @@ pub(crate) const MESSAGES_MAX: usize = 4096;
 const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 256;
 const BIASES_MAX: usize = 1024;
+const I64_MIN: f64 = i64::MIN as f64;
 const SCHEMA_BYTES_MAX: usize = 256 << 10;
 
 /// Larger than the engine can count is as good as the most it can count.
@@ -25,9 +26,9 @@ pub(crate) fn clamped(value: i64) -> u32 {
     u32::try_from(value).unwrap_or(u32::MAX)
 }
 
-/// At least one token; absent means what fits.
+/// At least one token; absent means what fits, and so does -1, as LM Studio's clients say it.
 pub(crate) fn tokens(node: Node<'_>) -> Result<u32, Failure> {
-    node.int(1..=i64::MAX).map(clamped)
+    if node.value.as_i64() == Some(-1) { Ok(u32::MAX) } else { node.int(1..=i64::MAX).map(clamped) }
 }
 
 /// The sampling fields that all but Ollama spell alike.
@@ -74,7 +75,11 @@ pub(crate) fn repetition(node: Node<'_>) -> Result<f32, Failure> {
 }
 
 pub(crate) fn seed(node: Node<'_>) -> Result<u64, Failure> {
-    node.int(i64::MIN..=i64::MAX).map(i64::cast_unsigned)
+    match node.value.as_f64() {
+        // Else different ones would become one.
+        Some(seed) if !(I64_MIN..-I64_MIN).contains(&seed) => Err(node.refuse(Code::InvalidValue, "must be an integer of 64 bits")),
+        _ => node.int(i64::MIN..=i64::MAX).map(i64::cast_unsigned),
+    }
 }
 
 fn logit_bias(node: Node<'_>) -> Result<HashMap<u32, f32>, Failure> {
@@ -111,12 +116,18 @@ pub(crate) fn stops(node: Node<'_>) -> Result<Vec<String>, Failure> {
 pub(crate) fn keep_alive(top: &mut Object<'_>) -> Result<Option<String>, Failure> {
     let text = |node: Node<'_>| match node.value {
         Value::String(text) => Ok(text.clone()),
+        Value::Number(seconds) if seconds.is_f64() => {
+            node.float("must be a number of seconds", f64::is_finite).map(|seconds| format!("{seconds}s"))
+        }
         _ => node.int(i64::MIN..=i64::MAX).map(|seconds| if seconds > 0 { format!("{seconds}s") } else { seconds.to_string() }),
     };
     let keep_alive = top.read("keep_alive", text)?;
     let ttl = top.read("ttl", text)?;
     Ok(keep_alive.or(ttl))
 }
+
+/// Variables of a chat template that come with the request itself.
+const OURS: [&str; 4] = ["messages", "tools", "bos_token", "eos_token"];
 
 /// Variables for the chat template.
 #[derive(Debug, Default)]
@@ -150,6 +161,9 @@ impl Variables {
     pub(crate) fn given(&mut self, top: &mut Object<'_>) -> Result<(), Failure> {
         if let Some(node) = top.get("chat_template_kwargs") {
             let given = node.value.as_object().ok_or_else(|| node.refuse(Code::InvalidValue, "expected an object"))?;
+            if let Some(ours) = OURS.into_iter().find(|name| given.contains_key(*name)) {
+                return Err(node.refuse(Code::InvalidValue, format_args!("'{ours}' is not for it to set")));
+            }
             self.0.extend(given.clone());
         }
         Ok(())

@@ -9,6 +9,7 @@ use crate::{
     call::now,
     openai::models::rfc3339,
     reply::{Collected, Piece},
+    router::unique_id,
     sse::{self, Item},
 };
 
@@ -58,7 +59,7 @@ impl Style {
 
 fn call(index: u32, name: &str, text: &str) -> Value {
     let arguments: Value = serde_json::from_str(&arguments(text)).unwrap_or_else(|_| json!({}));
-    json!({"function": {"index": index, "name": name, "arguments": arguments}})
+    json!({"id": format!("call_{}", unique_id()), "function": {"index": index, "name": name, "arguments": arguments}})
 }
 
 /// Adds why it ended and how long it took, in nanoseconds.

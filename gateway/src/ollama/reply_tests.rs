@@ -33,6 +33,10 @@ fn lines(chat: bool) -> Vec<Value> {
         let mut line: Value = serde_json::from_str(line).expect("JSON");
         let fields = line.as_object_mut().expect("an object");
         assert_eq!(fields.shift_remove("model"), Some(json!("m")));
+        for call in fields.get_mut("message").and_then(|message| message.get_mut("tool_calls")?.as_array_mut()).into_iter().flatten() {
+            let id = call.as_object_mut().expect("an object").shift_remove("id");
+            assert!(id.is_some_and(|id| id.as_str().is_some_and(|id| id.starts_with("call_"))));
+        }
         assert!(fields.shift_remove("created_at").is_some_and(|time| time.as_str().is_some_and(|time| time.ends_with('Z'))));
         line
     };

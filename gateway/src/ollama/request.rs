@@ -107,15 +107,17 @@ fn settings(mut top: Object<'_>, prompt: Prompt, empty: bool, mut unknown: Vec<S
 
 /// Sampling and limits; the rest is about how Ollama runs a model.
 fn options(mut options: Object<'_>, generate: &mut v1::GenerateRequest) -> Result<(), Failure> {
-    let penalty = |node: Node<'_>| node.float("must be between -2 and 2", |x| (-2.0..=2.0).contains(&x));
+    // Ollama takes any number and makes do with the nearest that it can use.
+    let within = |low: f32, high: f32| move |node: Node<'_>| node.float("must be a number", f64::is_finite).map(|x| x.clamp(low, high));
+    let penalty = within(-2.0, 2.0);
     let window = options.read("repeat_last_n", |node| node.int(-1..=u32::MAX.into()))?;
     generate.sampling = Some(v1::Sampling {
-        temperature: options.read("temperature", ask::temperature)?,
+        temperature: options.read("temperature", within(0.0, 2.0))?,
         top_k: options.read("top_k", ask::top_k)?,
-        top_p: options.read("top_p", ask::top_p)?,
-        min_p: options.read("min_p", ask::min_p)?,
+        top_p: options.read("top_p", within(f32::MIN_POSITIVE, 1.0))?,
+        min_p: options.read("min_p", within(0.0, 1.0 - f32::EPSILON))?,
         // A window of nothing is how Ollama says off; -1 is everything, which is 0 to the daemon.
-        repetition_penalty: options.read("repeat_penalty", ask::repetition)?.filter(|_| window != Some(0)),
+        repetition_penalty: options.read("repeat_penalty", within(0.0, 2.0))?.filter(|penalty| window != Some(0) && *penalty > 0.0),
         repetition_window: window.map(|tokens| ask::clamped(tokens.max(0))),
         frequency_penalty: options.read("frequency_penalty", penalty)?,
         presence_penalty: options.read("presence_penalty", penalty)?,

@@ -61,6 +61,17 @@ fn a_request_that_says_nothing_loads_or_unloads() {
 }
 
 #[test]
+fn options_out_of_range_are_the_nearest_that_can_be_used() {
+    let options = json!({"temperature": 3, "top_p": 0, "min_p": 1, "repeat_penalty": 0, "presence_penalty": -9});
+    let request =
+        chat(&json!({"messages": [{"role": "user", "content": "hi"}], "options": options, "keep_alive": 2.5})).expect("a request");
+    let sampling = request.generate.sampling.expect("sampling");
+    assert_eq!((sampling.temperature, sampling.repetition_penalty, sampling.presence_penalty), (Some(2.0), None, Some(-2.0)));
+    assert!(sampling.top_p.is_some_and(|p| p > 0.0) && sampling.min_p.is_some_and(|p| p < 1.0), "{sampling:?}");
+    assert_eq!(request.generate.keep_alive.as_deref(), Some("2.5s"));
+}
+
+#[test]
 fn refusals_name_the_field() {
     let check = |outcome: Result<Request, Failure>, code: Code, param: &str| {
         let failure = outcome.expect_err("a refusal");
@@ -70,7 +81,7 @@ fn refusals_name_the_field() {
     check(chat(&json!({"messages": [{"role": "robot"}]})), InvalidValue, "messages[0].role");
     check(chat(&json!({"messages": [{"role": "user", "images": ["x"]}]})), UnsupportedModality, "messages[0].images");
     check(chat(&json!({"format": "yaml"})), InvalidValue, "format");
-    check(chat(&json!({"options": {"temperature": 3}})), InvalidValue, "options.temperature");
+    check(chat(&json!({"options": {"temperature": "3"}})), InvalidValue, "options.temperature");
     check(chat(&json!({"think": "utmost"})), InvalidValue, "think");
     check(generate(&json!({"prompt": "a", "context": [1]})), UnsupportedValue, "context");
     check(generate(&json!({"prompt": "a", "template": "{{ . }}"})), UnsupportedValue, "template");

@@ -85,6 +85,9 @@ fn refusals_name_the_field() {
     check(json!({}), MissingParameter, Some("messages"));
     check(json!({"messages": []}), InvalidValue, Some("messages"));
     check(json!({"messages": "hi"}), InvalidValue, Some("messages"));
+    check(with(json!({"seed": 1e300})), InvalidValue, Some("seed"));
+    check(with(json!({"seed": 9_223_372_036_854_775_808_u64})), InvalidValue, Some("seed"));
+    check(with(json!({"chat_template_kwargs": {"messages": []}})), InvalidValue, Some("chat_template_kwargs"));
     check(json!({"messages": [{"role": "user", "content": "x"}, 1]}), InvalidValue, Some("messages[1]"));
     check(json!({"messages": [{"content": "x"}]}), MissingParameter, Some("messages[0].role"));
     check(json!({"messages": [{"role": "robot", "content": "x"}]}), InvalidValue, Some("messages[0].role"));

@@ -65,7 +65,7 @@ fn refusals_name_the_field() {
     check(json!({"prompt": "a", "logprobs": 6}), InvalidValue, "logprobs");
     check(json!({"prompt": [1], "echo": true}), UnsupportedValue, "echo");
     check(json!({"prompt": "a", "max_tokens": 0}), InvalidValue, "max_tokens");
-    check(json!({"prompt": "a", "max_tokens": -1, "echo": true}), InvalidValue, "max_tokens");
+    check(json!({"prompt": "a", "max_tokens": -2, "echo": true}), InvalidValue, "max_tokens");
 }
 
 #[test]

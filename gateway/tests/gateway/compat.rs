@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Gateway,
-    client::{get, post},
+    client::{call, get, post},
     fake::{Fake, Step, calls, considered, reply},
 };
 
@@ -69,6 +69,14 @@ async fn ollama_streams_lines() {
     whole["stream"] = false.into();
     let answer = post(gateway.address, "/api/chat", &whole).await.json();
     assert_eq!(answer["message"]["tool_calls"][1]["function"]["arguments"], json!({"city": "Rome"}));
+    // As Ollama's own examples and litellm ask.
+    for headers in [&[("Content-Type", "")][..], &[("Content-Type", "application/x-www-form-urlencoded")]] {
+        fake.script(reply(&["x"]));
+        let answer = call(gateway.address, "POST", "/api/chat", headers, whole.to_string().as_bytes()).await;
+        assert_eq!(answer.status, 200, "{headers:?}");
+        let answer = call(gateway.address, "POST", "/v1/chat/completions", headers, whole.to_string().as_bytes()).await;
+        assert_eq!(answer.status, 415, "{headers:?}");
+    }
     fake.script(reply(&["x"]));
     let answer = post(gateway.address, "/api/generate", &json!({"prompt": "p", "stream": false})).await.json();
     assert_eq!((&answer["response"], &answer["done_reason"]), (&json!("x"), &json!("stop")));

@@ -134,6 +134,8 @@ async fn keys() {
         ("GET", "/v1/models", vec![("x-api-key", "one")], 200),
         ("GET", "/v1/models", vec![("api-key", "two")], 200),
         ("GET", "/v1/models", vec![("x-api-key", "on")], 401),
+        ("GET", "/v1/models", vec![("Authorization", "Bearer three"), ("api-key", "two")], 200),
+        ("GET", "/v1/models", vec![("Authorization", "Bearer three"), ("x-api-key", "four")], 401),
         ("POST", "/v1/chat/completions", vec![], 401),
         ("GET", "/nowhere", vec![], 401),
         ("GET", "/", vec![], 401),

@@ -59,6 +59,13 @@ impl Chat<'_> {
         format!("{name}: {turns}{last}{hint}")
     }
 
+    /// The conversation is forgotten here; one that was given a name stays as it is, and what is said next is another one.
+    pub(super) fn part(&mut self) -> Option<String> {
+        let name = self.session.as_ref().and_then(Session::given_name)?.to_owned();
+        self.session = Folder::open().ok().map(|folder| folder.unnamed());
+        Some(name)
+    }
+
     /// Writes the conversation where it is kept. A disk that is full costs the memory of a chat, not the chat.
     pub(super) fn keep(&mut self) {
         let saved = Saved::new(&self.model, &self.generation, &self.thinking, &self.talk);

@@ -158,6 +158,11 @@ impl Session {
         self.name.as_deref()
     }
 
+    /// Unless nobody named it.
+    pub(super) fn given_name(&self) -> Option<&str> {
+        self.name().filter(|name| !is_unnamed(name))
+    }
+
     /// Writes the conversation. If another chat has gone on with it meanwhile this one takes a new name.
     pub(super) fn write(&mut self, saved: &Saved) -> Result<(), Failure> {
         let text = serde_json::to_vec(saved).map_err(|error| Failure::new(exit::INTERNAL, "session", error.to_string()))?;

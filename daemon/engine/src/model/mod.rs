@@ -3,11 +3,11 @@
 
 pub(crate) mod arch;
 pub(crate) mod chat;
-mod deadline;
 pub(crate) mod families;
 mod files;
 pub mod hub;
 mod infill;
+mod limits;
 pub(crate) mod output;
 pub(crate) mod packed;
 mod pattern;

@@ -13,7 +13,7 @@ use tokenizers::{
     pattern::{Invert, Pattern},
 };
 
-use super::deadline::Deadline;
+use super::limits::Deadline;
 
 /// Steps of one match; the Qwen and Llama patterns need about ten.
 const BACKTRACK_LIMIT: usize = 1_000_000;

@@ -17,7 +17,7 @@ use serde_json::{Map, Value as Json};
 
 use super::{
     chat::{self, Chat, Message, Tool},
-    deadline::Deadline,
+    limits::{Deadline, on_deep_stack},
     python, rewrite,
 };
 
@@ -29,9 +29,6 @@ const BYTES_MAX: usize = 32 << 20;
 /// Values inside one variable.
 const NODES_MAX: usize = 1 << 18;
 const DEPTH_MAX: usize = 100;
-/// minijinja recurses on the native stack: for macros, chains of operators and of `elif`, and to drop values. Memory is
-/// taken only as far as the stack is used.
-const STACK: usize = 256 << 20;
 /// Marks the end of the message to be continued; the trailing space tells whether the template strips.
 const CONTINUE: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 
@@ -73,7 +70,7 @@ impl Template {
         environment.add_function(rewrite::TICK, tick);
         environment.add_function(rewrite::BOUND, bound);
         let source = rewrite::guarded(source)?;
-        on_own_thread(move || match environment.add_template_owned("chat", source) {
+        on_deep_stack("template", move || match environment.add_template_owned("chat", source) {
             Ok(()) => {
                 let variables = environment.get_template("chat").map(|template| template.undeclared_variables(false));
                 let shows_tools = variables.is_ok_and(|names| names.contains("tools"));
@@ -131,7 +128,8 @@ impl Template {
     }
 
     fn run(&self, variables: &Map<String, Json>) -> Result<String, String> {
-        on_own_thread(|| {
+        // Whose thread-local limits start afresh.
+        on_deep_stack("template", || {
             LIMITS.set(Limits { until: Deadline::after(TIME), bytes: 0 });
             let mut out = Bounded(Vec::new());
             let template = self.environment.get_template("chat").map_err(|error| reason(&error))?;
@@ -139,15 +137,6 @@ impl Template {
             String::from_utf8(out.0).map_err(|error| error.to_string())
         })
     }
-}
-
-/// A deep stack, and thread-local limits that start afresh.
-fn on_own_thread<T: Send>(work: impl FnOnce() -> Result<T, String> + Send) -> Result<T, String> {
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("template".into()).stack_size(STACK).spawn_scoped(scope, work);
-        let thread = thread.map_err(|error| format!("cannot start a thread for it: {error}"))?;
-        thread.join().unwrap_or_else(|_| Err("the template engine panicked".into()))
-    })
 }
 
 /// Everything up to the end of the final message's content, whose own trailing space counts only if the template keeps it.

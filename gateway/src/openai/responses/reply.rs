@@ -84,7 +84,7 @@ impl Style {
         let output = reply.pieces.iter().enumerate().map(|(at, piece)| self.item(at, piece, status_of(at)));
         let usage = reply.usage();
         let usage = json!({
-            "input_tokens": usage.prompt_tokens, "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "input_tokens": usage.prompt_tokens, "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": usage.completion_tokens, "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
             "total_tokens": usage.prompt_tokens.saturating_add(usage.completion_tokens),
         });

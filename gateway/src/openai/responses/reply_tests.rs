@@ -111,7 +111,7 @@ fn a_stream_has_the_recorded_order() {
     let response = &events[15]["response"];
     assert_eq!(response["output"], json!([reasoning, message]));
     let usage = json!({
-        "input_tokens": 11, "input_tokens_details": {"cached_tokens": 3}, "output_tokens": 7,
+        "input_tokens": 11, "input_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 0}, "output_tokens": 7,
         "output_tokens_details": {"reasoning_tokens": 2}, "total_tokens": 18,
     });
     assert_eq!((&response["usage"], &response["status"], &response["store"]), (&usage, &json!("completed"), &json!(false)));

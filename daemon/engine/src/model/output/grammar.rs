@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use llguidance::{
-    Matcher, ParserFactory, TokenParser,
+    Matcher, ParserFactory,
     api::TopLevelGrammar,
     toktrie::{ApproximateTokEnv, INVALID_TOKEN, InferenceCapabilities, SimpleVob, TokRxInfo, TokTrie},
 };
@@ -14,13 +14,18 @@ use super::{
     formats::{Calls, Dialect, Style},
     rules::{self, Form, Part, inline, plainer},
 };
-use crate::{Error, Format, Tool, model::chat::ToolChoice};
+use crate::{
+    Error, Format, Tool,
+    model::{chat::ToolChoice, limits::on_deep_stack},
+};
 
 /// Longer tokens do not fit into a trie, and no grammar misses them.
 const TOKEN_BYTES_MAX: usize = 512;
 /// Remainders that all `multipleOf`s of a grammar may have together: a fifth of a second. llguidance makes a state for each when it
 /// compiles, and its limits do not count them: a million took 8 to 12 seconds and 500 MB and more.
 const REMAINDERS_MAX: u128 = 20_000;
+/// What a parser may keep open at a time; a property that may come next takes four.
+const ITEMS_MAX: usize = 25_000;
 /// Grammars that are kept for the next request: an agent's turns all have the same tools.
 const KEPT: usize = 8;
 
@@ -53,7 +58,9 @@ impl Compiler {
         let mut factory = ParserFactory::new(&env, InferenceCapabilities::default(), &slices)
             .map_err(|error| Error::Internal(format!("no grammar can be made for this tokenizer: {error}")))?;
         factory.quiet();
-        factory.limits_mut().verbose_errors = false;
+        let limits = factory.limits_mut();
+        limits.verbose_errors = false;
+        (limits.max_items_in_row, limits.step_max_items) = (ITEMS_MAX, 2 * ITEMS_MAX);
         Ok(Self { factory, kept: Mutex::default() })
     }
 
@@ -69,7 +76,7 @@ impl Compiler {
                 return Ok(Grammar(copy));
             }
         }
-        let matcher = Matcher::new(Ok(self.parser(lark.to_owned())?));
+        let matcher = self.compiled(lark.to_owned())?;
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() == KEPT {
             kept.remove(0);
@@ -78,11 +85,17 @@ impl Compiler {
         Ok(Grammar(matcher))
     }
 
-    fn parser(&self, lark: String) -> Result<TokenParser, String> {
+    fn compiled(&self, lark: String) -> Result<Matcher, String> {
         if rules::remainders(&lark) > REMAINDERS_MAX {
             return Err(format!("multipleOf: numbers of more than {REMAINDERS_MAX} remainders take too long (decimals count as digits)"));
         }
-        self.factory.create_parser(TopLevelGrammar::from_lark(lark)).map_err(|error| one_line(&error.to_string()))
+        on_deep_stack("grammar", || {
+            let parser = self.factory.create_parser(TopLevelGrammar::from_lark(lark)).map_err(|error| one_line(&error.to_string()))?;
+            let matcher = Matcher::new(Ok(parser));
+            // Some compile and cannot be followed: a schema that is nothing but itself, an object of too many properties.
+            Guide(matcher.deep_clone()).try_out()?;
+            Ok(matcher)
+        })
     }
 
     /// A grammar for all of a reply's content: the format, or calls where they may take its place.
@@ -152,7 +165,7 @@ impl Compiler {
 
     /// The strictest form that compiles; a `plain` one where the tool leaves the choice.
     fn enforceable(&self, tool: &Tool, part: Part, plain: bool) -> Result<Option<String>, Error> {
-        let compiles = |grammar: String| self.parser(grammar).map(drop);
+        let compiles = |grammar: String| self.compiled(grammar).map(drop);
         let refuse = |reason| Error::Schema { param: "tools", reason: format!("{}: {reason}", tool.name) };
         let schema = match part {
             Part::Json(schema) => schema,
@@ -169,8 +182,9 @@ impl Compiler {
             let form = inline(schema, false);
             return compiles(&form).map(|()| Some(form)).map_err(refuse);
         }
+        let anything = if schema["type"] == "object" { json!({"type": "object"}) } else { json!({}) };
         let forms = [inline(schema, true), inline(&plainer(schema), true)];
-        Ok(Some(forms.into_iter().skip(usize::from(plain)).find(|form| compiles(form).is_ok()).unwrap_or_else(|| inline(&json!({}), true))))
+        Ok(Some(forms.into_iter().skip(usize::from(plain)).find(|form| compiles(form).is_ok()).unwrap_or_else(|| inline(&anything, true))))
     }
 }
 
@@ -181,6 +195,17 @@ impl Grammar {
 }
 
 impl Guide {
+    /// The masks of a reply's beginning: of its first token, and of the first one that is a choice within an object.
+    fn try_out(&mut self) -> Result<(), String> {
+        let mask = |matcher: &mut Matcher| matcher.compute_mask().map(drop).map_err(|error| one_line(&error.to_string()));
+        mask(&mut self.0)?;
+        let forced = self.0.compute_ff_bytes();
+        if self.take_bytes(&forced) && self.take_bytes(b"{") && !self.ended() {
+            mask(&mut self.0)?;
+        }
+        Ok(())
+    }
+
     pub(crate) fn mask(&mut self) -> Result<Mask, Error> {
         self.0.compute_mask().map_err(too_complex)
     }
@@ -212,7 +237,8 @@ impl Guide {
 }
 
 fn too_complex(error: impl std::fmt::Display) -> Error {
-    Error::Internal(format!("the grammar cannot be followed any further: {}", one_line(&error.to_string())))
+    let reason = format!("the grammar cannot be followed any further: {}", one_line(&error.to_string()));
+    Error::Schema { param: "response_format", reason }
 }
 
 /// A format, with or without tools beside it.

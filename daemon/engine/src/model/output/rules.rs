@@ -36,6 +36,15 @@ fn json_form(form: Form, tool: &Tool, schema: &Value) -> Result<String, Error> {
     Ok(form(tool, Part::Json(schema))?.expect("JSON has a form"))
 }
 
+/// The schema of a tool's arguments, which are an object whatever it says: what it says beside that may not be enforceable then.
+fn arguments(tool: &Tool) -> Value {
+    let mut schema = tool.schema();
+    if let Some(schema) = schema.as_object_mut() {
+        schema.insert("type".into(), "object".into());
+    }
+    schema
+}
+
 /// Rules for `calls`: one or more of the tools' calls.
 pub(super) fn calls(calls: &Calls, tools: &[&Tool], choice: &ToolChoice, form: Form) -> Result<String, Error> {
     let rules = bodies(calls, tools, form)?;
@@ -61,7 +70,7 @@ pub(super) fn bodies(calls: &Calls, tools: &[&Tool], form: Form) -> Result<Strin
             Style::Harmony => (format!("<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>"), String::new()),
             Style::Json => (format!("\n{{\"name\": \"{name}\", \"arguments\": "), quoted(&format!("}}\n{}", calls.close))),
         };
-        rules += &format!("t{index}: {} a{index} {after}\na{index}: {}\n", quoted(&before), json_form(form, tool, &tool.schema())?);
+        rules += &format!("t{index}: {} a{index} {after}\na{index}: {}\n", quoted(&before), json_form(form, tool, &arguments(tool))?);
     }
     if calls.style == Style::Xml {
         rules += XML_TEXT;
@@ -167,8 +176,11 @@ fn anywhere(pattern: &str) -> String {
 pub(super) fn named(tools: &[&Tool], form: Form) -> Result<String, Error> {
     let mut rules = format!("start: {}\n", (0..tools.len()).map(|index| format!("t{index}")).collect::<Vec<_>>().join(" | "));
     for (index, tool) in tools.iter().enumerate() {
-        rules +=
-            &format!("t{index}: {} a{index}\na{index}: {}\n", quoted(&format!("{}\n", tool.name)), json_form(form, tool, &tool.schema())?);
+        rules += &format!(
+            "t{index}: {} a{index}\na{index}: {}\n",
+            quoted(&format!("{}\n", tool.name)),
+            json_form(form, tool, &arguments(tool))?
+        );
     }
     Ok(rules)
 }
@@ -263,9 +275,14 @@ fn times_ten(digits: u128, times: u32) -> u128 {
 pub(super) fn plainer(schema: &Value) -> Value {
     const BEYOND: [&str; 8] =
         ["pattern", "format", "patternProperties", "minProperties", "maxProperties", "multipleOf", "propertyNames", "not"];
+    /// Integers up to here are what they are in every reader of JSON.
+    const BOUND_MAX: f64 = 9_007_199_254_740_991.0;
     match schema {
         Value::Object(map) => {
-            let keep = |(key, _): &(&String, &Value)| !BEYOND.contains(&key.as_str());
+            let keep = |(key, value): &(&String, &Value)| {
+                let bound = key.ends_with("inimum") || key.ends_with("aximum");
+                !(BEYOND.contains(&key.as_str()) || bound && value.as_f64().is_some_and(|bound| bound.abs() > BOUND_MAX))
+            };
             // Names of properties are no keywords.
             let inner = |(key, value): (&String, &Value)| {
                 let value = match (key.as_str(), value) {

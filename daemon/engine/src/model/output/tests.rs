@@ -501,6 +501,22 @@ fn stop_strings_win_and_unlike_forms_are_refused() {
     refused(&ask("x"), Some(&Format::Lark(format!("start: %json {steps}"))), "multipleOf");
     refused(&ask("x"), Some(&schema(json!({"type": "string", "pattern": "^a{2}{b"}), true)), "^a{2}{b: repetition quantifier");
     refused(&ask("x"), Some(&schema(json!({"type": "sausage"}), false)), "sausage");
+    // What compiles, and has no first token.
+    let circle = json!({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}});
+    for circle in [json!({"$ref": "#"}), circle] {
+        refused(&ask("x"), Some(&schema(circle.clone(), true)), "response_format: ");
+        let tools = |strict| Chat { tools: vec![Tool { strict, ..tool("f", circle.clone()) }], ..ask("x") };
+        refused(&tools(true), None, "tools: f: ");
+        request(&text, &tools(false), None, 1).unwrap();
+    }
+    let optional = |count: usize| {
+        let properties: Map<String, Value> = (0..count).map(|i| (format!("p{i}"), json!({"type": "integer"}))).collect();
+        json!({"type": "object", "properties": properties})
+    };
+    request(&text, &ask("x"), Some(&schema(optional(2000), true)), 1).unwrap();
+    refused(&ask("x"), Some(&schema(optional(9000), true)), "response_format: ");
+    let far = json!({"type": "integer", "minimum": -9_223_372_036_854_775_807_i64, "maximum": 1e30});
+    request(&text, &ask("x"), Some(&schema(far, false)), 1).unwrap();
     refused(&ask("x"), Some(&Format::Lark("start: (".into())), "response_format");
     refused(&ask("x"), Some(&Format::Regex("(".into())), "response_format");
     let mut deep = json!({"type": "integer"});
@@ -597,4 +613,63 @@ fn messages_that_a_template_refuses_are_shown_otherwise() {
     check(strict, &[("user", "a"), ("user", "b"), ("system", "s")], Ok("[user]a\n\nb\n\n<system-reminder>\ns\n</system-reminder>"));
     check(none, &[("system", "s"), ("user", "a")], Ok("[user]<system-reminder>\ns\n</system-reminder>\n\na"));
     check("{{ raise_exception('never') }}", &[("user", "a")], Err("never"));
+}
+
+/// Arguments are an object, whatever the tool's schema leaves open or asks for.
+#[test]
+fn arguments_are_an_object() {
+    let object = json!({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]});
+    for schema in [
+        json!({"type": "string"}),
+        json!({"type": ["object", "null"]}),
+        json!({"description": "x"}),
+        json!({"enum": ["abc", {"a": 1}]}),
+        json!({"type": "array"}),
+        json!({"anyOf": [{"type": "string"}, object]}),
+        json!({"$ref": "#/$defs/o", "$defs": {"o": object}}),
+    ] {
+        for says in [
+            "<tool_call>\n{\"name\": \"f\", \"arguments\": \"abc\"}\n</tool_call>",
+            "<tool_call>\n{\"name\": \"f\", \"arguments\": [1]}\n</tool_call>",
+        ] {
+            let said = say(CHATML, says, |chat| chat.tools = vec![tool("f", schema.clone())], None);
+            let Some(Part::Call(call)) = said.parts.first() else { panic!("{schema}: {said:?}") };
+            let whole = || serde_json::from_str::<Value>(&call.arguments).is_ok_and(|arguments| arguments.is_object());
+            assert!(if said.finish == Finish::Length { call.arguments.starts_with('{') } else { whole() }, "{schema}: {call:?}");
+        }
+    }
+}
+
+/// As deep and as wide as a request may be: an error or a grammar, and the process lives.
+#[test]
+fn hostile_grammars_are_bearable() {
+    let dir = speaking(CHATML, true);
+    let text = Arc::new(Text::open(dir.path()).unwrap());
+    let nested = |open: &str, close: &str, depth: usize| format!("{}\"a\"{}", open.repeat(depth), close.repeat(depth));
+    let chain: String = (0..9000).map(|i| format!("r{i}: r{}\n", i + 1)).collect();
+    let grammars = [
+        format!("start: {}", nested("(", ")", 30_000)),
+        format!("start: {}", nested("(", ")*", 20_000)),
+        format!("start: T\nT: {}", nested("(", ")", 30_000)),
+        format!("start: r0\n{chain}r9000: \"a\"\n"),
+        format!("start: {}", "\"a\"? ".repeat(20_000)),
+        format!("start: /{}/", nested("(", ")*", 20_000).replace('"', "")),
+        "start: (\"a\"{0,1000}){0,1000}".into(),
+        "start: /(a{0,1000}){0,1000}/".into(),
+    ];
+    for grammar in grammars {
+        let _ = request(&text, &ask("x"), Some(&Format::Lark(grammar)), 1);
+    }
+    let mut deep = json!({"type": "integer"});
+    for _ in 0..60 {
+        deep = json!({"anyOf": [deep, {"type": "string"}]});
+    }
+    let properties: Map<String, Value> = (0..9000).map(|i| (format!("p{i}"), json!({"type": "integer"}))).collect();
+    let wide = json!({"type": "object", "properties": properties});
+    for schema in [wide, json!({"type": "array", "prefixItems": vec![json!({"type": "integer"}); 8000], "minItems": 8000}), deep] {
+        let _ = request(&text, &ask("x"), Some(&Format::JsonSchema { schema, strict: true }), 1);
+    }
+    for pattern in [format!("{}a{}", "(".repeat(20_000), ")".repeat(20_000)), "a".repeat(100_000)] {
+        let _ = request(&text, &ask("x"), Some(&Format::Regex(pattern)), 1);
+    }
 }
