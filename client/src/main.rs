@@ -73,6 +73,9 @@ async fn refuse(error: &clap::Error) -> u8 {
     // A closed pipe behind `--help | head` is nobody's error.
     let _ = error.print();
     let first = env::args().skip(1).find(|arg| !arg.starts_with('-'));
+    if error.kind() == ErrorKind::InvalidSubcommand && first.as_deref() == Some("pull") {
+        term::note("hint: flashctl downloads nothing yet; put a checkpoint's folder into ~/.flashd/models, or run it by its path");
+    }
     if error.kind() == ErrorKind::MissingRequiredArgument && first.is_some_and(|first| first == "run" || first == "tokenize") {
         if let Ok(Some(daemon)) = connect::running(&Global::default()).await
             && let Ok(list) = daemon.models().list(flash_proto::v1::ListRequest {}).await

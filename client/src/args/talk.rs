@@ -159,7 +159,7 @@ impl Generation {
 #[command(next_help_heading = "Thinking")]
 pub(crate) struct Thinking {
     /// Let the model think first, with this effort if it knows efforts: low, medium or high
-    #[arg(long, value_name = "EFFORT", num_args = 0..=1, require_equals = true, default_missing_value = "", conflicts_with = "no_think")]
+    #[arg(long, value_name = "EFFORT", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = effort, conflicts_with = "no_think")]
     pub(crate) think: Option<String>,
     /// Ask for an answer without thinking
     #[arg(long)]
@@ -214,6 +214,10 @@ fn parse_time(text: &str) -> Result<Duration, String> {
     };
     let seconds = number.parse::<f64>().map_err(|_| "not a time such as 30, 90s or 5m".to_owned())?;
     Duration::try_from_secs_f64(seconds * factor).map_err(|error| error.to_string())
+}
+
+fn effort(text: &str) -> Result<String, String> {
+    if ["", "low", "medium", "high"].contains(&text) { Ok(text.into()) } else { Err("low, medium or high".into()) }
 }
 
 // -1 is how ollama and llama.cpp say "whatever": all tokens, any seed, as many as fit.
