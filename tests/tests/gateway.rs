@@ -103,7 +103,11 @@ fn a_client_that_leaves_frees_its_slot() -> Result<()> {
     std::io::Write::write_all(&mut connection, head.as_bytes())?;
     wait_until("it runs", || running(address).is_ok_and(|running| running == 1.0))?;
     drop(connection);
-    wait_until("the slot is free", || running(address).is_ok_and(|running| running == 0.0))
+    wait_until("the slot is free", || running(address).is_ok_and(|running| running == 0.0))?;
+    let stats = tokio::runtime::Runtime::new()?.block_on(async { served.daemon.client().await?.stats().await })?;
+    let requests = stats.requests.context("requests")?;
+    assert_eq!((requests.cancelled, requests.finished), (2, 0), "neither came to its own end");
+    Ok(())
 }
 
 #[test]

@@ -257,7 +257,7 @@ impl<'a> Chat<'a> {
             Input::Reset => {
                 self.files.clear();
                 (self.talk, self.generation) = (Conversation::default(), Generation::default());
-                let kept = self.part().map(|name| format!("; {name} stays as it was")).unwrap_or_default();
+                let kept = self.part();
                 self.tell(&format!("the conversation, the system prompt and the parameters are as new{kept}"))
             }
             Input::Drop(turns) => {
@@ -276,7 +276,7 @@ impl<'a> Chat<'a> {
             _ => {
                 self.talk.clear();
                 self.files.clear();
-                let kept = self.part().map(|name| format!("; {name} stays as it was")).unwrap_or_default();
+                let kept = self.part();
                 self.tell(&format!("the conversation is forgotten{kept}"))
             }
         };

@@ -178,6 +178,11 @@ fn usage_mistakes_exit_2() {
     home.run_with(&["run", "local"], "").expect(2, "", "hint:");
     home.run(&["chat", "--json"]).expect(2, &home.run(&["chat", "--json"]).stdout, "");
     home.run(&[]).expect(2, "", "Talk to a model:");
+    let told = home.run(&["run", "local", "hi", "-n", "some", "--json"]);
+    assert_eq!((told.code, told.json()["error"]["code"].as_str()), (Some(2), Some("usage")), "{told:?}");
+    home.run(&["pull", "a/b"]).expect(2, "", "downloads nothing");
+    home.run(&["run", "local", "hi", "--think=hard"]).expect(2, "", "low, medium or high");
+    home.run(&["bench", "--repeat", "0"]).expect(2, "", "--repeat");
     let _daemon = home.daemon();
     home.run(&["run"]).expect(2, "", "hint: installed models: tiny, broken");
 }

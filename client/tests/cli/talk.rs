@@ -24,6 +24,7 @@ fn one_prompt_one_answer() {
     home.run_with(&["run", "local", "Shorten:", "-s", "Be brief."], "a diff\n").expect(0, "Once upon a time.\n", "");
     home.run_with(&["run", "local", "--raw"], "once\n").expect(0, "Once upon a time.\n", "");
     home.run(&["run", "local", "int f(", "--suffix", "}"]).expect(0, "Once upon a time.\n", "");
+    home.run(&["run", "local", "hi", "-n", "-1", "--seed", "-1", "-k", "-1"]).expect(0, "Once upon a time.\n", "");
     let chat = home.run(&["run", "local", "hi", "--json"]).json();
     assert_eq!(chat["choices"][0]["message"]["content"], "Once upon a time.");
     assert_eq!(chat["usage"]["total_tokens"], 5);
@@ -43,6 +44,8 @@ fn one_prompt_one_answer() {
     assert_eq!(requests[0].sampling.as_ref().and_then(|sampling| sampling.temperature), Some(0.0));
     assert_eq!(said(5), [pair("system", "Be brief."), pair("user", "Shorten:\n\na diff\n")]);
     assert_eq!(said(6), [pair("raw", "once\n")]);
+    let whatever = (requests[8].max_tokens, requests[8].sampling.as_ref().and_then(|sampling| sampling.top_k));
+    assert_eq!(whatever, (Some(u32::MAX), Some(0)));
     let gap = Infill { prefix: "int f(".into(), suffix: "}".into() };
     assert_eq!(requests[7].prompt, Some(generate_request::Prompt::Infill(gap)));
 }
@@ -208,6 +211,10 @@ fn a_conversation_goes_on_where_it_was_left() {
         assert!(on.stderr.contains(told), "{told} is not in {on:?}");
     }
     assert_eq!((users("pip"), users("pip-2")), (("one two".into(), None), ("one two three".into(), None)));
+    let cleared = home.run_with(&["chat", "--session", "pip"], "/clear\nsomething else\n");
+    assert!(cleared.stderr.contains("forgotten; pip stays as it was"), "{cleared:?}");
+    assert_eq!(users("pip").0, "one two");
+    fs::remove_file(file("chat-1")).expect("what was said next is another conversation");
     home.run_with(&["chat"], "nothing is kept of a script's\n").expect(0, "Once upon a time.\n", "/40 tokens]");
     assert_eq!(fs::read_dir(home.path("home/sessions")).expect("a folder").count(), 2);
     fs::write(file("bad"), "{").expect("written");

@@ -6,7 +6,7 @@
 //!   and meanwhile, and the prompt's time to its first token, alone and so.
 //!
 //! Rounds in turn, medians of them. Prints figures beside their bounds and judges none.
-//! `cargo bench -p flash-engine --bench streams`; `-- together` is the first part alone, `-- SHAPE LAYERS` the second, on another model.
+//! `cargo bench -p flash-engine --bench streams`; `-- together [TOKENS]` is the first part alone, `-- SHAPE LAYERS` the second, on another model.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,7 +27,7 @@ const ROUNDS: u64 = 9;
 /// With everything in memory, where they are short.
 const ROUNDS_RESIDENT: u64 = 25;
 const STREAMS: usize = 4;
-/// Of a stream.
+/// Of a stream; tokens unless it is told how many.
 const PROMPT: usize = 32;
 const TOKENS: usize = 160;
 /// Of the request that arrives.
@@ -97,10 +97,10 @@ struct Speed {
     stages: [f64; Stage::ALL.len()],
 }
 
-fn decode(engine: &mut Engine, prompts: &[&[u32]], seed: u64, replays: bool) -> Result<Speed> {
+fn decode(engine: &mut Engine, prompts: &[&[u32]], tokens: usize, seed: u64, replays: bool) -> Result<Speed> {
     let mut heard = Heard::default();
     for (prompt, stream) in prompts.iter().zip(0..) {
-        engine.admit(Request { record_routing: replays, ..request(prompt, TOKENS, seed * 10 + stream) })?;
+        engine.admit(Request { record_routing: replays, ..request(prompt, tokens, seed * 10 + stream) })?;
     }
     while heard.tokens.len() < prompts.len() {
         heard.step(engine)?;
@@ -112,28 +112,28 @@ fn decode(engine: &mut Engine, prompts: &[&[u32]], seed: u64, replays: bool) -> 
         heard.step(engine)?;
         steps += 1;
     }
-    let (time, tokens) = (began.elapsed().as_secs_f64(), (count(&heard) - said) as f64);
+    let (time, heard_tokens) = (began.elapsed().as_secs_f64(), (count(&heard) - said) as f64);
     let report = engine.report();
     let used = |report: &Report| report.experts.hits + report.experts.misses + report.experts.joined;
     let experts = (used(&report) - used(&before)) * engine.info().expert_bytes;
     while heard.step(engine)? == Step::Worked {}
     Ok(Speed {
-        tok_s: tokens / time,
-        memory_bytes: (steps * report.trunk_bytes + experts) as f64 / tokens,
-        stages: Stage::ALL.map(|stage| report.profile.since(&before.profile).get(stage).as_secs_f64() * 1e6 / tokens),
-        disk_bytes: (report.experts.bytes_read - before.experts.bytes_read) as f64 / tokens,
-        replayed: if replays { replayed(engine, &heard.routed)? } else { Default::default() },
+        tok_s: heard_tokens / time,
+        memory_bytes: (steps * report.trunk_bytes + experts) as f64 / heard_tokens,
+        stages: Stage::ALL.map(|stage| report.profile.since(&before.profile).get(stage).as_secs_f64() * 1e6 / heard_tokens),
+        disk_bytes: (report.experts.bytes_read - before.experts.bytes_read) as f64 / heard_tokens,
+        replayed: if replays { replayed(engine, &heard.routed, tokens)? } else { Default::default() },
     })
 }
 
-fn replayed(engine: &Engine, routed: &BTreeMap<RequestId, Vec<u16>>) -> Result<[[f64; 2]; 2]> {
+fn replayed(engine: &Engine, routed: &BTreeMap<RequestId, Vec<u16>>, tokens: usize) -> Result<[[f64; 2]; 2]> {
     let (info, slots) = (engine.info(), engine.report().experts.slots_per_layer);
     let token = info.layers * info.top_k;
     // The last token's position is not computed.
-    let decoded: Vec<&[u16]> = routed.values().map(|ids| &ids[ids.len() - (TOKENS - 1) * token..]).collect();
+    let decoded: Vec<&[u16]> = routed.values().map(|ids| &ids[ids.len() - (tokens - 1) * token..]).collect();
     let mut traces = [(); 2].map(|()| Trace::new(info.layers, info.experts));
     let [together, turns] = &mut traces;
-    for at in (0..TOKENS - 1).map(|token_of| token_of * token) {
+    for at in (0..tokens - 1).map(|token_of| token_of * token) {
         for layer in (at..at + token).step_by(info.top_k) {
             let union: BTreeSet<u16> = decoded.iter().flat_map(|ids| &ids[layer..][..info.top_k]).copied().collect();
             together.push(&union.into_iter().map(ExpertId).collect::<Vec<_>>()).map_err(|error| anyhow!(error))?;
@@ -142,12 +142,13 @@ fn replayed(engine: &Engine, routed: &BTreeMap<RequestId, Vec<u16>>) -> Result<[
             turns.push(&ids.iter().copied().map(ExpertId).collect::<Vec<_>>()).map_err(|error| anyhow!(error))?;
         }
     }
-    let tokens = ((TOKENS - 1) * decoded.len()) as f64;
-    let bytes = |trace: &Trace, policy| replay(trace, policy, slots).misses as f64 * info.expert_bytes as f64 / tokens;
+    let decoded_tokens = ((tokens - 1) * decoded.len()) as f64;
+    let bytes = |trace: &Trace, policy| replay(trace, policy, slots).misses as f64 * info.expert_bytes as f64 / decoded_tokens;
     Ok(traces.map(|trace| [ReplayPolicy::Live(PolicyKind::default()), ReplayPolicy::Belady].map(|policy| bytes(&trace, policy))))
 }
 
-fn together() -> Result<()> {
+fn together(tokens: usize) -> Result<()> {
+    ensure!(tokens > 1, "a stream has two tokens at least");
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/flash-tiny-moe");
     let texts: BTreeMap<String, Vec<u32>> = serde_json::from_slice(&fs::read(model.join("golden/heldout_tokens.json"))?)?;
     let texts: Vec<_> = texts.into_values().collect();
@@ -175,13 +176,13 @@ fn together() -> Result<()> {
             let one = &prompts[round as usize % STREAMS..][..1];
             let turn = if round % 2 == 0 { [one, &prompts[..]] } else { [&prompts[..], one] };
             for prompts in turn {
-                found[usize::from(prompts.len() > 1)].push(decode(&mut engine, prompts, round, share < 1.0)?);
+                found[usize::from(prompts.len() > 1)].push(decode(&mut engine, prompts, tokens, round, share < 1.0)?);
             }
         }
         let [one, four] = &found;
         let of = |speeds: &[Speed], get: fn(&Speed) -> f64| median(&speeds.iter().map(get).collect::<Vec<_>>());
         let ratios: Vec<_> = one.iter().zip(four).map(|(one, four)| four.tok_s / one.tok_s).collect();
-        println!("flash-tiny-moe, expert cache {:.0}%{what}; {TOKENS} tokens a stream, medians of {rounds}", share * 100.0);
+        println!("flash-tiny-moe, expert cache {:.0}%{what}; {tokens} tokens a stream, medians of {rounds}", share * 100.0);
         println!(
             "    {STREAMS} streams {:.0} tok/s, one {:.0}: x{:.2} (pairs {:.2} to {:.2}); by the bytes x{:.2} ({:.2} and {:.2} MB a token)",
             of(four, |s| s.tok_s),
@@ -312,11 +313,12 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
     match &args[..] {
         [] => {
-            together()?;
+            together(TOKENS)?;
             arrives("tiny", None)
         }
+        [part, tokens] if part == "together" => together(tokens.parse()?),
         [shape, layers] => arrives(shape, Some(layers.parse()?)),
-        [part] if part == "together" => together(),
-        _ => Err(anyhow!("takes SHAPE and LAYERS, `together`, or nothing")),
+        [part] if part == "together" => together(TOKENS),
+        _ => Err(anyhow!("takes SHAPE and LAYERS, `together` and perhaps TOKENS, or nothing")),
     }
 }

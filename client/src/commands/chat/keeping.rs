@@ -60,10 +60,11 @@ impl Chat<'_> {
     }
 
     /// The conversation is forgotten here; one that was given a name stays as it is, and what is said next is another one.
-    pub(super) fn part(&mut self) -> Option<String> {
-        let name = self.session.as_ref().and_then(Session::given_name)?.to_owned();
+    /// Says so, to be added to what is told.
+    pub(super) fn part(&mut self) -> String {
+        let Some(name) = self.session.as_ref().and_then(Session::given_name).map(str::to_owned) else { return String::new() };
         self.session = Folder::open().ok().map(|folder| folder.unnamed());
-        Some(name)
+        format!("; {name} stays as it was")
     }
 
     /// Writes the conversation where it is kept. A disk that is full costs the memory of a chat, not the chat.

@@ -29,6 +29,9 @@ const ITEMS_MAX: usize = 25_000;
 /// Grammars that are kept for the next request: an agent's turns all have the same tools.
 const KEPT: usize = 8;
 
+/// The field that asks for a form of the reply.
+const FORMAT: &str = "response_format";
+
 /// Compiles grammars for one tokenizer.
 pub(crate) struct Compiler {
     factory: ParserFactory,
@@ -37,10 +40,14 @@ pub(crate) struct Compiler {
 
 /// A compiled grammar at its beginning.
 #[derive(Clone)]
-pub(crate) struct Grammar(Matcher);
+pub(crate) struct Grammar {
+    matcher: Matcher,
+    /// The request's field that it comes from.
+    param: &'static str,
+}
 
 /// A grammar that follows a reply.
-pub(crate) struct Guide(Matcher);
+pub(crate) struct Guide(Grammar);
 
 /// Which tokens may come next.
 pub(crate) type Mask = SimpleVob;
@@ -60,20 +67,20 @@ impl Compiler {
         factory.quiet();
         let limits = factory.limits_mut();
         limits.verbose_errors = false;
-        (limits.max_items_in_row, limits.step_max_items) = (ITEMS_MAX, 2 * ITEMS_MAX);
+        limits.max_items_in_row = ITEMS_MAX;
         Ok(Self { factory, kept: Mutex::default() })
     }
 
     /// Compiles a Lark grammar, or takes it from the last few; the error is one line. What llguidance learns while it follows a reply stays
     /// with the request: a copy that is kept would grow without end.
-    fn lark(&self, lark: &str) -> Result<Grammar, String> {
+    fn lark(&self, lark: &str, param: &'static str) -> Result<Grammar, String> {
         {
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(at) = kept.iter().position(|(known, _)| known == lark) {
                 let found = kept.remove(at);
                 let copy = found.1.deep_clone();
                 kept.push(found);
-                return Ok(Grammar(copy));
+                return Ok(Grammar { matcher: copy, param });
             }
         }
         let matcher = self.compiled(lark.to_owned())?;
@@ -82,9 +89,10 @@ impl Compiler {
             kept.remove(0);
         }
         kept.push((lark.to_owned(), matcher.deep_clone()));
-        Ok(Grammar(matcher))
+        Ok(Grammar { matcher, param })
     }
 
+    /// Some compile and cannot be followed: a schema that is nothing but itself, an object of too many properties. So it is tried out.
     fn compiled(&self, lark: String) -> Result<Matcher, String> {
         if rules::remainders(&lark) > REMAINDERS_MAX {
             return Err(format!("multipleOf: numbers of more than {REMAINDERS_MAX} remainders take too long (decimals count as digits)"));
@@ -92,8 +100,7 @@ impl Compiler {
         on_deep_stack("grammar", || {
             let parser = self.factory.create_parser(TopLevelGrammar::from_lark(lark)).map_err(|error| one_line(&error.to_string()))?;
             let matcher = Matcher::new(Ok(parser));
-            // Some compile and cannot be followed: a schema that is nothing but itself, an object of too many properties.
-            Guide(matcher.deep_clone()).try_out()?;
+            try_out(&mut matcher.deep_clone()).map_err(|error| one_line(&error))?;
             Ok(matcher)
         })
     }
@@ -108,8 +115,8 @@ impl Compiler {
         let (before, thought) = if dialect.harmony() { ("thought? \"<|channel|>final<|message|>\" ", rules::THOUGHT) } else { ("", "") };
         let lenient = matches!(format, Format::JsonSchema { strict: false, .. });
         let whole = |written: String| match calls {
-            None => self.lark(&format!("start: {before}format\nformat: {written}\n{thought}")).map_err(refused),
-            Some((style, tools, choice)) => self.with_tools("response_format", &|form| {
+            None => self.lark(&format!("start: {before}format\nformat: {written}\n{thought}"), FORMAT).map_err(refused),
+            Some((style, tools, choice)) => self.with_tools(FORMAT, &|form| {
                 let thinking = if dialect.harmony() { "thought? " } else { "" };
                 let calls = rules::calls(style, tools, choice, form)?;
                 Ok(format!("start: {before}format | {thinking}calls\nformat: {written}\n{calls}{thought}"))
@@ -120,7 +127,7 @@ impl Compiler {
             Format::JsonSchema { schema, .. } => whole(inline(schema, lenient))
                 .or_else(|error| if lenient { whole(inline(&plainer(schema), true)).map_err(|_| error) } else { Err(error) }),
             Format::Regex(pattern) => whole(format!("/{}/", llguidance::regex_to_lark(pattern, ""))),
-            Format::Lark(grammar) if calls.is_none() && !dialect.harmony() => self.lark(grammar).map_err(refused),
+            Format::Lark(grammar) if calls.is_none() && !dialect.harmony() => self.lark(grammar, FORMAT).map_err(refused),
             Format::Lark(grammar) => whole(format!("%lark {{\n{grammar}\n}}")),
         }
     }
@@ -154,13 +161,13 @@ impl Compiler {
                 Part::Text(rules) => rules.to_owned(),
             }))
         })?;
-        if let Ok(grammar) = self.lark(&quick) {
+        if let Ok(grammar) = self.lark(&quick, param) {
             return Ok(grammar);
         }
-        if let Ok(grammar) = self.lark(&make(&|tool, part| self.enforceable(tool, part, false))?) {
+        if let Ok(grammar) = self.lark(&make(&|tool, part| self.enforceable(tool, part, false))?, param) {
             return Ok(grammar);
         }
-        self.lark(&make(&|tool, part| self.enforceable(tool, part, true))?).map_err(|reason| Error::Schema { param, reason })
+        self.lark(&make(&|tool, part| self.enforceable(tool, part, true))?, param).map_err(|reason| Error::Schema { param, reason })
     }
 
     /// The strictest form that compiles; a `plain` one where the tool leaves the choice.
@@ -190,60 +197,64 @@ impl Compiler {
 
 impl Grammar {
     pub(crate) fn begin(&self) -> Guide {
-        Guide(self.0.clone())
+        Guide(self.clone())
+    }
+
+    fn too_complex(&self, error: impl std::fmt::Display) -> Error {
+        let reason = format!("the grammar cannot be followed any further: {}", one_line(&error.to_string()));
+        Error::Schema { param: self.param, reason }
     }
 }
 
 impl Guide {
-    /// The masks of a reply's beginning: of its first token, and of the first one that is a choice within an object.
-    fn try_out(&mut self) -> Result<(), String> {
-        let mask = |matcher: &mut Matcher| matcher.compute_mask().map(drop).map_err(|error| one_line(&error.to_string()));
-        mask(&mut self.0)?;
-        let forced = self.0.compute_ff_bytes();
-        if self.take_bytes(&forced) && self.take_bytes(b"{") && !self.ended() {
-            mask(&mut self.0)?;
-        }
-        Ok(())
-    }
-
     pub(crate) fn mask(&mut self) -> Result<Mask, Error> {
-        self.0.compute_mask().map_err(too_complex)
+        self.0.matcher.compute_mask().map_err(|error| self.0.too_complex(error))
     }
 
     /// Whether the mask has this token.
     pub(crate) fn allows(&mut self, token: u32) -> Result<bool, Error> {
-        let env = self.0.tok_env().map_err(too_complex)?;
+        let env = self.0.matcher.tok_env().map_err(|error| self.0.too_complex(error))?;
         let trie = env.tok_trie();
         // One that stands for no text changes nothing, and would never end.
         let says = (token as usize) < trie.vocab_size() && (!trie.token(token).is_empty() || trie.eos_tokens().contains(&token));
-        Ok(says && self.0.validate_tokens(&[token]).map_err(too_complex)? == 1)
+        Ok(says && self.0.matcher.validate_tokens(&[token]).map_err(|error| self.0.too_complex(error))? == 1)
     }
 
     pub(crate) fn take(&mut self, token: u32) -> Result<(), Error> {
-        self.0.consume_token(token).map_err(too_complex)
+        self.0.matcher.consume_token(token).map_err(|error| self.0.too_complex(error))
     }
 
     /// Takes bytes that no mask has seen; whether they keep to the grammar.
     pub(crate) fn take_bytes(&mut self, bytes: &[u8]) -> bool {
-        let Ok(env) = self.0.tok_env() else { return false };
-        let tokens = env.tok_trie().greedy_tokenize(bytes);
-        self.0.try_consume_tokens(&tokens).is_ok_and(|taken| taken == tokens.len()) && env.tok_trie().decode(&tokens) == bytes
+        take_bytes(&mut self.0.matcher, bytes)
     }
 
     /// Complete, and nothing may follow.
     pub(crate) fn ended(&self) -> bool {
-        self.0.is_stopped()
+        self.0.matcher.is_stopped()
     }
 }
 
-fn too_complex(error: impl std::fmt::Display) -> Error {
-    let reason = format!("the grammar cannot be followed any further: {}", one_line(&error.to_string()));
-    Error::Schema { param: "response_format", reason }
+fn take_bytes(matcher: &mut Matcher, bytes: &[u8]) -> bool {
+    let Ok(env) = matcher.tok_env() else { return false };
+    let tokens = env.tok_trie().greedy_tokenize(bytes);
+    matcher.try_consume_tokens(&tokens).is_ok_and(|taken| taken == tokens.len()) && env.tok_trie().decode(&tokens) == bytes
+}
+
+/// The masks of a reply's beginning: of its first token, and of the first one that is a choice within an object.
+fn try_out(matcher: &mut Matcher) -> Result<(), String> {
+    let mask = |matcher: &mut Matcher| matcher.compute_mask().map(drop).map_err(|error| error.to_string());
+    mask(matcher)?;
+    let forced = matcher.compute_ff_bytes();
+    if take_bytes(matcher, &forced) && take_bytes(matcher, b"{") && !matcher.is_stopped() {
+        mask(matcher)?;
+    }
+    Ok(())
 }
 
 /// A format, with or without tools beside it.
 fn refused(reason: String) -> Error {
-    Error::Schema { param: "response_format", reason }
+    Error::Schema { param: FORMAT, reason }
 }
 
 /// Its first line, without the place in a grammar that the caller may not have written; of a pattern, it and what is wrong with it.
