@@ -3,7 +3,7 @@
 
 use std::{
     env, fs,
-    io::{self, IsTerminal},
+    io::{self, IsTerminal, Write},
     process::ExitCode,
 };
 
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("flashd: {error}");
+            let _ = writeln!(io::stderr(), "flashd: {error}");
             ExitCode::from(exit_code(&error))
         }
     }
@@ -78,7 +78,8 @@ fn start(flags: RawConfig, log_file: bool) -> Result<ExitCode, Error> {
 
 fn log_to(config: &Config, log_file: bool) -> Result<(), Error> {
     let filter = EnvFilter::new(&config.log);
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter);
+    // Else it tells of a log that cannot be written, on a full disk or a closed terminal, on standard error, and panics if that is the log.
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).log_internal_errors(false);
     if !log_file {
         let subscriber = subscriber.with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
         match config.log_format {

@@ -1,6 +1,10 @@
 //! The real gateway before the real daemon: what an OpenAI client sees, down to the bytes, and what it must survive.
 
-use std::time::{Duration, Instant};
+use std::{
+    io::{BufRead, BufReader},
+    process::Stdio,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result};
 use flash_tests::{
@@ -8,7 +12,7 @@ use flash_tests::{
     http::{Stream, get, post, post_bytes, send},
     tiny_model::{Spec, TinyModel},
 };
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -200,5 +204,21 @@ fn the_daemon_may_go_and_come_back() -> Result<()> {
     assert_eq!(post(&address, CHAT, &body(json!({})))?.status, 200);
     served.gateway.process.signal(Signal::TERM)?;
     assert_eq!(served.gateway.process.code()?, Some(0));
+    Ok(())
+}
+
+/// A closed terminal, or whoever read its log and went: nothing is logged any more, and all else goes on.
+#[test]
+fn a_log_that_nobody_reads_ends_nothing() -> Result<()> {
+    let home = Home::new()?;
+    let mut gateway = home.command("flash-gateway").args(["--port", "0"]).env("FLASH_LOG", "debug").stderr(Stdio::piped()).spawn()?;
+    let mut said = BufReader::new(gateway.stderr.take().context("standard error")?).lines();
+    let line = said.find(|line| line.as_ref().is_ok_and(|line| line.starts_with("listening on "))).context("it listens")??;
+    drop(said);
+    let address = line.trim_start_matches("listening on http://");
+    let answered = (0..3).map(|_| get(address, "/livez").map(|response| response.status)).collect::<Result<Vec<_>>>();
+    let pid = Pid::from_child(&gateway);
+    kill_process(pid, Signal::TERM)?;
+    assert_eq!((gateway.wait()?.code(), answered?), (Some(0), vec![200; 3]));
     Ok(())
 }
