@@ -11,6 +11,34 @@ pub(crate) enum Piece {
     Call { name: String, arguments: String },
 }
 
+/// Between two contents that were apart, where a dialect has one text for both: the space that the model wrote there belongs to the call's marks.
+const SEAM: &str = "\n";
+
+/// Where [`SEAM`] belongs in a stream.
+#[derive(Debug, Default)]
+pub(crate) struct Seams {
+    said: bool,
+    apart: bool,
+}
+
+impl Seams {
+    /// What comes before the event's text.
+    pub(crate) fn before(&mut self, event: &Event) -> &'static str {
+        match event {
+            Event::Text(text) if text.text.is_empty() => "",
+            Event::Text(text) if text.channel() == Channel::Content => {
+                self.said = true;
+                if std::mem::take(&mut self.apart) { SEAM } else { "" }
+            }
+            Event::Text(_) | Event::ToolCall(_) => {
+                self.apart = self.said;
+                ""
+            }
+            _ => "",
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Collected {
     pub(crate) accepted: v1::Accepted,
@@ -65,8 +93,13 @@ impl Collected {
         self.pieces.iter().map(|piece| if let Piece::Reasoning(text) = piece { text.as_str() } else { "" }).collect()
     }
 
+    /// What was said before and after a call, as one text.
     pub(crate) fn content(&self) -> String {
-        self.pieces.iter().map(|piece| if let Piece::Content { text, .. } = piece { text.as_str() } else { "" }).collect()
+        let texts = self.pieces.iter().filter_map(|piece| match piece {
+            Piece::Content { text, .. } if !text.is_empty() => Some(text.as_str()),
+            _ => None,
+        });
+        texts.collect::<Vec<_>>().join(SEAM)
     }
 
     pub(crate) fn logprobs(&self) -> Vec<v1::TokenLogprob> {
@@ -104,6 +137,8 @@ mod tests {
         };
         let mut collected = Collected::default();
         let mut begun = Vec::new();
+        let mut seams = Seams::default();
+        let mut streamed = String::new();
         for event in [
             text("hm", Channel::Reasoning),
             text("", Channel::Content),
@@ -113,11 +148,21 @@ mod tests {
             call(0, "", "{}"),
             call(1, "f", "{"),
             call(1, "", "}"),
+            text("", Channel::Content),
+            text("Now", Channel::Content),
+            text(".", Channel::Content),
         ] {
+            streamed.push_str(seams.before(&event));
+            if let Event::Text(text) = &event
+                && text.channel() == Channel::Content
+            {
+                streamed.push_str(&text.text);
+            }
             begun.push(collected.add(&event));
         }
-        assert_eq!(begun, [true, false, false, true, true, false, true, false]);
-        assert_eq!((collected.reasoning().as_str(), collected.content().as_str()), ("hmm", "Yes"));
+        assert_eq!(begun, [true, false, false, true, true, false, true, false, false, true, false]);
+        assert_eq!((collected.reasoning().as_str(), collected.content().as_str()), ("hmm", "Yes\nNow."));
+        assert_eq!(streamed, collected.content());
         assert_eq!(collected.calls().collect::<Vec<_>>(), [("f", "{}"), ("f", "{}")]);
     }
 }

@@ -8,7 +8,7 @@ use crate::{
     ask::tools::arguments,
     call::now,
     openai::models::rfc3339,
-    reply::{Collected, Piece},
+    reply::{Collected, Piece, Seams},
     router::unique_id,
     sse::{self, Item},
 };
@@ -84,13 +84,14 @@ fn ended(mut line: Value, done: &v1::Done) -> Value {
 pub(crate) struct Lines {
     style: Style,
     collected: Collected,
+    seams: Seams,
     /// Calls told.
     told: u32,
 }
 
 impl Lines {
     pub(crate) fn new(style: Style) -> Self {
-        Self { style, collected: Collected::default(), told: 0 }
+        Self { style, collected: Collected::default(), seams: Seams::default(), told: 0 }
     }
 
     pub(crate) fn write(&mut self, item: Item<'_>, out: &mut String) {
@@ -104,10 +105,11 @@ impl Lines {
         if self.collected.add(event) {
             self.tell_call(before, out);
         }
+        let seam = self.seams.before(event);
         match event {
             Event::Text(text) if !text.text.is_empty() => {
                 let line = match text.channel() {
-                    Channel::Content => self.style.line(&text.text, "", &[], false),
+                    Channel::Content => self.style.line(&format!("{seam}{}", text.text), "", &[], false),
                     Channel::Reasoning => self.style.line("", &text.text, &[], false),
                 };
                 sse::line(&line, out);

@@ -86,3 +86,14 @@ fn a_whole_answer_is_one_object() {
         (&json!("Hi"), &json!("hm"), Some(2))
     );
 }
+
+#[test]
+fn texts_around_a_call_are_not_glued() {
+    let mut lines = Lines::new(Style { model: "m".into(), chat: true });
+    let mut out = String::new();
+    for event in [said(Channel::Content, "Look."), part(0, "f", "{}"), said(Channel::Content, "Done.")] {
+        lines.write(Item::Event(0, &event), &mut out);
+    }
+    assert!(out.contains(r#""content":"\nDone.""#), "{out}");
+    assert_eq!(lines.collected.content(), "Look.\nDone.");
+}

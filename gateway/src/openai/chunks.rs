@@ -10,7 +10,7 @@ use super::types::{
 use crate::{
     ask::tools::{Names, Unquoted, unquoted},
     config::ReasoningField,
-    reply::Collected,
+    reply::{Collected, Seams},
     sse,
 };
 
@@ -77,6 +77,7 @@ struct State {
     thinking: bool,
     /// The running call's input, if its tool takes text.
     custom: Option<Unquoted>,
+    seams: Seams,
     done: Option<v1::Done>,
 }
 
@@ -94,6 +95,7 @@ impl Chunks {
         if ends_thinking && std::mem::take(&mut self.choices[choice].thinking) {
             self.content(choice, CLOSE, &[], out);
         }
+        let seam = self.choices[choice].seams.before(event);
         match event {
             Event::Accepted(accepted) => {
                 self.style.head.system_fingerprint.clone_from(&accepted.fingerprint);
@@ -116,7 +118,7 @@ impl Chunks {
             }
             Event::Text(text) => {
                 if !text.text.is_empty() || !text.logprobs.is_empty() {
-                    self.content(choice, &text.text, &text.logprobs, out);
+                    self.content(choice, &format!("{seam}{}", text.text), &text.logprobs, out);
                 }
             }
             Event::ToolCall(part) => self.call(choice, part, out),

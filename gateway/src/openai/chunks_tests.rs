@@ -238,3 +238,14 @@ fn reasoning_goes_where_the_client_looks_for_it() {
         message(content("<think>\nab\n</think>\n\nc")),
     );
 }
+
+#[test]
+fn texts_around_a_call_are_not_glued() {
+    let events = [text("Look."), text(""), part(0, "f", "{}"), text(""), text("Done"), text(" now."), done(Finish::ToolCalls)];
+    let told: Vec<_> = events.iter().cloned().map(|event| (0, event)).collect();
+    let streamed: String = deltas(style(), 1, &told).iter().filter_map(|delta| delta[1]["content"].as_str()).collect();
+    let body = completion(style(), &[collected(&events)], |body| serde_json::to_value(body).expect("JSON"));
+    assert_eq!((streamed.as_str(), &body["choices"][0]["message"]["content"]), ("Look.\nDone now.", &json!("Look.\nDone now.")));
+    let after = [part(0, "f", "{}"), text("Done"), done(Finish::ToolCalls)];
+    assert_eq!(deltas(style(), 1, &after.map(|event| (0, event)))[2][1]["content"], "Done");
+}
