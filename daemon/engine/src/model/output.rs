@@ -202,6 +202,8 @@ impl Output {
     /// Releases what was held back. A stop string completed by the last bytes still counts.
     pub(crate) fn end(&mut self, added: &mut Added, finish: Finish) {
         let rest = self.decoder.finish();
+        // Cut within a character: what is missing would have been one.
+        let rest = if finish == Finish::Length { String::new() } else { rest };
         let mut found = Vec::new();
         if self.plain {
             found.push(Part::Content(rest));

@@ -106,7 +106,10 @@ impl Parser {
 
     /// What is held back is whatever it is. `cut`: the reply was ended in the middle.
     pub(crate) fn finish(&mut self, cut: bool, out: &mut Vec<Part>) {
-        let held = std::mem::take(&mut self.held);
+        let mut held = std::mem::take(&mut self.held);
+        if cut {
+            held.truncate(self.before_mark(&held));
+        }
         match std::mem::replace(&mut self.mode, Mode::Content) {
             Mode::Reasoning => say(out, Part::Reasoning(held)),
             Mode::Start | Mode::Content => say(out, Part::Content(held)),
@@ -131,6 +134,22 @@ impl Parser {
                 // Its mark is a token that ends the turn.
                 self.mode = if cut { mode } else { Mode::Content };
             }
+        }
+    }
+
+    /// How much of a text is before the mark whose beginning ends it. Of less than three characters may come anything.
+    fn before_mark(&self, held: &str) -> usize {
+        let marks = match self.mode {
+            Mode::Start => &[THINK.0][..],
+            Mode::Reasoning | Mode::Content | Mode::To { .. } if self.dialect.harmony() => &Self::ENDS,
+            Mode::Reasoning => &[THINK.1],
+            Mode::Content => self.calls_format().map_or(&[][..], |calls| std::slice::from_ref(&calls.open)),
+            _ => &[],
+        };
+        match find(held, marks) {
+            Err(at) if held.len() - at > 2 && self.dialect.harmony() => at,
+            Err(at) if held.len() - at > 2 => held[..at].trim_end().len(),
+            _ => held.len(),
         }
     }
 
