@@ -279,8 +279,9 @@ pub enum Event {
     /// No part while a character or a possible mark or stop string is held back.
     Token {
         parts: Vec<Part>,
+        /// Of the tokens that the content among the parts is made of.
         logprobs: Vec<TokenLogprob>,
-        /// Of the token that the log-probabilities are of.
+        /// What the token is part of.
         channel: Channel,
     },
     /// Which experts the next tokens were routed to: ids are [tokens, MoE layers, top_k], in rank order.

@@ -154,22 +154,20 @@ impl Sequence {
         let token = token.ok_or_else(|| Error::Internal("the model's logits are not finite".into()))?;
         self.sampler.count(token);
         self.clock.first_token.get_or_insert_with(Instant::now);
-        let logprobs: Vec<_> = self.top_logprobs.map(|top| logprob(logits, token, top, mask)).into_iter().collect();
+        let logprob = self.top_logprobs.map(|top| logprob(logits, token, top, mask));
         self.tokens.push(token);
         let mut added = Added::default();
         if !self.ignore_eos && text.end_ids().contains(&token) {
             self.output.end(&mut added, Finish::Stop(None));
             added.channel = Some(Channel::Content);
         } else {
-            added = self.output.push(text, token)?;
+            added = self.output.push(text, token, logprob)?;
             if added.finish.is_none() && self.tokens.len() - self.prompt >= self.max_tokens {
                 self.output.end(&mut added, Finish::Length);
             }
         }
-        let Added { parts, channel, finish } = added;
-        // Of tokens within calls nobody asks.
-        let (logprobs, channel) = channel.map_or_else(Default::default, |channel| (logprobs, channel));
-        Ok(Said { parts, channel, logprobs, finish })
+        let Added { parts, channel, finish, logprobs } = added;
+        Ok(Said { parts, channel: channel.unwrap_or_default(), logprobs, finish })
     }
 
     pub(crate) fn done(&self, finish: Finish, now: Counters) -> Done {

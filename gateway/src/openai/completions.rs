@@ -178,12 +178,12 @@ impl Style {
             let mut text = self.beginning(index, &reply.prompt);
             let mut tokens = reply.prompt.clone();
             if self.prompt_only {
-                let logprobs = self.logprobs.then(|| legacy(&tokens, &mut 0));
+                let logprobs = self.logprobs.then(|| legacy(&tokens, &mut Offset::default()));
                 return self.choice(index, &text, logprobs, Some(Finish::Length));
             }
             text.extend(texts);
             tokens.extend(reply.logprobs());
-            let logprobs = self.logprobs.then(|| legacy(&tokens, &mut 0));
+            let logprobs = self.logprobs.then(|| legacy(&tokens, &mut Offset::default()));
             self.choice(index, &text, logprobs, Some(reply.finish()))
         };
         let choices = replies.iter().enumerate().map(choice).collect();
@@ -192,20 +192,39 @@ impl Style {
     }
 }
 
-/// The form from before chat; `offset` is the characters so far.
-fn legacy(tokens: &[v1::TokenLogprob], offset: &mut usize) -> Value {
+/// Where in the text the next token begins, in characters.
+#[derive(Clone, Debug, Default)]
+struct Offset {
+    characters: usize,
+    /// The beginning of a character.
+    held: Vec<u8>,
+}
+
+impl Offset {
+    /// Where the token begins: for a part of a character, where the character does.
+    fn of(&mut self, token: &[u8]) -> usize {
+        let before = self.characters;
+        self.held.extend_from_slice(token);
+        let begun = self.held.utf8_chunks().last().map_or(&[][..], |chunk| chunk.invalid());
+        let held = if std::str::from_utf8(begun).is_err_and(|error| error.error_len().is_none()) { begun.to_vec() } else { Vec::new() };
+        let whole = &self.held[..self.held.len() - held.len()];
+        self.characters += String::from_utf8_lossy(whole).chars().count();
+        self.held = held;
+        before
+    }
+}
+
+/// The form from before chat; `offset` goes on from what came before.
+fn legacy(tokens: &[v1::TokenLogprob], offset: &mut Offset) -> Value {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     // Nothing comes before a prompt's first token.
     let known = |token: &v1::TokenLogprob| !token.logprob.is_nan();
     let top = |token: &v1::TokenLogprob| -> Option<Map<String, Value>> {
-        known(token).then(|| token.top.iter().map(|other| (text(&other.token), finite(other.logprob).into())).collect())
+        let others = token.top.iter().map(|other| (text(&other.token), finite(other.logprob).into()));
+        let chosen = (text(&token.token), finite(token.logprob).into());
+        known(token).then(|| others.chain([chosen]).collect())
     };
-    let offsets = tokens.iter().map(|token| {
-        let before = *offset;
-        *offset += text(&token.token).chars().count();
-        before
-    });
-    let offsets: Vec<_> = offsets.collect();
+    let offsets: Vec<_> = tokens.iter().map(|token| offset.of(&token.token)).collect();
     json!({
         "tokens": tokens.iter().map(|token| text(&token.token)).collect::<Vec<_>>(),
         "token_logprobs": tokens.iter().map(|token| known(token).then(|| finite(token.logprob))).collect::<Vec<_>>(),
@@ -218,13 +237,13 @@ fn legacy(tokens: &[v1::TokenLogprob], offset: &mut usize) -> Value {
 #[derive(Debug)]
 pub(crate) struct Chunks {
     style: Style,
-    /// Characters so far, and how it went, of every choice.
-    choices: Vec<(usize, Option<v1::Usage>)>,
+    /// How far the text is, and how it went, of every choice.
+    choices: Vec<(Offset, Option<v1::Usage>)>,
 }
 
 impl Chunks {
     pub(crate) fn new(style: Style, choices: usize) -> Self {
-        Self { style, choices: vec![(0, None); choices] }
+        Self { style, choices: vec![(Offset::default(), None); choices] }
     }
 
     pub(crate) fn event(&mut self, choice: usize, event: &Event, out: &mut String) {

@@ -135,12 +135,12 @@ fn a_prompt_is_repeated_with_its_logprobs() {
         assert_eq!((texts.as_str(), Value::from_iter(offsets)), (said, logprobs["text_offset"].clone()), "{body}");
     };
     let of_prompt = json!({
-        "tokens": ["One", " day"], "token_logprobs": [null, -1.5], "top_logprobs": [null, {}], "text_offset": [0, 3],
+        "tokens": ["One", " day"], "token_logprobs": [null, -1.5], "top_logprobs": [null, {" day": -1.5}], "text_offset": [0, 3],
     });
     check(json!({"prompt": "One day", "echo": true, "logprobs": 0, "max_tokens": 0}), "One day", 0, of_prompt.clone());
     check(json!({"prompt": [1, 2], "echo": true, "logprobs": 1, "max_tokens": 0}), "One day", 0, of_prompt);
     let all = json!({
-        "tokens": ["One", " day", "."], "token_logprobs": [null, -1.5, -0.5], "top_logprobs": [null, {}, {}], "text_offset": [0, 3, 7],
+        "tokens": ["One", " day", "."], "token_logprobs": [null, -1.5, -0.5], "top_logprobs": [null, {" day": -1.5}, {".": -0.5}], "text_offset": [0, 3, 7],
     });
     check(json!({"prompt": [1, 2], "echo": true, "logprobs": 1, "max_tokens": 1}), "One day.", 2, all);
 }
@@ -159,10 +159,22 @@ fn a_completion_has_logprobs_in_the_old_form() {
     }
     let mut request = accepted(&json!({"prompt": "P", "logprobs": 1}));
     let body = serde_json::to_value(request.style.completion(&[reply])).expect("JSON");
-    let top = json!({"x": -9999.0});
+    let top = |token: &str| json!({"x": -9999.0, token: -0.5});
     let logprobs = json!({
-        "tokens": ["Zo", "ë", "!"], "token_logprobs": [-0.5, -0.5, -0.5], "top_logprobs": [top, top, top], "text_offset": [0, 2, 3],
+        "tokens": ["Zo", "ë", "!"], "token_logprobs": [-0.5, -0.5, -0.5], "top_logprobs": [top("Zo"), top("ë"), top("!")], "text_offset": [0, 2, 3],
     });
     assert_eq!(body["choices"], json!([{"index": 0, "text": "Zoë!", "logprobs": logprobs, "finish_reason": "stop"}]));
     assert_eq!((&body["object"], &body["usage"]["total_tokens"]), (&json!("text_completion"), &json!(6)));
+}
+
+#[test]
+fn parts_of_a_character_are_where_it_is() {
+    let check = |tokens: &[&[u8]], wanted: &[usize]| {
+        let mut offset = Offset::default();
+        assert_eq!(tokens.iter().map(|token| offset.of(token)).collect::<Vec<_>>(), wanted, "{tokens:?}");
+    };
+    check(&[b"a", "é".as_bytes(), b"b", b"", b"c"], &[0, 1, 2, 3, 3]);
+    check(&[b"a", b"\xf0\x9f", b"\x98", b"\x80b", b"c"], &[0, 1, 1, 1, 3]);
+    // What is no character is shown as one.
+    check(&[b"\xf0\x9f", b"b", b"\xff\xfe", b"c"], &[0, 0, 2, 4]);
 }

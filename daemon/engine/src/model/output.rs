@@ -9,6 +9,7 @@ mod rules;
 mod stops;
 #[cfg(test)]
 mod tests;
+mod tokens;
 
 use std::{fmt, sync::Arc};
 
@@ -18,9 +19,10 @@ pub(crate) use grammar::{Compiler, Grammar, Mask};
 use parse::{Begun, Parser};
 pub(crate) use parse::{Schemas, Thinking};
 use stops::Stops;
+use tokens::Tokens;
 
 use super::text::{Decoder, Text};
-use crate::{Channel, Error, Finish, Part};
+use crate::{Channel, Error, Finish, Part, TokenLogprob};
 
 /// How a reply is to be read and what it may be; by default any text, all of it content.
 #[derive(Clone, Default)]
@@ -58,6 +60,8 @@ pub(crate) struct Added {
     /// What the token itself is part of; `None`: a call.
     pub(crate) channel: Option<Channel>,
     pub(crate) finish: Option<Finish>,
+    /// Of the tokens that the content is made of, once it is said.
+    pub(crate) logprobs: Vec<TokenLogprob>,
 }
 
 /// Reads one reply.
@@ -65,6 +69,7 @@ pub(crate) struct Output {
     decoder: Decoder,
     parser: Parser,
     stops: Stops,
+    tokens: Tokens,
     /// Whether there is nothing to look for in the text.
     plain: bool,
     single: bool,
@@ -90,7 +95,18 @@ impl Output {
             _ => None,
         };
         let decoder = Decoder::default();
-        Self { decoder, parser, stops: Stops::new(stops), plain, single, rules, guide, mask: Mask::new(), reasoning_tokens: 0 }
+        Self {
+            decoder,
+            parser,
+            stops: Stops::new(stops),
+            tokens: Tokens::default(),
+            plain,
+            single,
+            rules,
+            guide,
+            mask: Mask::new(),
+            reasoning_tokens: 0,
+        }
     }
 
     /// Whether not every token may come next.
@@ -119,7 +135,7 @@ impl Output {
     }
 
     /// One more token, which does not end the turn.
-    pub(crate) fn push(&mut self, text: &Text, token: u32) -> Result<Added, Error> {
+    pub(crate) fn push(&mut self, text: &Text, token: u32, logprob: Option<TokenLogprob>) -> Result<Added, Error> {
         let thinks = text.think_id() == Some(token) && self.parser.may_think();
         let mut guided = false;
         if let Some(guide) = self.guide.as_mut().filter(|_| !thinks) {
@@ -130,11 +146,16 @@ impl Output {
             self.guide = None;
         }
         let piece = self.decoder.push(text, token, !self.plain);
+        let listed = logprob.filter(|_| !piece.is_empty() || !self.decoder.held().is_empty());
+        if let Some(logprob) = listed {
+            let at = self.parser.pushed();
+            // A token within a character is of the byte that comes next.
+            self.tokens.push(at..at + piece.len().max(1), logprob);
+        }
         let mut added = Added { channel: Some(Channel::Content), ..Added::default() };
         if self.plain {
-            let (said, stop) = self.stops.push(&piece);
-            added.finish = stop.map(|stop| Finish::Stop(Some(stop)));
-            added.parts.extend((!said.is_empty()).then_some(Part::Content(said)));
+            self.parser.pass(&piece);
+            self.say([Part::Content(piece)], &mut added);
         } else {
             let before = self.channel();
             self.parse(&piece, &mut added)?;
@@ -182,40 +203,62 @@ impl Output {
     }
 
     /// Looks for stop strings in the content among `parts`.
-    fn say(&mut self, parts: Vec<Part>, added: &mut Added) {
+    fn say(&mut self, parts: impl IntoIterator<Item = Part>, added: &mut Added) {
+        self.parser.places().for_each(|place| self.tokens.content(place));
         for part in parts {
             let Part::Content(text) = part else {
                 // No stop string goes on across this.
-                added.parts.extend(Some(self.stops.release()).filter(|held| !held.is_empty()).map(Part::Content));
+                self.release(added);
                 added.parts.push(part);
                 continue;
             };
             let (said, stop) = self.stops.push(&text);
-            added.parts.extend((!said.is_empty()).then_some(Part::Content(said)));
+            self.said(said, added);
             if stop.is_some() {
                 added.finish = Some(Finish::Stop(stop));
                 return;
             }
         }
+        self.tokens.forget(self.parser.told());
+    }
+
+    fn release(&mut self, added: &mut Added) {
+        let held = self.stops.release();
+        self.said(held, added);
+    }
+
+    fn said(&mut self, text: String, added: &mut Added) {
+        if !text.is_empty() {
+            self.tokens.said(text.len(), &mut added.logprobs);
+            added.parts.push(Part::Content(text));
+        }
     }
 
     /// Releases what was held back. A stop string completed by the last bytes still counts.
     pub(crate) fn end(&mut self, added: &mut Added, finish: Finish) {
+        let cut = finish == Finish::Length;
+        let (broken, content) = (!self.decoder.held().is_empty(), self.channel() == Some(Channel::Content));
         let rest = self.decoder.finish();
         // Cut within a character: what is missing would have been one.
-        let rest = if finish == Finish::Length { String::new() } else { rest };
+        let rest = if cut { String::new() } else { rest };
         let mut found = Vec::new();
         if self.plain {
+            self.parser.pass(&rest);
             found.push(Part::Content(rest));
         } else {
             self.parser.push(&rest, &mut found, &mut |_, _| false);
-            self.parser.finish(finish == Finish::Length, &mut found);
+            self.parser.finish(cut, &mut found);
         }
         self.say(found, added);
         if added.finish.is_some() {
             return;
         }
-        added.parts.extend(Some(self.stops.release()).filter(|held| !held.is_empty()).map(Part::Content));
+        self.release(added);
+        if cut && broken && content {
+            let at = self.parser.pushed();
+            self.tokens.content(at..at + 1);
+            self.tokens.said(1, &mut added.logprobs);
+        }
         added.finish = Some(match finish {
             Finish::Stop(None) if self.parser.complete() > 0 => Finish::ToolCalls,
             finish => finish,

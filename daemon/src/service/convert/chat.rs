@@ -124,7 +124,7 @@ pub(in crate::service) fn prompt(logprobs: Vec<TokenLogprob>, side: &Text) -> Ve
     logprobs.chunks(256).map(part).collect()
 }
 
-/// One message for each part; log-probabilities go with the first text of their channel.
+/// One message for each part; log-probabilities go with the first content.
 pub(in crate::service) fn token(
     parts: Vec<Part>,
     logprobs: Vec<TokenLogprob>,
@@ -147,9 +147,10 @@ pub(in crate::service) fn token(
                 continue;
             }
         };
-        let logprobs = if said == channel { std::mem::take(&mut logprobs) } else { Vec::new() };
+        let logprobs = if said == Channel::Content { std::mem::take(&mut logprobs) } else { Vec::new() };
         events.push_back(event(E::Text(v1::Text { text, logprobs, channel: of(said).into() })));
     }
+    let channel = if logprobs.is_empty() { channel } else { Channel::Content };
     if events.is_empty() || !logprobs.is_empty() {
         events.push_back(event(E::Text(v1::Text { text: String::new(), logprobs, channel: of(channel).into() })));
     }

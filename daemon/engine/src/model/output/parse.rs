@@ -1,7 +1,7 @@
 //! A reply's text, as it comes, into content, reasoning and tool calls. Holds back only what may be the beginning of a mark, the
 //! space before one, and calls that nobody has promised to be well-formed. Knows no tokens and no grammars: `output.rs` feeds it.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use serde_json::{Map, Value};
 
@@ -33,6 +33,10 @@ pub(crate) struct Parser {
     schemas: Schemas,
     mode: Mode,
     held: String,
+    /// Bytes of text so far.
+    pushed: usize,
+    /// Where in the text the content was that has been told.
+    places: Vec<Range<usize>>,
     /// Space is dropped until something else comes.
     skips: bool,
     /// Calls that have begun.
@@ -73,7 +77,7 @@ impl Parser {
             Thinking::Possible if dialect.thinks => Mode::Start,
             _ => Mode::Content,
         };
-        Self { dialect, schemas, skips: mode == Mode::Reasoning, mode, held: String::new(), calls: 0 }
+        Self { dialect, schemas, skips: mode == Mode::Reasoning, mode, held: String::new(), pushed: 0, places: Vec::new(), calls: 0 }
     }
 
     /// Thinking may begin, and nothing else has.
@@ -100,24 +104,58 @@ impl Parser {
     }
 
     pub(crate) fn push(&mut self, text: &str, out: &mut Vec<Part>, watch: Watch) {
+        self.pushed += text.len();
         self.held.push_str(text);
         while self.step(out, watch) {}
     }
 
+    pub(crate) fn pushed(&self) -> usize {
+        self.pushed
+    }
+
+    /// Where in the text what is held back begins. A call that turns out to be none is content from its mark on.
+    pub(crate) fn told(&self) -> usize {
+        let mark = if matches!(self.mode, Mode::Call { .. }) { self.calls_format().map_or(0, |calls| calls.open.len()) } else { 0 };
+        self.pushed - self.held.len() - mark
+    }
+
+    /// Where the content was that has been told since the last time.
+    pub(crate) fn places(&mut self) -> std::vec::Drain<'_, Range<usize>> {
+        self.places.drain(..)
+    }
+
+    /// More text that is content, whatever it is.
+    pub(crate) fn pass(&mut self, text: &str) {
+        self.places.extend((!text.is_empty()).then(|| self.pushed..self.pushed + text.len()));
+        self.pushed += text.len();
+    }
+
+    /// [`say`] of what begins at that place.
+    fn tell(&mut self, at: usize, part: Part, out: &mut Vec<Part>) {
+        if let Part::Content(text) = &part {
+            self.places.extend((!text.is_empty()).then(|| at..at + text.len()));
+        }
+        say(out, part);
+    }
+
     /// What is held back is whatever it is. `cut`: the reply was ended in the middle.
     pub(crate) fn finish(&mut self, cut: bool, out: &mut Vec<Part>) {
+        let at = self.told();
         let mut held = std::mem::take(&mut self.held);
         if cut {
             held.truncate(self.before_mark(&held));
         }
         match std::mem::replace(&mut self.mode, Mode::Content) {
             Mode::Reasoning => say(out, Part::Reasoning(held)),
-            Mode::Start | Mode::Content => say(out, Part::Content(held)),
+            Mode::Start | Mode::Content => self.tell(at, Part::Content(held), out),
             Mode::Call { .. } => {
                 let read = if cut { None } else { self.read(&held).ok().flatten() };
                 match read {
                     Some((name, arguments)) => self.call(out, name, &arguments),
-                    None => say(out, Part::Content(self.calls_format().map_or("", |calls| calls.open).to_owned() + &held)),
+                    None => {
+                        let open = self.calls_format().map_or("", |calls| calls.open);
+                        self.tell(at, Part::Content(open.to_owned() + &held), out);
+                    }
                 }
             }
             // Cut: what is missing is all that a caller need know.
@@ -127,8 +165,8 @@ impl Parser {
                 self.mode = mode;
             }
             Mode::Header if calls::is_header(&held) => {}
-            Mode::Header => say(out, Part::Content(held)),
-            Mode::To { name, passes: false } => self.to(out, name, &held),
+            Mode::Header => self.tell(at, Part::Content(held), out),
+            Mode::To { name, passes: false } => self.to(out, name, at, &held),
             mode @ Mode::To { .. } => {
                 say(out, Part::Call(CallPart { index: self.calls - 1, name: String::new(), arguments: held }));
                 // Its mark is a token that ends the turn.
@@ -191,7 +229,8 @@ impl Parser {
             Mode::Content if self.dialect.harmony() => self.message(out, Part::Content),
             Mode::Content => {
                 let Some(calls) = self.calls_format() else {
-                    say(out, Part::Content(std::mem::take(&mut self.held)));
+                    let (at, held) = (self.told(), std::mem::take(&mut self.held));
+                    self.tell(at, Part::Content(held), out);
                     return false;
                 };
                 let found = self.until(&[calls.open], out, Part::Content);
@@ -207,7 +246,7 @@ impl Parser {
                     *scanned = floor(&self.held, self.held.len().saturating_sub(close.len()));
                     return false;
                 };
-                let body = self.held[..at].to_owned();
+                let (place, body) = (self.told(), self.held[..at].to_owned());
                 let read = self.read(&body);
                 (self.mode, self.skips) = (Mode::Content, read.is_ok());
                 match read {
@@ -219,7 +258,7 @@ impl Parser {
                     }
                     Err(()) => {
                         let calls = self.calls_format().expect("a call has begun");
-                        say(out, Part::Content(format!("{}{body}{}", calls.open, calls.close)));
+                        self.tell(place, Part::Content(format!("{}{body}{}", calls.open, calls.close)), out);
                     }
                 }
                 self.held.drain(..at + close.len());
@@ -260,8 +299,9 @@ impl Parser {
             Mode::To { name, passes: false } => {
                 let name = name.clone();
                 let Ok((at, mark)) = self.body() else { return false };
+                let place = self.told();
                 let body: String = self.held.drain(..at).collect();
-                self.to(out, name, &body);
+                self.to(out, name, place, &body);
                 self.next_message(Some(mark))
             }
         }
@@ -272,7 +312,7 @@ impl Parser {
         let found = find(&self.held, marks);
         let end = found.map_or_else(|keep| keep, |(at, _)| at);
         let end = self.held[..end].trim_end().len();
-        say(out, part(self.held[..end].to_owned()));
+        self.tell(self.told(), part(self.held[..end].to_owned()), out);
         let (at, mark) = match found {
             Ok(found) => found,
             Err(_) => {
@@ -312,8 +352,9 @@ impl Parser {
     }
 
     fn message(&mut self, out: &mut Vec<Part>, part: fn(String) -> Part) -> bool {
-        let found = self.body();
-        say(out, part(self.held.drain(..found.map_or_else(|keep| keep, |(at, _)| at)).collect()));
+        let (found, at) = (self.body(), self.told());
+        let text = self.held.drain(..found.map_or_else(|keep| keep, |(at, _)| at)).collect();
+        self.tell(at, part(text), out);
         self.next_message(found.ok().map(|(_, mark)| mark))
     }
 
@@ -352,11 +393,11 @@ impl Parser {
         true
     }
 
-    /// A whole message to a function.
-    fn to(&mut self, out: &mut Vec<Part>, name: String, body: &str) {
+    /// A whole message to a function; its text begins at that place.
+    fn to(&mut self, out: &mut Vec<Part>, name: String, at: usize, body: &str) {
         match calls::object(body) {
             Ok(Some(arguments)) if self.schemas.contains_key(&name) => self.call(out, name, &arguments),
-            _ => say(out, Part::Content(body.to_owned())),
+            _ => self.tell(at, Part::Content(body.to_owned()), out),
         }
     }
 }

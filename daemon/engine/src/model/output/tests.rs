@@ -1,6 +1,7 @@
 //! Replies as text in pieces: what the parser makes of them, whatever the pieces. And replies of the bundled model held to grammars, checked
 //! by a validator that is not ours.
 
+mod edges;
 mod refused;
 
 use std::{collections::HashMap, fs, sync::Arc};
@@ -35,6 +36,10 @@ fn read(template: &str, thinking: Thinking, kept: bool, pieces: &[&str]) -> (Vec
     }
     parser.finish(false, &mut out);
     parts.append(&mut out);
+    let text = pieces.concat();
+    let places: String = parser.places().map(|place| &text[place]).collect();
+    let content: String = parts.iter().map(|part| if let Part::Content(text) = part { text.as_str() } else { "" }).collect();
+    assert_eq!(places, content);
     (joined(parts), parser.complete())
 }
 
@@ -124,45 +129,6 @@ fn arguments_that_keep_to_a_grammar_are_passed_on_as_they_come() {
     assert_eq!(parser.complete(), 0);
     let message = "<|channel|>commentary to=functions.f<|message|>{\"n\": 1}<|call|>";
     assert_eq!(read(HARMONY, Thinking::No, true, &[message]), (vec![call(0, "f", "{\"n\": 1}")], 1));
-}
-
-#[test]
-fn a_reply_that_is_cut_does_not_end_in_half_a_mark() {
-    let check = |template: &str, thinking: Thinking, text: &str, expected: &[Part]| {
-        let mut parser = Parser::new(Dialect::of(template), Arc::new(Map::from_iter([("f".to_owned(), json!({}))])), thinking);
-        let mut out = Vec::new();
-        text.chars().for_each(|c| parser.push(&c.to_string(), &mut out, &mut |_, _| false));
-        parser.finish(true, &mut out);
-        assert_eq!(joined(out), expected, "{text}");
-    };
-    check(HERMES, Thinking::No, "I see.\n\n<tool_c", &[content("I see.")]);
-    check(HERMES, Thinking::No, "a \n<t", &[content("a \n<t")]);
-    check(HERMES, Thinking::No, "a <too", &[content("a")]);
-    check(HERMES, Thinking::No, "a <tools", &[content("a <tools")]);
-    check(HERMES, Thinking::Possible, "\n<thin", &[]);
-    check(HERMES, Thinking::Begun, "so\n</thin", &[reasoning("so")]);
-    check(HARMONY, Thinking::No, "<|channel|>final<|message|>Hi \n<|retu", &[content("Hi \n")]);
-    check("", Thinking::No, "<tool_c", &[content("<tool_c")]);
-}
-
-#[test]
-fn a_reply_that_is_cut_does_not_end_in_half_a_character() {
-    let text = Text::open(&bundled()).unwrap();
-    let tokens = text.encode("a\u{1f600}").unwrap();
-    for schemas in [Map::new(), Map::from_iter([("f".to_owned(), json!({}))])] {
-        for (finish, expected) in [(Finish::Length, "a"), (Finish::Stop(None), "a\u{fffd}")] {
-            let reply = super::Reply { dialect: Dialect::of(HERMES), schemas: Arc::new(schemas.clone()), ..super::Reply::default() };
-            let mut output = super::Output::new(reply, Vec::new());
-            let mut parts = Vec::new();
-            for token in &tokens[..tokens.len() - 1] {
-                parts.extend(output.push(&text, *token).unwrap().parts);
-            }
-            let mut added = super::Added::default();
-            output.end(&mut added, finish);
-            parts.extend(added.parts);
-            assert_eq!(joined(parts), [content(expected)]);
-        }
-    }
 }
 
 proptest! {
@@ -342,7 +308,7 @@ fn a_token_is_allowed_alone_as_it_is_in_the_mask() {
                 let masked = (id as usize) < mask.len() && mask.is_allowed(id);
                 assert_eq!(output.allows(&text, id).unwrap(), masked, "{format:?}, {says}: token {id} before {token}");
             }
-            output.push(&text, token).unwrap();
+            output.push(&text, token, None).unwrap();
         }
     }
 }
