@@ -23,6 +23,7 @@ pub(crate) struct Totals {
     pub(crate) refused: AtomicU64,
     pub(crate) prompt_tokens: AtomicU64,
     pub(crate) completion_tokens: AtomicU64,
+    grammar_ns: AtomicU64,
     recent: Mutex<VecDeque<Sample>>,
 }
 
@@ -49,6 +50,16 @@ impl Totals {
     /// Requests that came to their end, whatever that was.
     pub(crate) fn ended(&self) -> u64 {
         [&self.finished, &self.cancelled, &self.failed].map(|count| count.load(Relaxed)).iter().sum()
+    }
+
+    /// A request's grammar has been made.
+    pub(crate) fn grammar(&self, took: Duration) {
+        self.grammar_ns.fetch_add(took.as_nanos() as u64, Relaxed);
+    }
+
+    /// What all of them took.
+    pub(crate) fn grammars(&self) -> Duration {
+        Duration::from_nanos(self.grammar_ns.load(Relaxed))
     }
 
     pub(crate) fn finish(&self, done: &Done) {

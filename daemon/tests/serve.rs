@@ -313,6 +313,7 @@ async fn forms_that_cannot_be_kept_are_refused() {
     assert!(done.is_ok() && text.starts_with('{'), "{text}");
     let (text, done) = daemon.generate(format(v1::format::Kind::Regex("[0-9]{3}".into()), true)).await.expect("accepted").finish().await;
     assert!(done.is_ok_and(|done| done.finish() == v1::done::Finish::Stop) && text.len() == 3 && text.parse::<u32>().is_ok(), "{text}");
+    daemon.until("the time for grammars counts", |snapshot| snapshot.requests.is_some_and(|requests| requests.grammar_s > 0.0)).await;
     daemon.stop().await;
 }
 
@@ -323,9 +324,15 @@ async fn a_dropped_stream_frees_its_place_and_a_full_queue_refuses() {
     let first = daemon.generate(endless()).await.expect("accepted").started().await;
     let second = daemon.generate(story(1)).await.expect("accepted");
     daemon.until("one running, one waiting", |snapshot| (running(snapshot), waiting(snapshot)) == (1, 1)).await;
+    let held = |snapshot: &v1::Snapshot| snapshot.memory.map(|memory| (1..=memory.kv_blocks).contains(&memory.kv_busy_blocks));
+    daemon.until("blocks are held", |snapshot| held(snapshot) == Some(true)).await;
     let full = daemon.generate(story(1)).await.err().expect("a refusal");
     assert_eq!(code::of(&full), Some(code::QUEUE_FULL));
     assert!(code::retry_after(&full).is_some_and(|seconds| (1..=60).contains(&seconds)), "{full}");
+    // For what will never have room, there is nothing to wait for.
+    let never = daemon.generate(v1::GenerateRequest { together: 3, ..story(1) }).await.err().expect("a refusal");
+    assert_eq!((code::of(&never), code::param(&never), code::retry_after(&never)), (Some(code::INVALID_VALUE), Some("n"), None));
+    assert!(never.message().contains("3 replies at once; this daemon has room for 2"), "{never}");
     // Counting tokens and listing models wait for nobody.
     let request = v1::TokenizeRequest { prompt: Some(v1::tokenize_request::Prompt::Text("Hello".into())), ..Default::default() };
     let reply = Generate::new(daemon.channel.clone()).tokenize(request).await.expect("tokens").into_inner();
@@ -344,7 +351,7 @@ async fn a_dropped_stream_frees_its_place_and_a_full_queue_refuses() {
     daemon.until("nobody waiting", |snapshot| (running(snapshot), waiting(snapshot)) == (1, 0)).await;
     drop(first);
     let snapshot = daemon.until("nobody running", |snapshot| running(snapshot) == 0).await;
-    assert_eq!(snapshot.requests.map(|requests| (requests.cancelled, requests.refused)), Some((3, 1)));
+    assert_eq!(snapshot.requests.map(|requests| (requests.cancelled, requests.refused)), Some((3, 2)));
     daemon.stop().await;
 }
 

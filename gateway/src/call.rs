@@ -28,7 +28,7 @@ use crate::{
 pub(crate) struct Call {
     pub(crate) app: Arc<App>,
     pub(crate) caller: Caller,
-    arrived: Instant,
+    pub(crate) arrived: Instant,
 }
 
 /// A request whose body is JSON.
@@ -63,8 +63,10 @@ impl Call {
     async fn open(&self, mut requests: Vec<v1::GenerateRequest>) -> Result<Feeds, Failure> {
         let model = self.app.upstream.resolve(&requests[0].model).await?;
         let several = requests.len() > 1;
+        let together = u32::try_from(requests.len()).unwrap_or(u32::MAX);
         for (index, request) in requests.iter_mut().enumerate() {
             request.model.clone_from(&model);
+            request.together = together;
             request.client.clone_from(&self.caller.client);
             request.request_id = match several {
                 true => format!("{}-{index}", self.caller.request_id),

@@ -427,6 +427,9 @@ pub struct Report {
     pub trunk_bytes: Bytes,
     pub kv_bytes: Bytes,
     pub kv_reserved_bytes: Bytes,
+    /// Blocks in memory, and those of them that running requests hold.
+    pub kv_blocks: usize,
+    pub kv_busy_blocks: usize,
     pub scratch_bytes: Bytes,
     /// "avx2", "portable" …
     pub kernels: String,

@@ -517,14 +517,16 @@ impl Engine {
 
     /// Counters and gauges; cheap enough to take after every step.
     pub fn report(&self) -> Report {
-        let block_bytes = self.backend.kv_block_bytes();
+        let kv_blocks = self.backend.kv_blocks_used();
         Report {
             running: self.running.len(),
             waiting: self.waiting.len(),
             context_used: self.running.iter().map(|sequence| sequence.tokens.len()).max().unwrap_or(0),
             trunk_bytes: self.backend.trunk_bytes(),
-            kv_bytes: self.backend.kv_blocks_used() as Bytes * block_bytes,
+            kv_bytes: kv_blocks as Bytes * self.backend.kv_block_bytes(),
             kv_reserved_bytes: self.busy_bytes(),
+            kv_blocks,
+            kv_busy_blocks: kv_blocks.saturating_sub(self.reuse.blocks.idle()),
             scratch_bytes: self.fixed_bytes() - self.backend.trunk_bytes() + self.passes_bytes(),
             kernels: self.backend.kernels().into(),
             threads: self.backend.threads(),

@@ -5,9 +5,12 @@ mod chat;
 mod measure;
 mod state;
 
-use std::{collections::VecDeque, time::Duration};
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
 
-use flash_engine::{CacheBudget, Chat, Done, ExpertsError, Finish, Format, Reply, Request, Sampling, Text, parse_bytes};
+use flash_engine::{CacheBudget, Chat, Done, ExpertsError, Finish, Format, Options, Reply, Request, Sampling, Text, parse_bytes};
 use flash_proto::{code, v1};
 use tonic::Status;
 
@@ -95,6 +98,15 @@ pub(super) enum Prompt {
     Infill(v1::Infill),
 }
 
+/// What a request is for the engine.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub(super) tokens: Vec<u32>,
+    pub(super) reply: Reply,
+    /// What making the reply's grammar took.
+    pub(super) grammar: Duration,
+}
+
 #[derive(Debug)]
 pub(super) struct Overrides(v1::Sampling);
 
@@ -108,6 +120,16 @@ pub(super) struct Rest {
     record_routing: bool,
     cache_prompt: bool,
     client: String,
+}
+
+/// Whether there can ever be room for all of them.
+pub(super) fn together(request: &v1::GenerateRequest, options: &Options) -> Result<(), Error> {
+    let most = options.parallel + options.queue;
+    if request.together as usize <= most {
+        return Ok(());
+    }
+    let says = format!("asks for {} replies at once; this daemon has room for {most}: ask for fewer, or raise `queue`", request.together);
+    Err(bad("n", says))
 }
 
 pub(super) fn generate(request: v1::GenerateRequest) -> Result<Wanted, Error> {
@@ -176,13 +198,17 @@ impl Prompt {
     }
 
     /// Ids, and how the reply is to be read.
-    pub(super) fn prepare(self, format: Option<&Format>, text: &Text) -> Result<(Vec<u32>, Reply), flash_engine::Error> {
+    pub(super) fn prepare(self, format: Option<&Format>, text: &Text) -> Result<Prepared, flash_engine::Error> {
+        let timed = |tokens, make: &dyn Fn() -> Result<Reply, flash_engine::Error>| {
+            let begun = Instant::now();
+            Ok(Prepared { tokens, reply: make()?, grammar: begun.elapsed() })
+        };
         match self {
             Self::Chat(chat) => {
                 let prompt = text.render(&chat)?;
-                Ok((text.encode(&prompt)?, text.reply(&chat, &prompt, format)?))
+                timed(text.encode(&prompt)?, &|| text.reply(&chat, &prompt, format))
             }
-            raw => Ok((raw.encode(text)?, text.raw_reply(format)?)),
+            raw => timed(raw.encode(text)?, &|| text.raw_reply(format)),
         }
     }
 }

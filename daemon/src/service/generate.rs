@@ -71,13 +71,15 @@ impl Service {
     async fn start(&self, request: v1::GenerateRequest, guard: Guard, span: tracing::Span) -> Result<Events, Status> {
         let daemon = &self.daemon;
         let prepared = async {
+            convert::together(&request, &daemon.worker.state().options)?;
             let wanted = convert::generate(request)?;
             let model = daemon.catalog.resolve(&wanted.model).await?;
             let text = daemon.text(&model).await?;
             let sampling = wanted.sampling.over(text.sampling(), text.vocab_size())?;
             let (asked, format, side) = (wanted.prompt, wanted.format, text.clone());
-            let (prompt, reply) = daemon.catalog.encode(move || asked.prepare(format.as_ref(), &side)).await?;
-            Ok((wanted.rest.request(prompt, reply, sampling), wanted.keep_alive, model, text))
+            let convert::Prepared { tokens, reply, grammar } = daemon.catalog.encode(move || asked.prepare(format.as_ref(), &side)).await?;
+            daemon.totals.grammar(grammar);
+            Ok((wanted.rest.request(tokens, reply, sampling), wanted.keep_alive, model, text))
         };
         let (request, keep_alive, model, text) = prepared.await.map_err(|error: Error| daemon.refused(&error))?;
         let prompt_tokens = convert::u32(request.prompt.len());

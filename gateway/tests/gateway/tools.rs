@@ -100,6 +100,7 @@ async fn choices_are_requests_of_their_own() {
     seeds.sort();
     assert_eq!(seeds, [7, 7, 8, 8, 9, 9].map(Some));
     assert!(fake.requests().iter().any(|heard| heard.request_id.ends_with("-2")));
+    assert!(fake.requests().iter().all(|heard| heard.together == 3));
 }
 
 #[tokio::test]

@@ -139,6 +139,7 @@ pub(in crate::service) fn snapshot(seen: Seen<'_>) -> v1::Snapshot {
             refused: totals.refused.load(Relaxed),
             prompt_tokens: totals.prompt_tokens.load(Relaxed),
             completion_tokens: totals.completion_tokens.load(Relaxed),
+            grammar_s: totals.grammars().as_secs_f64(),
         }),
         speed: Some(v1::Speed {
             decode_tok_s: speed.decode_tok_s,
@@ -155,6 +156,8 @@ pub(in crate::service) fn snapshot(seen: Seen<'_>) -> v1::Snapshot {
             kv_reserved_bytes: report.map_or(0, |report| report.kv_reserved_bytes),
             scratch_bytes: report.map_or(0, |report| report.scratch_bytes),
             cap_bytes: state.options.memory,
+            kv_blocks: report.map_or(0, |report| report.kv_blocks as u64),
+            kv_busy_blocks: report.map_or(0, |report| report.kv_busy_blocks as u64),
             mlx: report.and_then(|report| report.mlx).map(|mlx| v1::Mlx {
                 active_bytes: mlx.active_bytes,
                 peak_bytes: mlx.peak_bytes,
