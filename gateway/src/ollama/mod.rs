@@ -115,7 +115,7 @@ pub(crate) async fn generate(Asked { call, body }: Asked) -> Result<Response, Fa
 async fn answer(call: &Call, request: Request, chat: bool) -> Result<Response, Failure> {
     let Request { generate, task, stream, unknown } = request;
     call.app.note_unknown(&unknown)?;
-    let style = Style { model: call::shown(&generate.model), chat };
+    let style = Style { model: call::shown(&generate.model), chat, arrived: call.arrived };
     let patience = call.app.config.timing.load_wait;
     match task {
         Task::Generate if stream => {

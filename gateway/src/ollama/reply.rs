@@ -3,6 +3,7 @@
 
 use flash_proto::v1::{self, done::Finish, generate_event::Event, text::Channel};
 use serde_json::{Value, json};
+use tokio::time::{Duration, Instant};
 
 use crate::{
     ask::tools::arguments,
@@ -19,6 +20,8 @@ pub(crate) struct Style {
     pub(crate) model: String,
     /// A message, not just a text.
     pub(crate) chat: bool,
+    /// When the request came.
+    pub(crate) arrived: Instant,
 }
 
 impl Style {
@@ -53,7 +56,7 @@ impl Style {
     pub(crate) fn whole(&self, reply: &Collected) -> Value {
         let calls: Vec<_> = (0..).zip(reply.calls()).map(|(index, (name, arguments))| call(index, name, arguments)).collect();
         let line = self.line(&reply.content(), &reply.reasoning(), &calls, true);
-        ended(line, reply.done.as_ref().unwrap_or(&v1::Done::default()))
+        ended(line, reply.done.as_ref().unwrap_or(&v1::Done::default()), self.arrived.elapsed())
     }
 }
 
@@ -62,16 +65,18 @@ fn call(index: u32, name: &str, text: &str) -> Value {
     json!({"id": format!("call_{}", unique_id()), "function": {"index": index, "name": name, "arguments": arguments}})
 }
 
-/// Adds why it ended and how long it took, in nanoseconds.
-fn ended(mut line: Value, done: &v1::Done) -> Value {
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "durations are positive, and the cast saturates")]
-    let ns = |ms: f64| (ms * 1e6) as u64;
+/// Adds why it ended and how long it took, in nanoseconds; what came before the prompt is read is the model's load and the queue.
+fn ended(mut line: Value, done: &v1::Done, total: Duration) -> Value {
     let (usage, timing) = (done.usage.unwrap_or_default(), done.timing.unwrap_or_default());
     let reason = if done.finish() == Finish::Length { "length" } else { "stop" };
+    let of = |ms: f64| Duration::try_from_secs_f64(ms / 1e3).unwrap_or_default();
+    let (prompt, eval) = (of(timing.prefill_ms), of(timing.decode_ms));
+    let load = total.saturating_sub(prompt + eval);
+    let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
     let fields = json!({
-        "done_reason": reason, "total_duration": ns(timing.ttft_ms + timing.decode_ms), "load_duration": 0,
-        "prompt_eval_count": usage.prompt_tokens, "prompt_eval_duration": ns(timing.prefill_ms),
-        "eval_count": usage.completion_tokens, "eval_duration": ns(timing.decode_ms),
+        "done_reason": reason, "total_duration": ns(total), "load_duration": ns(load),
+        "prompt_eval_count": usage.prompt_tokens, "prompt_eval_duration": ns(prompt),
+        "eval_count": usage.completion_tokens, "eval_duration": ns(eval),
     });
     if let (Value::Object(line), Value::Object(fields)) = (&mut line, fields) {
         line.extend(fields);
@@ -116,7 +121,7 @@ impl Lines {
             }
             Event::Done(done) => {
                 self.tell_call(self.collected.pieces.len(), out);
-                sse::line(&ended(self.style.line("", "", &[], true), done), out);
+                sse::line(&ended(self.style.line("", "", &[], true), done, self.style.arrived.elapsed()), out);
             }
             _ => {}
         }

@@ -26,13 +26,18 @@ fn events() -> [Event; 7] {
 
 /// Lines without what all of them say.
 fn lines(chat: bool) -> Vec<Value> {
-    let mut lines = Lines::new(Style { model: "m".into(), chat });
+    let mut lines = Lines::new(Style { model: "m".into(), chat, arrived: Instant::now() });
     let mut out = String::new();
     events().iter().for_each(|event| lines.write(Item::Event(0, event), &mut out));
     let line = |line: &str| {
         let mut line: Value = serde_json::from_str(line).expect("JSON");
         let fields = line.as_object_mut().expect("an object");
         assert_eq!(fields.shift_remove("model"), Some(json!("m")));
+        let total = fields.shift_remove("total_duration").map(|total| total.as_u64() > Some(0));
+        assert_eq!(
+            (total, fields.shift_remove("load_duration").is_some()),
+            (fields["done"] == true).then_some((Some(true), true)).unwrap_or_default()
+        );
         for call in fields.get_mut("message").and_then(|message| message.get_mut("tool_calls")?.as_array_mut()).into_iter().flatten() {
             let id = call.as_object_mut().expect("an object").shift_remove("id");
             assert!(id.is_some_and(|id| id.as_str().is_some_and(|id| id.starts_with("call_"))));
@@ -45,7 +50,7 @@ fn lines(chat: bool) -> Vec<Value> {
 
 fn ending() -> Value {
     json!({
-        "done_reason": "stop", "total_duration": 5_000_000, "load_duration": 0, "prompt_eval_count": 4, "prompt_eval_duration": 1_500_000,
+        "done_reason": "stop", "prompt_eval_count": 4, "prompt_eval_duration": 1_500_000,
         "eval_count": 2, "eval_duration": 3_000_000,
     })
 }
@@ -78,7 +83,7 @@ fn a_whole_answer_is_one_object() {
     for event in events() {
         reply.add(&event);
     }
-    let whole = Style { model: "m".into(), chat: true }.whole(&reply);
+    let whole = Style { model: "m".into(), chat: true, arrived: Instant::now() }.whole(&reply);
     assert_eq!((&whole["done"], &whole["done_reason"], &whole["eval_count"]), (&json!(true), &json!("stop"), &json!(2)));
     let message = &whole["message"];
     assert_eq!(
@@ -89,11 +94,20 @@ fn a_whole_answer_is_one_object() {
 
 #[test]
 fn texts_around_a_call_are_not_glued() {
-    let mut lines = Lines::new(Style { model: "m".into(), chat: true });
+    let mut lines = Lines::new(Style { model: "m".into(), chat: true, arrived: Instant::now() });
     let mut out = String::new();
     for event in [said(Channel::Content, "Look."), part(0, "f", "{}"), said(Channel::Content, "Done.")] {
         lines.write(Item::Event(0, &event), &mut out);
     }
     assert!(out.contains(r#""content":"\nDone.""#), "{out}");
     assert_eq!(lines.collected.content(), "Look.\nDone.");
+}
+
+#[test]
+fn the_wait_is_part_of_the_time() {
+    let [.., Event::Done(done)] = events() else { panic!("the last one") };
+    let line = ended(json!({}), &done, Duration::from_millis(100));
+    let found = ["total_duration", "load_duration", "prompt_eval_duration", "eval_duration"].map(|key| line[key].as_u64());
+    assert_eq!(found, [100_000_000, 95_500_000, 1_500_000, 3_000_000].map(Some));
+    assert_eq!(ended(json!({}), &done, Duration::ZERO)["load_duration"], 0);
 }
