@@ -127,14 +127,19 @@ fn conversation(top: &mut Object<'_>, unknown: &mut Vec<String>) -> Result<v1::C
     let Some(last) = messages.last() else {
         return Err(list.refuse(Code::InvalidValue, "must have at least one element"));
     };
+    // A turn of nothing is no turn, and no beginning of a reply.
+    let empty = last.role == "assistant" && last.content.is_empty() && last.reasoning.is_none() && last.tool_calls.is_empty();
     let of_assistant = last.role == "assistant";
     let continue_final_message = match top.get("continue_final_message") {
         Some(node) if node.flag()? && !of_assistant => {
             return Err(node.refuse(Code::InvalidValue, "the last message is not the assistant's"));
         }
-        Some(node) => node.flag()?,
-        None => prefix && of_assistant,
+        Some(node) => node.flag()? && !empty,
+        None => prefix && of_assistant && !empty,
     };
+    if empty && messages.len() > 1 {
+        messages.pop();
+    }
     turns::name_results(&mut messages);
     Ok(v1::Chat { messages, template_kwargs_json: variables(top)?, continue_final_message, ..v1::Chat::default() })
 }

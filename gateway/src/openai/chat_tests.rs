@@ -68,7 +68,15 @@ fn messages_are_read_leniently() {
         &[("user", "u"), ("assistant", "no")],
         false,
     );
-    check(json!([user, {"role": "assistant", "tool_calls": []}]), &[("user", "u"), ("assistant", "")], false);
+    for nothing in [json!({"tool_calls": []}), json!({"content": null}), json!({"content": "", "prefix": true}), json!({"content": []})] {
+        let mut last = json!({"role": "assistant"});
+        last.as_object_mut().expect("an object").extend(nothing.as_object().expect("an object").clone());
+        check(json!([user, last]), &[("user", "u")], false);
+        check(json!([last]), &[("assistant", "")], false);
+        let body = json!({"messages": [user, last], "continue_final_message": true});
+        assert!(!chat(&body).continue_final_message);
+        check(json!([last, user]), &[("assistant", ""), ("user", "u")], false);
+    }
     check(json!([user, {"role": "assistant", "content": "Once", "prefix": true}]), &[("user", "u"), ("assistant", "Once")], true);
     check(json!([user, {"role": "tool", "tool_call_id": "x", "content": "42"}]), &[("user", "u"), ("tool", "42")], false);
     check(json!([user, {"role": "function", "name": "f", "content": "42"}]), &[("user", "u"), ("tool", "42")], false);
