@@ -265,12 +265,12 @@ impl IntoResponse for Failure {
 }
 
 impl Failure {
-    /// The daemon names what is to blame as chat completions do; other routes have other words.
+    /// The daemon names what is to blame as chat completions do; other routes have other words. `path` without `/v1`.
     pub(crate) fn in_words_of(mut self, path: &str) -> Self {
         let words: &[(&str, &str)] = match path {
-            "/v1/completions" => &[("messages", "prompt")],
-            "/v1/responses" | "/v1/responses/input_tokens" => &[("messages", "input"), ("response_format", "text.format")],
-            "/v1/messages" | "/v1/messages/count_tokens" => &[("response_format", "output_config.format")],
+            "/completions" => &[("messages", "prompt")],
+            "/responses" | "/responses/input_tokens" => &[("messages", "input"), ("response_format", "text.format")],
+            "/messages" | "/messages/count_tokens" => &[("response_format", "output_config.format")],
             "/api/chat" | "/api/generate" => &[("response_format", "format")],
             _ => &[],
         };

@@ -52,6 +52,10 @@ async fn a_conversation_goes_on_by_its_id() {
         };
         let id = first["id"].as_str().expect("an id");
         assert_eq!(get(address, &format!("{PATH}/{id}")).await.json(), first);
+        let items = get(address, &format!("{PATH}/{id}/input_items?limit=5")).await.json();
+        assert_eq!((&items["data"][0]["content"][0]["text"], &items["has_more"]), (&json!("one"), &json!(false)), "{items}");
+        let cancelled = call(address, "POST", &format!("{PATH}/{id}/cancel"), &[], b"").await;
+        assert_eq!(cancelled.error(), (400, "unsupported_value".to_owned()));
         fake.script(reply(&["Two."]));
         let second = post(address, PATH, &json!({"input": "two", "previous_response_id": id})).await;
         assert_eq!((second.status, &second.json()["previous_response_id"]), (200, &json!(id)));
@@ -68,7 +72,11 @@ async fn a_conversation_goes_on_by_its_id() {
     let unkept = post(address, PATH, &json!({"input": "one", "store": false})).await.json();
     let path = format!("{PATH}/{}", unkept["id"].as_str().expect("an id"));
     assert_eq!(get(address, &path).await.error(), (404, "response_not_found".to_owned()));
-    assert_eq!(call(address, "DELETE", &path, &[], b"").await.error(), (404, "response_not_found".to_owned()));
+    for (method, path) in [("DELETE", path.clone()), ("GET", format!("{path}/input_items")), ("POST", format!("{path}/cancel"))] {
+        assert_eq!(call(address, method, &path, &[], b"").await.error(), (404, "response_not_found".to_owned()), "{path}");
+    }
+    let compacted = post(address, &format!("{PATH}/compact"), &json!({"model": "local", "input": "x"})).await;
+    assert_eq!(compacted.error(), (400, "unsupported_value".to_owned()));
 }
 
 #[tokio::test]
@@ -103,6 +111,7 @@ async fn heartbeats_are_typed_and_failures_are_responses() {
     let gateway = Gateway::start(&fake).await;
     fake.script([Step::Refuse(code::status(code::CONTEXT_LENGTH, context))]);
     let refused = post(gateway.address, PATH, &json!({"input": "hi", "stream": true})).await;
+    assert_eq!(refused.json()["error"]["param"], "input");
     assert_eq!(refused.error(), (400, "context_length_exceeded".to_owned()));
 }
 

@@ -1,6 +1,7 @@
 //! `/v1/responses`, which Codex and the newer SDKs speak: handlers that join the pure translations to the daemon, the wire
 //! and the store of earlier responses.
 
+mod items;
 mod reply;
 mod request;
 pub(crate) mod store;
@@ -9,8 +10,8 @@ use std::sync::{Arc, PoisonError};
 
 use axum::{
     Extension, Json,
-    extract::{Path, State, rejection::PathRejection},
-    http::header::CONTENT_TYPE,
+    extract::{Path, Query, Request as Received, State, rejection::PathRejection},
+    http::{Uri, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
 };
 use flash_proto::v1;
@@ -23,6 +24,7 @@ use self::{
 };
 use crate::{
     App,
+    body::discard,
     call::{self, Asked, Call, Framing},
     error::{Code, Failure},
     router::{Caller, unique_id},
@@ -51,10 +53,11 @@ pub(crate) async fn create(Asked { call, body }: Asked) -> Result<Response, Fail
         echo,
     };
     let (app, client) = (call.app.clone(), call.caller.client.clone());
+    let input = kept.as_ref().map(|_| items::of(&body["input"], &style.id).to_string()).unwrap_or_default();
     let keep = move |response: Value, said: Vec<v1::Message>| {
         let Some(mut messages) = kept.clone() else { return };
         messages.extend(said);
-        let stored = Stored::new(client.clone(), &response, messages);
+        let stored = Stored::new(client.clone(), &response, messages, &input);
         app.responses.lock().unwrap_or_else(PoisonError::into_inner).put(stored);
     };
     if stream {
@@ -99,6 +102,39 @@ pub(crate) async fn delete(
     let id = named(id);
     let removed = app.responses.lock().unwrap_or_else(PoisonError::into_inner).remove(&id, &caller.client);
     if removed { Ok(Json(json!({"id": id, "object": "response", "deleted": true}))) } else { Err(not_found()) }
+}
+
+/// `GET /v1/responses/{id}/input_items`.
+pub(crate) async fn input_items(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    id: Result<Path<String>, PathRejection>,
+    uri: Uri,
+) -> Result<Json<Value>, Failure> {
+    let stored = find(&app, &caller, &named(id)).ok_or_else(not_found)?;
+    let query = Query::try_from_uri(&uri).map(|Query(query)| query).unwrap_or_default();
+    Ok(Json(items::page(&stored.input, &query)))
+}
+
+/// `POST /v1/responses/{id}/cancel`.
+pub(crate) async fn cancel(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    id: Result<Path<String>, PathRejection>,
+    request: Received,
+) -> Failure {
+    let (parts, body) = request.into_parts();
+    discard(&parts.headers, body).await;
+    let message = "Only responses made in the background can be cancelled, and none are here; close the connection to end one.";
+    find(&app, &caller, &named(id)).map_or_else(not_found, |_| Failure::new(Code::UnsupportedValue, message))
+}
+
+/// `POST /v1/responses/compact`.
+pub(crate) async fn compact(request: Received) -> Failure {
+    let (parts, body) = request.into_parts();
+    discard(&parts.headers, body).await;
+    let message = "Conversations are not compacted here; ask for a summary with a request of its own and go on with that as input.";
+    Failure::new(Code::UnsupportedValue, message)
 }
 
 /// An id that is not UTF-8 names nothing.

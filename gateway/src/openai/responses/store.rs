@@ -23,16 +23,18 @@ pub(crate) struct Stored {
     id: String,
     /// JSON, as it was sent.
     pub(crate) response: Box<str>,
+    /// Its own input: a list of items, JSON.
+    pub(crate) input: Box<str>,
     /// A [`v1::Chat`].
     messages: Box<[u8]>,
 }
 
 impl Stored {
     /// `messages`: the conversation up to and with the response, without instructions.
-    pub(crate) fn new(client: String, response: &Value, messages: Vec<v1::Message>) -> Self {
+    pub(crate) fn new(client: String, response: &Value, messages: Vec<v1::Message>, input: &str) -> Self {
         let id = response["id"].as_str().unwrap_or_default().to_owned();
         let messages = v1::Chat { messages, ..Default::default() }.encode_to_vec().into();
-        Self { client, id, response: response.to_string().into(), messages }
+        Self { client, id, response: response.to_string().into(), input: input.into(), messages }
     }
 
     pub(crate) fn messages(&self) -> Vec<v1::Message> {
@@ -40,7 +42,7 @@ impl Stored {
     }
 
     fn bytes(&self) -> usize {
-        size_of::<Self>() + self.client.len() + self.id.len() + self.response.len() + self.messages.len()
+        size_of::<Self>() + self.client.len() + self.id.len() + self.response.len() + self.input.len() + self.messages.len()
     }
 }
 
@@ -105,7 +107,7 @@ mod tests {
 
     fn stored(id: usize, client: &str, content: usize) -> Stored {
         let message = v1::Message { content: "x".repeat(content), ..Default::default() };
-        Stored::new(client.into(), &json!({"id": format!("resp_{id}")}), vec![message])
+        Stored::new(client.into(), &json!({"id": format!("resp_{id}")}), vec![message], "[]")
     }
 
     #[test]
