@@ -192,7 +192,8 @@ impl Server {
             let uris = app.clone();
             let service = tower::service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
                 if let Some(uri) = router::canonical(&uris, request.uri()) {
-                    *request.uri_mut() = uri;
+                    let spelled = std::mem::replace(request.uri_mut(), uri);
+                    request.extensions_mut().insert(router::Spelled(spelled));
                 }
                 request.extensions_mut().insert(connection.clone());
                 routes.clone().oneshot(request)

@@ -17,7 +17,7 @@ use axum::{
     Router,
     body::{Body, Bytes, HttpBody},
     extract::{MatchedPath, Request, State},
-    http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version, header, request::Parts},
     middleware::{Next, from_fn_with_state},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -44,6 +44,10 @@ pub(crate) struct Connection {
     pub(crate) bound: IpAddr,
     pub(crate) activity: Arc<Activity>,
 }
+
+/// The path as the client spelled it, where [`canonical`] changed it; put there by the connection.
+#[derive(Clone, Debug)]
+pub(crate) struct Spelled(pub(crate) Uri);
 
 /// Who is asking; put there by the envelope.
 #[derive(Clone, Debug)]
@@ -90,6 +94,9 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .route("/embeddings", post(openai::embeddings))
         .route("/responses", post(openai::responses::create))
         .route("/responses/input_tokens", post(openai::responses::input_tokens))
+        .route("/responses/compact", post(openai::responses::compact))
+        .route("/responses/{id}/input_items", get(openai::responses::input_items))
+        .route("/responses/{id}/cancel", post(openai::responses::cancel))
         .route("/responses/{id}", get(openai::responses::one).delete(openai::responses::delete))
         .route("/messages", post(anthropic::messages))
         .route("/messages/count_tokens", post(anthropic::count_tokens))
@@ -118,16 +125,20 @@ pub(crate) fn canonical(app: &App, uri: &Uri) -> Option<Uri> {
     Uri::from_parts(parts).ok()
 }
 
+fn spelled(parts: &Parts) -> &str {
+    parts.extensions.get().map_or(&parts.uri, |Spelled(uri)| uri).path()
+}
+
 async fn unknown_url(request: Request) -> Failure {
     let (parts, body) = request.into_parts();
     discard(&parts.headers, body).await;
-    Failure::new(Code::UnknownUrl, format!("Unknown request URL: {} {}.", parts.method, parts.uri.path()))
+    Failure::new(Code::UnknownUrl, format!("Unknown request URL: {} {}.", parts.method, spelled(&parts)))
 }
 
 async fn method_not_allowed(request: Request) -> Failure {
     let (parts, body) = request.into_parts();
     discard(&parts.headers, body).await;
-    Failure::new(Code::MethodNotAllowed, format!("{} is not allowed on {}.", parts.method, parts.uri.path()))
+    Failure::new(Code::MethodNotAllowed, format!("{} is not allowed on {}.", parts.method, spelled(&parts)))
 }
 
 async fn envelope(State(app): State<Arc<App>>, route: Option<MatchedPath>, request: Request, next: Next) -> Response {

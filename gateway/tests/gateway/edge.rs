@@ -54,6 +54,8 @@ async fn paths_and_methods() {
     ] {
         let reply = call(gateway.address, method, path, &[], b"").await;
         assert_eq!(reply.error(), (status, code.to_owned()), "{method} {path}");
+        let says = reply.json()["error"]["message"].as_str().expect("a message").to_owned();
+        assert!(!matches!(code, "unknown_url" | "method_not_allowed") || says.contains(&format!(" {path}.")), "{path}: {says}");
         if status == 405 {
             assert_eq!(reply.header("allow"), Some(if path.ends_with("completions") { "POST" } else { "GET,HEAD" }), "{method} {path}");
         }
