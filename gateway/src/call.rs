@@ -122,8 +122,8 @@ impl Call {
         Ok(response)
     }
 
-    /// How many tokens the conversation is.
-    pub(crate) async fn count(&self, model: &str, chat: v1::Chat) -> Result<u32, Failure> {
+    /// How many tokens the conversation is, and how many the context has.
+    pub(crate) async fn count(&self, model: &str, chat: v1::Chat) -> Result<(u32, u32), Failure> {
         let model = self.app.upstream.resolve(model).await?;
         let request = v1::TokenizeRequest { model, prompt: Some(v1::tokenize_request::Prompt::Chat(chat)) };
         self.app.upstream.count(request, self.app.config.timing.load_wait).await

@@ -101,11 +101,14 @@ impl Upstream {
         models::resolve(requested, &list).map(|model| model.id.clone()).ok_or_else(|| models::not_found(requested, &list))
     }
 
-    /// How many tokens a conversation is; needs no place in the daemon's queue.
-    pub(crate) async fn count(&self, request: v1::TokenizeRequest, patience: Duration) -> Result<u32, Failure> {
+    /// How many tokens a conversation is, and how many the context has; needs no place in the daemon's queue.
+    pub(crate) async fn count(&self, request: v1::TokenizeRequest, patience: Duration) -> Result<(u32, u32), Failure> {
         let mut client = GenerateClient::new(self.channel.clone());
         match timeout(patience, client.tokenize(request)).await {
-            Ok(Ok(response)) => Ok(u32::try_from(response.get_ref().ids.len()).unwrap_or(u32::MAX)),
+            Ok(Ok(response)) => {
+                let found = response.get_ref();
+                Ok((u32::try_from(found.ids.len()).unwrap_or(u32::MAX), found.context_length))
+            }
             Ok(Err(status)) => Err(self.failed(&status)),
             Err(_) => Err(too_late(Code::ModelLoading)),
         }

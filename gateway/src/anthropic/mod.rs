@@ -30,5 +30,5 @@ pub(crate) async fn messages(Asked { call, body }: Asked) -> Result<Response, Fa
 pub(crate) async fn count_tokens(Asked { call, body }: Asked) -> Result<Json<Value>, Failure> {
     let request::Counted { model, chat, unknown } = request::counted(&body)?;
     call.app.note_unknown(&unknown)?;
-    Ok(Json(json!({"input_tokens": call.count(&model, chat).await?})))
+    Ok(Json(json!({"input_tokens": call.count(&model, chat).await?.0})))
 }

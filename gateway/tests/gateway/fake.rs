@@ -23,6 +23,9 @@ use tokio::{
 use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::{Request, Response, Status, transport::Server};
 
+/// Of which a message is one.
+const CONTEXT: u32 = 8;
+
 #[derive(Clone, Debug)]
 pub(crate) enum Step {
     Send(Event),
@@ -193,7 +196,7 @@ impl Generate for Service {
             _ => 0,
         };
         self.shared.counted.lock().expect("counted").push(request);
-        Ok(Response::new(v1::TokenizeResponse { ids: vec![1; count], ..Default::default() }))
+        Ok(Response::new(v1::TokenizeResponse { ids: vec![1; count], context_length: CONTEXT, ..Default::default() }))
     }
 }
 

@@ -127,3 +127,22 @@ async fn what_fails_is_not_kept() {
     let path = format!("{PATH}/{}", last["response"]["id"].as_str().expect("an id"));
     assert_eq!(get(gateway.address, &path).await.status, 404);
 }
+
+#[tokio::test]
+async fn a_long_conversation_is_shortened_when_asked() {
+    let fake = Fake::start();
+    let gateway = Gateway::start(&fake).await;
+    let heard = async |truncation: &str, count: usize| {
+        fake.script(reply(&["ok"]));
+        let input: Vec<Value> = (0..count).map(|at| json!({"role": "user", "content": at.to_string()})).collect();
+        let body = json!({"input": input, "instructions": "i", "truncation": truncation});
+        let answer = post(gateway.address, PATH, &body).await;
+        assert_eq!((answer.status, &answer.json()["truncation"]), (200, &json!(truncation)));
+        let Some(Prompt::Chat(chat)) = fake.requests().pop().and_then(|heard| heard.prompt) else { panic!("a chat") };
+        chat.messages.into_iter().map(|message| message.content).collect::<Vec<_>>()
+    };
+    assert_eq!(heard("auto", 6).await.len(), 7);
+    assert_eq!(heard("disabled", 9).await.len(), 10);
+    // To a context of eight, of which a quarter is for the reply.
+    assert_eq!(heard("auto", 9).await, ["i", "4", "5", "6", "7", "8"]);
+}

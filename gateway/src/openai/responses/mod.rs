@@ -1,6 +1,7 @@
 //! `/v1/responses`, which Codex and the newer SDKs speak: handlers that join the pure translations to the daemon, the wire
 //! and the store of earlier responses.
 
+mod fit;
 mod items;
 mod reply;
 mod request;
@@ -41,9 +42,29 @@ fn find(app: &App, caller: &Caller, id: &str) -> Option<Arc<Stored>> {
     app.responses.lock().unwrap_or_else(PoisonError::into_inner).get(id, &caller.client)
 }
 
+/// Shortens the conversation if it is longer than the context; what cannot be shortened is the daemon's to refuse.
+async fn fit(call: &Call, generate: &mut v1::GenerateRequest) -> Result<(), Failure> {
+    let Some(v1::generate_request::Prompt::Chat(chat)) = &mut generate.prompt else { return Ok(()) };
+    let (mut tokens, context) = call.count(&generate.model, chat.clone()).await?;
+    // A context of 0 is not known.
+    let mut most = context.wrapping_sub(1);
+    while tokens > most {
+        most = fit::target(context, generate.max_tokens);
+        let share = f64::from(tokens.saturating_sub(most)) / f64::from(tokens);
+        if !fit::shorten(&mut chat.messages, share) {
+            break;
+        }
+        (tokens, _) = call.count(&generate.model, chat.clone()).await?;
+    }
+    Ok(())
+}
+
 /// `POST /v1/responses`.
 pub(crate) async fn create(Asked { call, body }: Asked) -> Result<Response, Failure> {
-    let Request { generate, stream, kept, echo, names, unknown: _ } = read(&call, &body)?;
+    let Request { mut generate, stream, truncates, kept, echo, names, unknown: _ } = read(&call, &body)?;
+    if truncates {
+        fit(&call, &mut generate).await?;
+    }
     let style = Style {
         id: unique_id(),
         created: call::now(),
@@ -80,7 +101,7 @@ pub(crate) async fn create(Asked { call, body }: Asked) -> Result<Response, Fail
 pub(crate) async fn input_tokens(Asked { call, body }: Asked) -> Result<Json<Value>, Failure> {
     let Request { generate, .. } = read(&call, &body)?;
     let Some(v1::generate_request::Prompt::Chat(chat)) = generate.prompt else { unreachable!("requests of this route are chats") };
-    Ok(Json(json!({"object": "response.input_tokens", "input_tokens": call.count(&generate.model, chat).await?})))
+    Ok(Json(json!({"object": "response.input_tokens", "input_tokens": call.count(&generate.model, chat).await?.0})))
 }
 
 /// `GET /v1/responses/{id}`.

@@ -20,6 +20,8 @@ use crate::{
 pub(crate) struct Request {
     pub(crate) generate: v1::GenerateRequest,
     pub(crate) stream: bool,
+    /// Rather lose the oldest messages than be refused for the length.
+    pub(crate) truncates: bool,
     /// The conversation without instructions, if the response is to be kept.
     pub(crate) kept: Option<Vec<v1::Message>>,
     pub(crate) echo: Echo,
@@ -119,11 +121,11 @@ pub(crate) fn read(body: &Value, earlier: impl FnOnce(&str) -> Option<Vec<v1::Me
         ..Default::default()
     };
     let stream = top.read("stream", |node| node.flag())?.unwrap_or(false);
-    top.read("truncation", |node| node.text())?;
+    let truncates = top.read("truncation", |node| node.text())? == Some("auto");
     top.ignore(&["user", "metadata", "include", "prompt_cache_key", "prompt_cache_retention", "client_metadata", "service_tier"]);
     top.ignore(&["safety_identifier", "stream_options", "max_tool_calls"]);
     top.finish(&mut unknown);
-    Ok(Request { generate, stream, kept, echo: Echo::of(body), names: tools.names, unknown })
+    Ok(Request { generate, stream, truncates, kept, echo: Echo::of(body), names: tools.names, unknown })
 }
 
 /// State that OpenAI keeps for its clients, and work without one.
