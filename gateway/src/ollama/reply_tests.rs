@@ -33,11 +33,9 @@ fn lines(chat: bool) -> Vec<Value> {
         let mut line: Value = serde_json::from_str(line).expect("JSON");
         let fields = line.as_object_mut().expect("an object");
         assert_eq!(fields.shift_remove("model"), Some(json!("m")));
-        let total = fields.shift_remove("total_duration").map(|total| total.as_u64() > Some(0));
-        assert_eq!(
-            (total, fields.shift_remove("load_duration").is_some()),
-            (fields["done"] == true).then_some((Some(true), true)).unwrap_or_default()
-        );
+        // How long it took differs from run to run.
+        let told = ["total_duration", "load_duration"].map(|key| fields.shift_remove(key).is_some());
+        assert_eq!(told, [fields["done"] == true; 2]);
         for call in fields.get_mut("message").and_then(|message| message.get_mut("tool_calls")?.as_array_mut()).into_iter().flatten() {
             let id = call.as_object_mut().expect("an object").shift_remove("id");
             assert!(id.is_some_and(|id| id.as_str().is_some_and(|id| id.starts_with("call_"))));
