@@ -14,7 +14,7 @@ pub(super) fn map(len: usize) -> io::Result<*mut c_void> {
     }
 }
 
-/// Huge pages if a slot fills one: a smaller slot could not be given back without its neighbours.
+/// Huge pages, or no more of them.
 ///
 /// # Safety
 /// `[base, base + len)` is a mapping of [`map`].
@@ -26,18 +26,22 @@ pub(super) unsafe fn advise(base: *mut c_void, len: usize, huge: bool) {
     }
 }
 
-/// Gives the pages back; they read as zero afterwards.
+/// Gives the pages back; they read as zero afterwards. If huge pages are not forbidden by [`advise`] before, khugepaged may fill
+/// the hole again, joining it to its neighbours.
 ///
 /// # Safety
 /// The range is page-aligned, lies in a mapping of [`map`], and nobody reads or writes it.
 pub(super) unsafe fn discard(base: *mut c_void, len: usize) {
     // SAFETY: the caller's promise.
     unsafe {
+        // Huge pages that reach out of the range are split by this advice; left whole, the kernel would keep all of one until it runs
+        // out of memory itself.
+        if let Err(error) = mm::madvise(base, len, Advice::LinuxCold) {
+            tracing::debug!(%error, len, "huge pages are not split");
+        }
         if let Err(error) = mm::madvise(base, len, Advice::LinuxDontNeed) {
             tracing::warn!(%error, len, "expert pages were not given back");
         }
-        // Otherwise khugepaged may fill the hole again, joining it to the neighbours.
-        advise(base, len, false);
     }
 }
 

@@ -95,7 +95,7 @@ impl Slab {
         let (Some(len), true) = (stride.checked_mul(slots), stride > 0 && slots > 0 && u32::try_from(slots).is_ok()) else {
             return Err(fail(slot_bytes.saturating_mul(slots), invalid()));
         };
-        let (mapping, mapped, base) = reserve(len, stride >= HUGE).map_err(|source| fail(len, source))?;
+        let (mapping, mapped, base) = reserve(len).map_err(|source| fail(len, source))?;
         Ok(Self { slots, stride, memory: Memory::Mapped { start: mapping, len: mapped, base } })
     }
 
@@ -153,10 +153,16 @@ impl Slab {
 
     /// Gives a slot's pages back to the system; memory that a backend owns is left alone.
     pub(crate) fn discard(&self, vacant: &Vacant) {
-        if let Memory::Mapped { .. } = self.memory {
+        if let Memory::Mapped { base, .. } = self.memory {
             let SlotPtr { ptr, len } = self.slot(vacant.slot());
-            // SAFETY: a page-aligned slot of our own mapping, and the claim says that nobody reads or writes it.
-            unsafe { os::discard(ptr.as_ptr().cast(), len) }
+            // A hole for each of many small slots would be more mappings than a process may have: for all or for none.
+            let (from, still) = if len < HUGE { (base, self.slots * len) } else { (ptr, len) };
+            // SAFETY: a page-aligned slot of our own mapping, and the claim says that nobody reads or writes it; the advice changes
+            // no contents.
+            unsafe {
+                os::advise(from.as_ptr().cast(), still, false);
+                os::discard(ptr.as_ptr().cast(), len);
+            }
         }
     }
 
@@ -179,8 +185,9 @@ impl Drop for Slab {
     }
 }
 
-/// Address space for `len` bytes: the mapping, its length, and where in it the bytes begin, aligned for huge pages.
-fn reserve(len: usize, huge: bool) -> io::Result<(NonNull<u8>, usize, NonNull<u8>)> {
+/// Address space for `len` bytes: the mapping, its length, and where in it the bytes begin, aligned for huge pages, of which they are
+/// if they fill one.
+fn reserve(len: usize) -> io::Result<(NonNull<u8>, usize, NonNull<u8>)> {
     let too_much = || io::Error::new(io::ErrorKind::InvalidInput, "more bytes than can be addressed");
     let mapped = len.max(1).checked_add(HUGE).filter(|&len| isize::try_from(len).is_ok()).ok_or_else(too_much)?;
     let start = os::map(mapped)?.cast::<u8>();
@@ -189,7 +196,7 @@ fn reserve(len: usize, huge: bool) -> io::Result<(NonNull<u8>, usize, NonNull<u8
     // SAFETY: `skip < HUGE`, so the pointer stays in the mapping, and `len` bytes follow it.
     let base = unsafe {
         let base = mapping.add(skip);
-        os::advise(base.as_ptr().cast(), len, huge);
+        os::advise(base.as_ptr().cast(), len, len >= HUGE);
         base
     };
     Ok((mapping, mapped, base))
@@ -347,8 +354,18 @@ mod tests {
         let probe = Slab::anonymous(page, 1).unwrap();
         // SAFETY: the address of the slab's only page.
         let probed = unsafe { rustix::mm::madvise(probe.slot(Slot(0)).ptr.as_ptr().cast(), page, rustix::mm::Advice::LinuxPopulateWrite) };
-        // A slot above the size of a huge page, and one below.
-        for slot_pages in [HUGE / page + 3, 3] {
+        let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+        // Huge pages of the mapping that an address lies in.
+        let huge = |at: usize| {
+            let smaps = read("/proc/self/smaps");
+            let begin = |line: &str| usize::from_str_radix(line.split_once('-')?.0, 16).ok();
+            let of = smaps.lines().rfind(|line| begin(line).is_some_and(|begin| begin <= at));
+            let from = of.and_then(|line| smaps.find(line)).unwrap_or(0);
+            smaps[from..].lines().find(|line| line.starts_with("AnonHugePages:")).is_some_and(|line| !line.contains(" 0 kB"))
+        };
+        let splits = || read("/proc/vmstat").lines().find_map(|line| line.strip_prefix("thp_split_page ")?.parse::<u64>().ok());
+        // A slot above the size of a huge page, one below, and one in a slab that is smaller than it.
+        for slot_pages in [HUGE / page + 3, HUGE / page / 2 - 3, 3] {
             let (layers, per_layer) = (2, slot_pages * 2);
             let slice = Slice { file: 0, offset: 0, len: (slot_pages * page) as u32, at: 0 };
             let slab = Slab::anonymous(slot_pages * page, layers * 8).unwrap();
@@ -363,8 +380,11 @@ mod tests {
                 while fetch.next(&mut Vec::new()) {}
             }
             wait_present(&experts, 4 * layers, 4 * per_layer);
+            let (huge, before) = (huge(experts.slot(Slot(0)).ptr.as_ptr() as usize), splits());
+            assert!(!huge || slot_pages > 3);
             experts.set_slots(1);
             assert_eq!(present(&experts, 4 * layers), per_layer, "given back before set_slots returns");
+            assert!(!huge || splits() > before, "the kernel keeps huge pages whole");
             assert_eq!(experts.stats().resident_bytes, 2 * experts.slot_bytes());
             experts.set_slots(3);
             if probed.is_ok() {

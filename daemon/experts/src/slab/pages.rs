@@ -20,7 +20,7 @@ unsafe impl Sync for Pages {}
 
 impl Pages {
     pub fn new(len: usize) -> io::Result<Self> {
-        let (mapping, mapped, start) = reserve(len, len >= HUGE)?;
+        let (mapping, mapped, start) = reserve(len)?;
         Ok(Self { mapping, mapped, start, len })
     }
 
@@ -37,8 +37,11 @@ impl Pages {
     /// Gives the memory of a part back, as far as it is whole pages; what was in it is lost.
     pub fn discard(&mut self, part: Range<usize>) {
         if let Some((at, len)) = self.whole_pages(part) {
-            // SAFETY: whole pages of the mapping, and the borrow is exclusive.
-            unsafe { os::discard(at, len) }
+            // SAFETY: whole pages of the mapping, and the borrow is exclusive; the advice changes no contents.
+            unsafe {
+                os::advise(at, len, false);
+                os::discard(at, len);
+            }
         }
     }
 
