@@ -195,7 +195,7 @@ impl Engine {
     pub fn fingerprint(&self) -> String {
         let mut hasher = DefaultHasher::new();
         let info = &self.info;
-        (&info.id, info.size_bytes, &info.quantization, env!("CARGO_PKG_VERSION"), self.backend.kernels()).hash(&mut hasher);
+        (&info.id, info.size_bytes, &info.quantization, flash_kernels::RESULTS, self.backend.kernels()).hash(&mut hasher);
         format!("fp_{:012x}", hasher.finish() >> 16)
     }
 

@@ -11,3 +11,7 @@ pub mod portable;
 mod simd;
 
 pub use simd::{Isa, TOKENS_MAX, ToFixed, exponentials};
+
+/// Of the code that computes. The last number is raised when an instruction set's results change, be it in their last bits: what was
+/// computed before is not continued, and equal seeds may give other tokens.
+pub const RESULTS: &str = concat!(env!("CARGO_PKG_VERSION"), ".2");

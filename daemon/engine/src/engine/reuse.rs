@@ -137,7 +137,7 @@ fn keys(root: Key, tokens: &[u32]) -> impl Iterator<Item = Key> {
 
 /// What else than tokens decides on a block's bytes: the weights, as far as can be told without reading them, and the code.
 fn identity(backend: &Backend, model: &Model) -> Vec<u8> {
-    let mut text = format!("{} {} {}\n", env!("CARGO_PKG_VERSION"), backend.kernels(), model.info.quantization);
+    let mut text = format!("{} {} {}\n", flash_kernels::RESULTS, backend.kernels(), model.info.quantization);
     let files = model.weights.files().iter().chain(model.packed.iter().map(|packed| &packed.path));
     for path in files.chain([&model.info.path.join("config.json")]) {
         let meta = std::fs::metadata(path).ok();

@@ -169,6 +169,10 @@ impl Plan {
 pub(crate) fn most_likely(logits: &[f32], k: usize, into: &mut Vec<ExpertId>) {
     let start = into.len();
     for (expert, logit) in logits.iter().enumerate() {
+        // Most are not among them: one comparison then.
+        if into.len() == start + k && into.last().is_some_and(|last| logits[usize::from(last.0)] >= *logit) {
+            continue;
+        }
         let at = start + into[start..].partition_point(|taken| logits[usize::from(taken.0)] >= *logit);
         if at < start + k {
             into.truncate(start + k - 1);

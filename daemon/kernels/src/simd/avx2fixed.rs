@@ -244,7 +244,7 @@ unsafe fn few<const BITS: usize, const GROUP: usize, const R: usize, const T: us
         let mut xs: [*const __m256i; T] =
             tokens.map(|token| x.fixed.bytes.as_ptr().add(token * Fixed::row_bytes(w.cols, BITS as u8)).cast());
         let mut ahead = coming.codes::<R>(row);
-        prefetch_sides::<R>(coming, row);
+        coming.sides(row, R);
         let mut totals = [[_mm256_setzero_ps(); T]; R];
         let mut at = 0;
         for first in (0..groups).step_by(CHUNK) {
@@ -322,12 +322,6 @@ fn prefetch_codes<const R: usize>(mut ahead: *const u8, at: usize, blocks: usize
     ahead
 }
 
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn prefetch_sides<const R: usize>(coming: &Coming<'_>, row: usize) {
-    coming.sides::<R>(row).as_flattened().iter().for_each(|side| _mm_prefetch::<_MM_HINT_T0>(side.cast()));
-}
-
 /// R rows × all tokens: a chunk's codes are widened once, to the stack. It and the sums leave room in the first cache, through which
 /// activations then pass from the second, each for R products. Gives R.
 #[inline]
@@ -353,7 +347,7 @@ unsafe fn many<const BITS: usize, const GROUP: usize, const R: usize>(
         let totals = &mut *(totals as *mut [MaybeUninit<[__m256; R]>] as *mut [[__m256; R]]);
         let codes: [*const u8; R] = from_fn(|r| w.weight.as_ptr().add((row + r) * bytes));
         let mut ahead = coming.codes::<R>(row);
-        prefetch_sides::<R>(coming, row);
+        coming.sides(row, R);
         let mut at = 0;
         for first in (0..groups).step_by(CHUNK) {
             let here = (groups - first).min(CHUNK);

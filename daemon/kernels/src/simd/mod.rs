@@ -5,6 +5,8 @@
 //! Batch invariance: R rows × T tokens are computed in one tile to reuse loads, but each (row, token) has its own
 //! accumulators, so its bits do not depend on R or T.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::ops::Range;
 
 use half::f16;
@@ -234,13 +236,17 @@ impl<'a> Coming<'a> {
         from.wrapping_add(row * self.bytes + far)
     }
 
-    /// And the scales and biases, a row of each for one of theirs.
-    fn sides<const R: usize>(&self, row: usize) -> [[*const u8; R]; 2] {
+    /// Asks for scales and biases, as many rows of them as `rows`, which are at `row`.
+    #[inline(always)]
+    fn sides(&self, row: usize, rows: usize) {
         let here = row + PREFETCH_ROWS < self.end;
-        [(self.w.scales, self.then[1]), (self.w.biases, self.then[2])].map(|(side, then)| {
-            let from = if here { side.as_ptr() } else { then };
-            std::array::from_fn(|r| from.wrapping_add((row + r + PREFETCH_ROWS) * self.side_bytes))
-        })
+        for (side, then) in [(self.w.scales, self.then[1]), (self.w.biases, self.then[2])] {
+            let from = if here { side.as_ptr() } else { then }.wrapping_add((row + PREFETCH_ROWS) * self.side_bytes);
+            for line in (0..rows * self.side_bytes).step_by(64) {
+                // SAFETY: a prefetch reads nothing.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(line).cast()) };
+            }
+        }
     }
 }
 
