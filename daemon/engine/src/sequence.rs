@@ -141,10 +141,11 @@ impl Sequence {
         }
         self.sampler.penalize(scratch, &self.tokens);
         // A mask looks at the whole vocabulary, and most often the model keeps to the form by itself.
-        let guesses = self.output.guided() && self.top_logprobs.is_none() && self.sampler.may_guess();
-        let guess = guesses.then(|| self.sampler.draw(scratch, None)).flatten();
+        let forced = self.output.forced();
+        let guesses = forced.is_none() && self.output.guided() && self.top_logprobs.is_none() && self.sampler.may_guess();
+        let guess = forced.or_else(|| guesses.then(|| self.sampler.draw(scratch, None)).flatten());
         let (token, mask) = match guess {
-            Some(token) if self.output.allows(text, token)? => (guess, None),
+            Some(token) if forced.is_some() || self.output.allows(text, token)? => (guess, None),
             _ => {
                 let mask = self.output.mask(text)?;
                 (self.sampler.draw(scratch, mask), mask)

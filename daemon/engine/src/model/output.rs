@@ -34,6 +34,8 @@ pub struct Reply {
     /// End after the first call.
     pub(super) single: bool,
     pub(super) rules: Rules,
+    /// Tokens of reasoning at most, and those that close it then.
+    pub(super) budget: Option<(usize, Vec<u32>)>,
 }
 
 /// What holds a reply to a form.
@@ -77,6 +79,9 @@ pub(crate) struct Output {
     guide: Option<Guide>,
     mask: Mask,
     reasoning_tokens: usize,
+    budget: Option<(usize, Vec<u32>)>,
+    /// What closes the reasoning, the last token first, once its budget is spent.
+    closing: Vec<u32>,
 }
 
 impl fmt::Debug for Output {
@@ -87,7 +92,7 @@ impl fmt::Debug for Output {
 
 impl Output {
     pub(crate) fn new(reply: Reply, stops: Vec<String>) -> Self {
-        let Reply { dialect, thinking, schemas, single, rules } = reply;
+        let Reply { dialect, thinking, schemas, single, rules, budget } = reply;
         let plain = !dialect.harmony() && schemas.is_empty() && thinking == Thinking::No;
         let parser = Parser::new(dialect, schemas, thinking);
         let guide = match &rules {
@@ -106,6 +111,8 @@ impl Output {
             guide,
             mask: Mask::new(),
             reasoning_tokens: 0,
+            budget,
+            closing: Vec::new(),
         }
     }
 
@@ -132,6 +139,18 @@ impl Output {
 
     pub(crate) fn reasoning_tokens(&self) -> usize {
         self.reasoning_tokens
+    }
+
+    /// The next token where the model has no choice: its budget for reasoning is spent. Not between the bytes of a character.
+    pub(crate) fn forced(&mut self) -> Option<u32> {
+        let spent = |budget: &mut (usize, Vec<u32>)| self.reasoning_tokens >= budget.0;
+        if self.parser.reasons()
+            && self.decoder.held().is_empty()
+            && let Some((_, closing)) = self.budget.take_if(spent)
+        {
+            self.closing = closing.into_iter().rev().collect();
+        }
+        self.closing.pop()
     }
 
     /// One more token, which does not end the turn.
@@ -284,6 +303,6 @@ fn join(before: Option<Channel>, after: Option<Channel>) -> Option<Channel> {
 
 impl Reply {
     pub(super) fn new(dialect: Dialect, thinking: Thinking) -> Self {
-        Self { dialect, thinking, schemas: Arc::default(), single: false, rules: Rules::None }
+        Self { dialect, thinking, schemas: Arc::default(), single: false, rules: Rules::None, budget: None }
     }
 }

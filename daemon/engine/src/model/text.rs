@@ -149,6 +149,9 @@ impl Text {
     /// How the reply to `prompt`, which is `chat` rendered, is to be read, and what holds it to a form. Grammars are compiled here: CPU work.
     pub fn reply(&self, chat: &Chat, prompt: &str, format: Option<&Format>) -> Result<Reply, Error> {
         let mut reply = Reply::new(self.dialect, self.thinking(chat, prompt));
+        if let (true, Some(budget)) = (self.dialect.thinks, chat.kwargs.get("thinking_budget").and_then(Value::as_u64)) {
+            reply.budget = Some((usize::try_from(budget).unwrap_or(usize::MAX), self.encode(&format!("\n{}", THINK.1))?));
+        }
         let tools: Vec<_> = chat.callable().filter(|_| chat.calls()).collect();
         if let (Choice::Required, true) = (chat.choice.mode, tools.is_empty()) {
             return Err(Error::Tools { reason: "a call is required, and there is no tool that may be called".into() });

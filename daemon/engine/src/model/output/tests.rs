@@ -396,6 +396,15 @@ fn grammars_begin_where_they_should() {
     let colour = Format::JsonSchema { schema: json!({"enum": ["red"]}), strict: true };
     let said = say(THINKING_CHAT, "Is it {blue}?\n</think>\n\n\"red\" or so", |_| (), Some(&colour));
     assert_eq!((said.parts, said.finish), (vec![reasoning("Is it {blue}?"), content("\"red\"")], Finish::Stop(None)));
+    // Sooner, if the budget for thinking is spent.
+    let budget = |tokens: usize| move |chat: &mut Chat| _ = chat.kwargs.insert("thinking_budget".into(), tokens.into());
+    let said = say(THINKING_CHAT, "Is it {blue}? Is it green, or is it a colour that nobody has seen?", budget(3), Some(&colour));
+    assert_eq!(said.parts.last(), Some(&content("\"red\"")), "{:?}", said.parts);
+    let says = "One, two, three, four, five, six, seven and so on.";
+    let said = say(THINKING_CHAT, says, budget(4), None);
+    let [Part::Reasoning(thought), Part::Content(answer)] = &said.parts[..] else { panic!("{:?}", said.parts) };
+    assert!(says.starts_with(thought.as_str()) && says.ends_with(answer.as_str()) && thought.len() + answer.len() < says.len(), "{said:?}");
+    assert_eq!(say(THINKING_CHAT, says, budget(100), None).parts, [reasoning(says)]);
     // In XML, where values are typed; and in Harmony, where thinking and calls are messages.
     let text = json!({"type": "object", "properties": {"n": {"type": "integer"}, "s": {"type": "string"}}, "required": ["s"]});
     let mixed = |chat: &mut Chat| chat.tools = vec![tool("f", text.clone())];
