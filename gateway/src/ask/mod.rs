@@ -151,7 +151,7 @@ impl Variables {
         Ok(())
     }
 
-    /// For the templates that have such a thing.
+    /// Tokens of thinking at most: the daemon keeps to it, and templates may show it.
     pub(crate) fn budget(&mut self, node: &Node<'_>) -> Result<(), Failure> {
         self.0.insert("thinking_budget".into(), clamped(node.int(0..=i64::MAX)?).into());
         Ok(())
