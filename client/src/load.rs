@@ -20,7 +20,7 @@ pub(crate) async fn load(daemon: &Daemon, model: &str, settings: &Settings, glob
         model: name_there(model, global),
         expert_cache: settings.expert_cache.clone(),
         memory: settings.memory.clone(),
-        context_length: settings.ctx,
+        context_length: settings.ctx.clone(),
         keep_alive: settings.keep_alive.clone(),
     };
     let mut line = StatusLine::new(global.quiet);

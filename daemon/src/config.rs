@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use flash_engine::{Bytes, CacheBudget, DiskCache, Kernels, Options, parse_bytes};
+use flash_engine::{Bytes, CacheBudget, DiskCache, Kernels, ModelInfo, Options, parse_bytes};
 use flash_proto::socket;
 use serde::Deserialize;
 
@@ -276,8 +276,7 @@ impl Sources<'_> {
 
     fn options(&mut self, home: &Path) -> Result<Options, Error> {
         let at_least_1 = |text: &str| text.parse().ok().filter(|number| *number >= 1);
-        let or_auto = |text: &str| if text == "auto" { Some(None) } else { at_least_1(text).map(Some) };
-        let threads = |text: &str| or_auto(text).filter(|threads| threads.is_none_or(|threads| threads <= 256));
+        let threads = |text: &str| parse_context(text).filter(|threads| threads.is_none_or(|threads| threads <= 256));
         let memory = |text: &str| if text == "auto" { Some(None) } else { parse_bytes(text).ok().map(Some) };
         if self.flags.fast_math {
             self.flags.kernels = Some("fast-math".into());
@@ -291,7 +290,7 @@ impl Sources<'_> {
                 |text| text.parse::<CacheBudget>().ok(),
             )?,
             memory: self.pick("memory", |raw| raw.memory.as_ref(), "auto", "a size such as 12GiB, or auto", memory)?,
-            context: self.pick("ctx", |raw| raw.ctx.as_ref(), "auto", "a number of tokens, or auto", or_auto)?,
+            context: self.pick("ctx", |raw| raw.ctx.as_ref(), "auto", CONTEXT_WANTS, parse_context)?,
             parallel: self.pick("parallel", |raw| raw.parallel.as_ref(), "2", "a number of at least 1", at_least_1)?,
             queue: self.pick(
                 "queue",
@@ -372,6 +371,21 @@ pub(crate) fn disk_cache_dir(home: &Path) -> PathBuf {
 
 /// Beyond this a queue only turns refusals into timeouts; it also bounds the command channel.
 const QUEUE_MAX: usize = 4096;
+
+/// A request that asks for nothing in particular gets at most this context.
+const CONTEXT_DEFAULT_MAX: usize = 32 * 1024;
+
+/// Tokens that a request on this model may have.
+pub(crate) fn context_length(info: &ModelInfo, configured: Option<usize>) -> usize {
+    info.context_max.min(configured.unwrap_or(CONTEXT_DEFAULT_MAX))
+}
+
+pub(crate) const CONTEXT_WANTS: &str = "a number of tokens, or auto";
+
+/// `None` is auto.
+pub(crate) fn parse_context(text: &str) -> Option<Option<usize>> {
+    if text == "auto" { Some(None) } else { text.parse().ok().filter(|number| *number >= 1).map(Some) }
+}
 
 pub(crate) const KEEP_ALIVE_WANTS: &str = "a duration such as 5m, 1h30m or 300 (seconds); -1 = for ever, 0 = unload at once";
 

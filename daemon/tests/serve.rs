@@ -431,9 +431,15 @@ async fn loads_changes_and_unloads() {
     assert_eq!(reply.1.expect_err("cut off").code, code::CANCELLED);
 
     // A new context length means a new start; keep_alive 0 ends it after the request.
-    assert!(load(v1::LoadRequest { context_length: Some(128), ..Default::default() }).await.0);
-    assert!(!load(v1::LoadRequest { context_length: Some(128), ..Default::default() }).await.0);
-    assert!(load(v1::LoadRequest { context_length: Some(64), ..Default::default() }).await.0);
+    assert!(load(v1::LoadRequest { context_length: Some("128".into()), ..Default::default() }).await.0);
+    assert!(!load(v1::LoadRequest { context_length: Some("128".into()), ..Default::default() }).await.0);
+    assert!(load(v1::LoadRequest { context_length: Some("64".into()), ..Default::default() }).await.0);
+    let own = || Some("default".into());
+    let all_own = v1::LoadRequest { expert_cache: own(), memory: own(), context_length: own(), keep_alive: own(), ..Default::default() };
+    assert_eq!(load(all_own.clone()).await, (true, all, 0), "the configured settings are back");
+    assert!(!load(all_own).await.0 && !load(v1::LoadRequest { context_length: Some("auto".into()), ..Default::default() }).await.0);
+    let doctor = Admin::new(daemon.channel.clone()).doctor(v1::DoctorRequest {}).await.expect("a check-up").into_inner();
+    assert!(doctor.settings.iter().all(|setting| setting.origin != "a load request"), "{doctor:?}");
     let brief = v1::GenerateRequest { keep_alive: Some("0".into()), ..story(4) };
     daemon.generate(brief).await.expect("accepted").finish().await.1.expect("a reply");
     daemon.until("an empty daemon", |snapshot| snapshot.model.is_none()).await;

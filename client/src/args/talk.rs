@@ -179,12 +179,30 @@ pub(crate) struct Settings {
     /// Cap on the daemon's memory: 12GiB or auto
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<String>,
-    /// Tokens of a conversation, answers included
-    #[arg(long, value_name = "TOKENS")]
-    pub(crate) ctx: Option<u32>,
+    /// Tokens of a conversation, answers included: 8192, or auto for the model's maximum, at most 32768
+    #[arg(long, value_name = "TOKENS", value_parser = ctx)]
+    pub(crate) ctx: Option<String>,
     /// How long an idle model stays loaded: 5m, 0, -1 for ever
     #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
     pub(crate) keep_alive: Option<String>,
+}
+
+impl Settings {
+    fn each(&mut self) -> [&mut Option<String>; 4] {
+        [&mut self.expert_cache, &mut self.memory, &mut self.ctx, &mut self.keep_alive]
+    }
+
+    /// Has the daemon take back what these have set.
+    pub(crate) fn undone(mut self) -> Self {
+        self.each().into_iter().flatten().for_each(|value| *value = "default".into());
+        self
+    }
+
+    /// What stays asked for once the daemon has heard of it.
+    pub(crate) fn kept(mut self) -> Self {
+        self.each().into_iter().for_each(|value| *value = value.take().filter(|value| value != "default"));
+        self
+    }
 }
 
 /// Show a text as the model sees it: token ids, and how many
@@ -214,6 +232,12 @@ fn parse_time(text: &str) -> Result<Duration, String> {
     };
     let seconds = number.parse::<f64>().map_err(|_| "not a time such as 30, 90s or 5m".to_owned())?;
     Duration::try_from_secs_f64(seconds * factor).map_err(|error| error.to_string())
+}
+
+/// What `--ctx` and `/set ctx` take.
+pub(crate) fn ctx(text: &str) -> Result<String, String> {
+    let known = ["auto", "default"].contains(&text) || text.parse().is_ok_and(|tokens: u32| tokens > 0);
+    if known { Ok(text.into()) } else { Err("a number of tokens, or auto".into()) }
 }
 
 fn effort(text: &str) -> Result<String, String> {

@@ -236,6 +236,10 @@ impl<'a> Chat<'a> {
             Input::Show(what) => self.show(what).await,
             Input::Help => term::println(&slash::help()),
             Input::Wrong(why) => self.tell(&why),
+            Input::Reset if self.settings != Settings::default() => {
+                self.change(Input::Reset)?;
+                self.reload(self.model.clone(), self.settings.clone().undone(), interrupt).await
+            }
             other => self.change(other),
         };
         match outcome {
@@ -395,7 +399,7 @@ impl<'a> Chat<'a> {
         let daemon = self.daemon().await?;
         let loading = load::load(&daemon, &model, &settings, self.global);
         let Ended::Whole(loaded) = until_interrupt(loading, interrupt).await else { return self.tell("stopped") };
-        (self.loaded, self.model, self.settings) = (loaded?, model, settings);
+        (self.loaded, self.model, self.settings) = (loaded?, model, settings.kept());
         self.show_model()
     }
 

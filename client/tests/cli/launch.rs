@@ -146,7 +146,7 @@ echo \"$* \" > \"$HOME/gateway\"; echo 'listening on http://127.0.0.1:4711' >&2;
     let told = fs::read_to_string(launch.home.path("gateway")).expect("it ran");
     assert!(told.starts_with("--host 127.0.0.1 --port 0 --socket") && told.ends_with("gone\n"), "{told}");
     assert!(fs::read_to_string(launch.home.path("home/log/gateway.log")).expect("a log").contains("a line of its log"));
-    assert_eq!(daemon.seen.load.lock().expect("no panic")[0].context_length, Some(40));
+    assert_eq!(daemon.seen.load.lock().expect("no panic")[0].context_length.as_deref(), Some("40"));
     let printed = launch.run(&["claude", "--print-env"]);
     printed.expect(0, &printed.stdout, "hint: no gateway listens on http://127.0.0.1:1 yet");
     assert!(printed.stdout.contains("CLAUDE_CODE_MAX_CONTEXT_TOKENS='40'\n"), "{printed:?}");

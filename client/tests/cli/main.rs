@@ -183,6 +183,7 @@ fn usage_mistakes_exit_2() {
     home.run(&["pull", "a/b"]).expect(2, "", "downloads nothing");
     home.run(&["run", "local", "hi", "--think=hard"]).expect(2, "", "low, medium or high");
     home.run(&["bench", "--repeat", "0"]).expect(2, "", "--repeat");
+    home.run(&["load", "--ctx", "0"]).expect(2, "", "a number of tokens, or auto");
     let _daemon = home.daemon();
     home.run(&["run"]).expect(2, "", "hint: installed models: tiny, broken");
 }

@@ -228,6 +228,29 @@ fn a_conversation_goes_on_where_it_was_left() {
 }
 
 #[test]
+fn a_chat_takes_back_what_it_has_set_in_the_daemon() {
+    let home = Home::new();
+    let daemon = home.daemon();
+    let typed = "/set ctx 16\n/set ctx default\n/set keep_alive 1h\n/set expert_cache 25%\n/set ctx many\n/set ctx auto\n/reset\n/reset\n/show params\n";
+    let ran = home.run_with(&["chat"], typed);
+    assert!(ran.code == Some(0) && ran.stderr.contains("`many` is no value for ctx"), "{ran:?}");
+    assert!(ran.stdout.contains("expert_cache        default") && ran.stdout.contains("ctx                 default"), "{ran:?}");
+    let loads = daemon.seen.load.lock().expect("no panic");
+    let asked: Vec<_> =
+        loads.iter().map(|load| [&load.context_length, &load.keep_alive, &load.expert_cache].map(Option::as_deref)).collect();
+    let expected = [
+        [None, None, None],
+        [Some("16"), None, None],
+        [Some("default"), None, None],
+        [None, Some("1h"), None],
+        [None, Some("1h"), Some("25%")],
+        [Some("auto"), Some("1h"), Some("25%")],
+        [Some("default"), Some("default"), Some("default")],
+    ];
+    assert_eq!(asked, expected);
+}
+
+#[test]
 fn a_chat_has_ways_to_say_more() {
     let home = Home::new();
     let daemon = home.daemon();

@@ -17,11 +17,11 @@ use tonic::Status;
 pub(super) use self::{
     chat::{prompt, token},
     measure::{absolute, bench, bench_event, job, replay_policies, replay_row, replay_slots, replayed, synth},
-    state::{Seen, cache, check, cleared, context_length, loaded_model, model, setting, shown, snapshot},
+    state::{Seen, cache, check, cleared, loaded_model, model, setting, shown, snapshot},
 };
 use crate::{
     Error,
-    config::{KEEP_ALIVE_WANTS, KeepAlive, parse_keep_alive},
+    config::{CONTEXT_WANTS, Config, KEEP_ALIVE_WANTS, KeepAlive, parse_context, parse_keep_alive},
     worker::Admitted,
 };
 
@@ -262,27 +262,30 @@ impl Rest {
 pub(super) struct LoadSettings {
     pub(super) expert_cache: Option<CacheBudget>,
     pub(super) memory: Option<Option<u64>>,
-    pub(super) context: Option<usize>,
+    pub(super) context: Option<Option<usize>>,
     pub(super) keep_alive: Option<KeepAlive>,
 }
 
-pub(super) fn load_settings(request: &v1::LoadRequest) -> Result<LoadSettings, Error> {
-    let expert_cache = request
-        .expert_cache
-        .as_deref()
-        .map(|text| text.parse().map_err(|error: flash_engine::Error| bad("expert_cache", error.to_string())));
-    let memory = request.memory.as_deref().map(|text| match text {
+/// `configured` is what "default" means.
+pub(super) fn load_settings(request: &v1::LoadRequest, configured: &Config) -> Result<LoadSettings, Error> {
+    fn read<T>(text: &Option<String>, default: T, parse: impl Fn(&str) -> Result<T, Error>) -> Result<Option<T>, Error> {
+        match text.as_deref() {
+            Some("default") => Ok(Some(default)),
+            text => text.map(parse).transpose(),
+        }
+    }
+    let expert_cache = |text: &str| text.parse().map_err(|error: flash_engine::Error| bad("expert_cache", error.to_string()));
+    let memory = |text: &str| match text {
         "auto" => Ok(None),
         text => parse_bytes(text).map(Some).map_err(|error| bad("memory", error.to_string())),
-    });
-    if request.context_length == Some(0) {
-        return Err(bad("context_length", "must be at least 1"));
-    }
+    };
+    let context = |text: &str| parse_context(text).ok_or_else(|| bad("context_length", format!("`{text}` is not {CONTEXT_WANTS}")));
+    let Options { expert_cache: cache, memory: cap, context: tokens, .. } = &configured.options;
     Ok(LoadSettings {
-        expert_cache: expert_cache.transpose()?,
-        memory: memory.transpose()?,
-        context: request.context_length.map(|tokens| tokens as usize),
-        keep_alive: request.keep_alive.as_deref().map(keep_alive).transpose()?,
+        expert_cache: read(&request.expert_cache, *cache, expert_cache)?,
+        memory: read(&request.memory, *cap, memory)?,
+        context: read(&request.context_length, *tokens, context)?,
+        keep_alive: read(&request.keep_alive, configured.keep_alive, keep_alive)?,
     })
 }
 
@@ -373,6 +376,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::RawConfig;
 
     fn wanted(change: impl FnOnce(&mut v1::GenerateRequest)) -> Result<(Request, Option<KeepAlive>), Error> {
         let prompt = v1::generate_request::Prompt::Tokens(v1::TokenIds { ids: vec![1] });
@@ -507,8 +511,12 @@ mod tests {
 
     #[test]
     fn load_settings_are_read_or_refused() {
+        let configured = Config::resolve(RawConfig { memory: Some("3GiB".into()), ..RawConfig::default() }, &|name| {
+            (name == "FLASH_HOME").then(|| "/nowhere".into())
+        });
+        let configured = configured.expect("a good configuration");
         let check = |request: v1::LoadRequest, expected: Result<(Option<CacheBudget>, Option<Option<u64>>), &str>| {
-            let found = load_settings(&request).map(|settings| (settings.expert_cache, settings.memory));
+            let found = load_settings(&request, &configured).map(|settings| (settings.expert_cache, settings.memory));
             let found = found.map_err(|error| code::param(&status(&error)).map(String::from).unwrap_or_default());
             assert_eq!(found, expected.map_err(String::from));
         };
@@ -518,9 +526,13 @@ mod tests {
             v1::LoadRequest { expert_cache: text("25%"), memory: text("auto"), ..Default::default() },
             Ok((Some(CacheBudget::Share(0.25)), Some(None))),
         );
+        check(
+            v1::LoadRequest { expert_cache: text("default"), memory: text("default"), ..Default::default() },
+            Ok((Some(CacheBudget::Auto), Some(Some(3 << 30)))),
+        );
         check(v1::LoadRequest { expert_cache: text("much"), ..Default::default() }, Err("expert_cache"));
         check(v1::LoadRequest { memory: text("25%"), ..Default::default() }, Err("memory"));
-        check(v1::LoadRequest { context_length: Some(0), ..Default::default() }, Err("context_length"));
+        check(v1::LoadRequest { context_length: text("0"), ..Default::default() }, Err("context_length"));
         check(v1::LoadRequest { keep_alive: text("x"), ..Default::default() }, Err("keep_alive"));
     }
 }

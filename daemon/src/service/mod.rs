@@ -90,7 +90,7 @@ impl Daemon {
         }
         let entries = self.catalog.list().await;
         let info = entries.iter().find(|entry| entry.model.path == model.path).and_then(|entry| entry.info.as_ref().ok());
-        info.map_or(0, |info| convert::context_length(info, state.options.context))
+        info.map_or(0, |info| crate::config::context_length(info, state.options.context))
     }
 }
 

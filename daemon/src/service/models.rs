@@ -86,7 +86,7 @@ impl Service {
     async fn load(&self, request: v1::LoadRequest) -> Result<v1::LoadResponse, Error> {
         let daemon = &self.daemon;
         self.taken()?;
-        let settings = convert::load_settings(&request)?;
+        let settings = convert::load_settings(&request, &daemon.config)?;
         let model = daemon.catalog.resolve(&request.model).await?;
         let (reply, loaded) = oneshot::channel();
         daemon.worker.send(Command::Load(Box::new(Load {

@@ -52,7 +52,7 @@ pub(crate) struct Load {
     pub(crate) model: Model,
     pub(crate) expert_cache: Option<CacheBudget>,
     pub(crate) memory: Option<Option<Bytes>>,
-    pub(crate) context: Option<usize>,
+    pub(crate) context: Option<Option<usize>>,
     pub(crate) keep_alive: Option<KeepAlive>,
     pub(crate) reply: Reply<Loaded>,
 }

@@ -17,7 +17,7 @@ use super::{
     Admitted, BENCH_EVENTS, Bench, Generate, Live, Load, Loadable, Loaded, Model, PUBLISH_EVERY, Phase, Reservation, Reserve, Reserved,
     Thread, Unload, panic_text,
 };
-use crate::Error;
+use crate::{Error, config::context_length};
 
 /// What waits for its turn: one line, so that a second model is not starved by the first one's requests.
 pub(super) enum Waiting {
@@ -51,10 +51,9 @@ impl Thread {
         }
     }
 
-    fn changes_context(&self, context: Option<usize>) -> bool {
-        self.loaded
-            .as_ref()
-            .is_some_and(|loaded| context.is_some_and(|context| loaded.engine.context() != context.min(loaded.info.context_max)))
+    fn changes_context(&self, context: Option<Option<usize>>) -> bool {
+        let Some((loaded, context)) = self.loaded.as_ref().zip(context) else { return false };
+        loaded.engine.context() != context_length(&loaded.info, context)
     }
 
     fn serve_generate(&mut self, job: Generate) {
@@ -100,7 +99,7 @@ impl Thread {
         let now = !self.matches(Some(&job.model));
         self.options.expert_cache = job.expert_cache.unwrap_or(self.options.expert_cache);
         self.options.memory = job.memory.unwrap_or(self.options.memory);
-        self.options.context = job.context.or(self.options.context);
+        self.options.context = job.context.unwrap_or(self.options.context);
         self.standing_keep_alive = job.keep_alive.unwrap_or(self.standing_keep_alive);
         self.keep_alive = self.standing_keep_alive;
         if let Err(error) = self.ensure(&job.model) {

@@ -5,7 +5,7 @@ use flash_proto::v1::Message;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    args::{Generation, Settings},
+    args::{Generation, Settings, ctx},
     reply::message,
 };
 
@@ -72,7 +72,7 @@ pub(super) const PARAMETERS: [&str; 14] = [
     "keep_alive",
 ];
 
-/// Sets one parameter by its name; `default` unsets it. True if it is a setting of the daemon.
+/// Sets one parameter by its name; `default` unsets it. True if it is a setting of the daemon, which is to be told of it.
 pub(super) fn set(generation: &mut Generation, settings: &mut Settings, name: &str, value: &str) -> Result<bool, String> {
     fn to<T: std::str::FromStr>(target: &mut Option<T>, name: &str, value: &str) -> Result<bool, String> {
         *target = match value {
@@ -80,6 +80,10 @@ pub(super) fn set(generation: &mut Generation, settings: &mut Settings, name: &s
             _ => Some(value.parse().map_err(|_| format!("`{value}` is no value for {name}"))?),
         };
         Ok(false)
+    }
+    fn asked(target: &mut Option<String>, value: &str) -> Result<bool, String> {
+        *target = Some(value.into());
+        Ok(true)
     }
     match name.replace('-', "_").as_str() {
         "temperature" => to(&mut generation.temperature, name, value),
@@ -95,10 +99,14 @@ pub(super) fn set(generation: &mut Generation, settings: &mut Settings, name: &s
             generation.stop = if value == "default" { vec![] } else { vec![value.into()] };
             Ok(false)
         }
-        "expert_cache" => to(&mut settings.expert_cache, name, value).map(|_| true),
-        "memory" => to(&mut settings.memory, name, value).map(|_| true),
-        "ctx" => to(&mut settings.ctx, name, value).map(|_| true),
-        "keep_alive" => to(&mut settings.keep_alive, name, value).map(|_| true),
+        // Their `default` is the daemon's business, and unset once it has heard of it.
+        "expert_cache" => asked(&mut settings.expert_cache, value),
+        "memory" => asked(&mut settings.memory, value),
+        "ctx" => {
+            settings.ctx = Some(ctx(value).map_err(|wants| format!("`{value}` is no value for {name}: {wants}"))?);
+            Ok(true)
+        }
+        "keep_alive" => asked(&mut settings.keep_alive, value),
         _ => Err(format!("there is no parameter {name}; /set alone lists them")),
     }
 }

@@ -11,20 +11,12 @@ use flash_proto::v1;
 use super::u32;
 use crate::{
     catalog::Entry,
-    config,
+    config::{self, context_length},
     pressure::{self, Finding, Level},
     service::gap,
     stats::Totals,
     worker::{Model, Phase, Ready, State},
 };
-
-/// A request that asks for nothing in particular gets at most this context.
-const CONTEXT_DEFAULT_MAX: usize = 32 * 1024;
-
-/// What a request on a model gets that is not loaded yet.
-pub(in crate::service) fn context_length(info: &ModelInfo, configured: Option<usize>) -> usize {
-    info.context_max.min(configured.unwrap_or(CONTEXT_DEFAULT_MAX))
-}
 
 pub(in crate::service) fn model(entry: &Entry, default_model: &str, state: &State) -> v1::Model {
     let mut model = match &entry.info {
