@@ -289,6 +289,18 @@ fn spawn(socket: &Path, settings: &[(&str, String)]) -> Result<(Child, PathBuf, 
     Ok((child, log, from))
 }
 
+/// What flashd says of the settings in `file`, else of those that it would start with.
+pub(crate) fn check_config(file: Option<&Path>) -> Result<(), Failure> {
+    let program = program("flashd")?;
+    let output = Command::new(&program).arg("--check-config").args(file).envs(absolute_settings()).stdin(Stdio::null()).output();
+    let output = output.map_err(|error| Failure::new(exit::GENERIC, "config", format!("cannot run {}: {error}", program.display())))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(Failure::new(exit::CONFIG, "config", said.trim().trim_start_matches("flashd: ")))
+}
+
 /// Settings that hold paths, which must mean the same from another working directory.
 fn absolute_settings() -> Vec<(&'static str, OsString)> {
     let whole = |path: PathBuf| absolute(&path).unwrap_or(path);

@@ -24,15 +24,16 @@ struct Args {
     /// Log to $FLASH_HOME/log/flashd.log instead of standard error
     #[arg(long)]
     log_file: bool,
-    /// Say whether the settings in FILE are good (exit 78 if not), and do nothing else
+    /// Say whether the settings in FILE, else those that a start would have, are good (exit 78 if not), and do nothing else
     #[arg(long, value_name = "FILE")]
-    check_config: Option<std::path::PathBuf>,
+    check_config: Option<Option<std::path::PathBuf>>,
 }
 
 fn main() -> ExitCode {
     let Args { config, log_file, check_config } = Args::parse();
     let outcome = match check_config {
-        Some(file) => Config::check(&file, &|name| env::var_os(name)).map(|()| ExitCode::SUCCESS),
+        Some(Some(file)) => Config::check(&file, &|name| env::var_os(name)).map(|()| ExitCode::SUCCESS),
+        Some(None) => Config::resolve(config, &|name| env::var_os(name)).map(|_| ExitCode::SUCCESS),
         None => start(config, log_file),
     };
     match outcome {

@@ -4,7 +4,6 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
 };
 
 use flash_proto::socket;
@@ -94,15 +93,11 @@ fn change(path: &Path, change: impl FnOnce(&mut DocumentMut) -> Result<(), Failu
 fn check(path: &Path, text: &str) -> Result<(), Failure> {
     let draft = Draft(path.with_file_name(format!(".flash.toml.{}.draft", std::process::id())));
     files::write_private(&draft.0, text.as_bytes())?;
-    let flashd = connect::program("flashd")?;
-    let output = Command::new(&flashd).arg("--check-config").arg(&draft.0).stdin(Stdio::null()).output();
-    let output = output.map_err(|error| Failure::new(exit::GENERIC, "config", format!("cannot run {}: {error}", flashd.display())))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&output.stderr).replace(&draft.0.display().to_string(), &path.display().to_string());
-    let said = said.trim().trim_start_matches("flashd: ").to_owned();
-    Err(Failure::new(exit::BAD_DATA, "config", said).hint("nothing was changed; `flashctl config get` lists the settings"))
+    connect::check_config(Some(&draft.0)).map_err(|refused| {
+        let message = refused.message.replace(&draft.0.display().to_string(), &path.display().to_string());
+        let exit = if refused.exit == exit::CONFIG { exit::BAD_DATA } else { refused.exit };
+        Failure { exit, message, ..refused }.hint("nothing was changed; `flashctl config get` lists the settings")
+    })
 }
 
 /// Gone when it is dropped.

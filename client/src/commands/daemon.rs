@@ -32,6 +32,8 @@ pub(crate) async fn run(command: DaemonCommand, global: &Global) -> Result<(), F
             report(global, json!({"status": "stopped", "was_running": was_running}), text)
         }
         DaemonCommand::Restart { grace } => {
+            // Else the good one has gone before the next one refuses to start.
+            connect::check_config(None).map_err(|refused| refused.hint("no daemon was stopped; correct that first, then restart"))?;
             stop(grace, global).await?;
             start(global).await
         }

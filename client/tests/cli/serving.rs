@@ -113,6 +113,17 @@ fn doctor_says_what_is_wrong() {
 }
 
 #[test]
+fn a_restart_that_would_fail_stops_nothing() {
+    let home = Home::new();
+    let _daemon = home.daemon();
+    let flashd = "[ \"$*\" = --check-config ] && echo 'flashd: flash.toml: no such setting: memroy' >&2; exit 78";
+    let flashctl = home.install(&[("flashd", flashd)]);
+    let run = |args: &[&str]| Ran::of(home.command(&flashctl, args).output().expect("flashctl runs"));
+    // A fake daemon that is told to stop goes on: that would exit 75, after a while.
+    run(&["daemon", "restart", "--grace", "0"]).expect(78, "", "error: flash.toml: no such setting: memroy\nhint: no daemon was stopped");
+}
+
+#[test]
 fn settings_are_changed_in_a_file_that_stays_good() {
     let home = Home::new();
     let _daemon = home.daemon();
