@@ -82,6 +82,13 @@ impl Thoughts {
     }
 }
 
+/// A thought that is cut off ends its line, too.
+impl Drop for Thoughts {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
 pub(crate) fn request(model: &str, prompt: Prompt, generation: &Generation) -> GenerateRequest {
     let sampling = Sampling {
         temperature: generation.temperature,

@@ -32,12 +32,29 @@ impl From<RunArgs> for ChatArgs {
 }
 
 pub(crate) async fn run(args: RunArgs, global: &Global) -> Result<(), Failure> {
-    let Some(limit) = args.timeout else { return answer(args, global).await };
-    let late = |_| Failure::new(exit::TIMEOUT, "timeout", format!("no complete answer within {}", render::seconds(limit.as_secs_f64())));
-    tokio::time::timeout(limit, answer(args, global)).await.map_err(late)?
+    let mut reply = Reply::default();
+    let answer = answer(&args, global, &mut reply);
+    let outcome = match args.timeout {
+        None => answer.await,
+        Some(limit) => tokio::time::timeout(limit, answer).await.unwrap_or_else(|_| {
+            let message = format!("no complete answer within {}", render::seconds(limit.as_secs_f64()));
+            Err(Failure::new(exit::TIMEOUT, "timeout", message).hint("a longer --timeout, or fewer tokens with -n"))
+        }),
+    };
+    if let Err(failure) = &outcome {
+        // The partial answer stays; what is said about it begins on a line of its own.
+        if streams(&args, global) && !failure.message.is_empty() && !reply.text.is_empty() && !reply.text.ends_with('\n') {
+            term::note("");
+        }
+    }
+    outcome
 }
 
-async fn answer(args: RunArgs, global: &Global) -> Result<(), Failure> {
+fn streams(args: &RunArgs, global: &Global) -> bool {
+    !args.no_stream && !global.json
+}
+
+async fn answer(args: &RunArgs, global: &Global, reply: &mut Reply) -> Result<(), Failure> {
     let files = args.file.iter().map(|path| read_file(path)).collect::<Result<Vec<_>, _>>()?;
     let stdin = piped_input().await?;
     let prompt = join_prompt(&args.prompt, &files, stdin.as_deref()).ok_or_else(|| {
@@ -57,8 +74,7 @@ async fn answer(args: RunArgs, global: &Global) -> Result<(), Failure> {
     };
     let mut request = reply::request(&load::name_there(&args.model, global), prompt, &args.generation);
     request.format = format;
-    let mut reply = Reply::default();
-    let streaming = !args.no_stream && !global.json;
+    let streaming = streams(args, global);
     let mut thoughts = Thoughts::new(&args.thinking);
     let mut sink = |said: Said<'_>| match said {
         Said::Text(text) if streaming => {
@@ -71,16 +87,9 @@ async fn answer(args: RunArgs, global: &Global) -> Result<(), Failure> {
         }
         _ => Ok(()),
     };
-    let outcome = reply::receive(&daemon, request, global, &mut reply, &mut sink).await;
+    reply::receive(&daemon, request, global, reply, &mut sink).await?;
     thoughts.close();
-    if let Err(failure) = outcome {
-        // The partial answer stays; what is said about it begins on a line of its own.
-        if streaming && !failure.message.is_empty() && !reply.text.is_empty() && !reply.text.ends_with('\n') {
-            term::note("");
-        }
-        return Err(failure);
-    }
-    finish(&args, &reply, &loaded, global)
+    finish(args, reply, &loaded, global)
 }
 
 fn finish(args: &RunArgs, reply: &Reply, loaded: &LoadResponse, global: &Global) -> Result<(), Failure> {

@@ -89,6 +89,8 @@ fn failures_are_told_with_their_code() {
     home.run(&["run", "local", "fail"]).expect(1, "Once", "layer 3 expert 7: read failed");
     home.run(&["run", "local", "-f", "/nonexistent/file"]).expect(66, "", "/nonexistent/file");
     home.run(&["run", "local", "forever", "--timeout", "300ms", "--no-stream"]).expect(124, "", "no complete answer within 0.3 s");
+    let late = home.run(&["run", "local", "forever", "--timeout", "2s"]);
+    assert!(late.stdout.ends_with("tick ") && late.stderr.starts_with("\nerror: no complete answer"), "{}", late.stderr);
     let ran = home.run(&["run", "local", "refuse", "--json"]);
     let error = &ran.json()["error"];
     assert_eq!((error["code"].as_str(), error["hint"].as_str()), (Some("queue_full"), Some("try again in 7 s")));
