@@ -29,7 +29,7 @@ pub(crate) fn model(model: &Model, fits: &str) -> Value {
         "name": model.id, "aliases": model.aliases, "path": model.path, "state": state, "fits": fits,
         "problem": (!model.problem.is_empty()).then_some(&model.problem),
         "arch": model.arch, "params": model.params, "active_params": model.active_params, "quantization": model.quantization, "packed": model.packed,
-        "size_bytes": model.size_bytes, "expert_bytes": model.expert_bytes, "trunk_bytes": model.trunk_bytes,
+        "size_bytes": model.size_bytes, "disk_bytes": model.disk_bytes, "expert_bytes": model.expert_bytes, "trunk_bytes": model.trunk_bytes,
         "context_length": model.context_length, "context_max": model.context_max, "layers": model.layers, "experts": model.experts,
         "top_k": model.top_k, "vocab_size": model.vocab_size, "modified": model.modified, "tools": model.tools, "reasoning": model.reasoning,
     })

@@ -13,7 +13,7 @@ use std::{
 use flash_engine::{ModelInfo, Text, hub};
 use tokio::{sync::Semaphore, task::spawn_blocking};
 
-use crate::{Error, worker::Model};
+use crate::{Error, folders, worker::Model};
 
 /// How long a listing is believed; a stale one is still answered while the next is made.
 const LISTING_TTL: Duration = Duration::from_secs(5);
@@ -48,6 +48,8 @@ pub(crate) struct Entry {
     pub(crate) model: Model,
     pub(crate) modified: std::time::SystemTime,
     pub(crate) info: Result<ModelInfo, String>,
+    /// Of its whole folder.
+    pub(crate) disk_bytes: u64,
 }
 
 impl Catalog {
@@ -222,7 +224,8 @@ impl Catalog {
 
 fn entry(found: hub::Installed) -> Entry {
     let model = Model { id: found.id, path: found.path };
-    Entry { model, modified: found.modified, info: found.info.map_err(|error| error.to_string()) }
+    let disk_bytes = folders::bytes(&model.path);
+    Entry { model, modified: found.modified, info: found.info.map_err(|error| error.to_string()), disk_bytes }
 }
 
 #[cfg(test)]
@@ -251,11 +254,9 @@ mod tests {
             tools: false,
             thinks: false,
         };
-        let entry = |id: &&str| match id.strip_prefix('!') {
-            Some(id) => {
-                Entry { model: Model { id: id.into(), path: id.into() }, modified: SystemTime::UNIX_EPOCH, info: Err("bad".into()) }
-            }
-            None => Entry { model: Model { id: (*id).into(), path: (*id).into() }, modified: SystemTime::UNIX_EPOCH, info: Ok(info(id)) },
+        let entry = |id: &&str| {
+            let (id, info) = id.strip_prefix('!').map_or_else(|| (*id, Ok(info(id))), |id| (id, Err("bad".into())));
+            Entry { model: Model { id: id.into(), path: id.into() }, modified: SystemTime::UNIX_EPOCH, info, disk_bytes: 1 }
         };
         ids.iter().map(entry).collect()
     }

@@ -70,6 +70,11 @@ fn files(folder: &Path) -> io::Result<Vec<(PathBuf, u64)>> {
     Ok(files)
 }
 
+/// What the files in a folder have together.
+pub(crate) fn bytes(folder: &Path) -> u64 {
+    files(folder).map_or(0, |files| files.iter().map(|(_, bytes)| bytes).sum())
+}
+
 /// Deletes a model's folder if it lies in one of `roots`; says how many bytes its files had.
 pub(crate) fn remove(folder: &Path, roots: &[PathBuf]) -> Result<u64, Error> {
     let inside = |root: &PathBuf| root.canonicalize().is_ok_and(|root| folder != root && folder.starts_with(root));
@@ -77,7 +82,7 @@ pub(crate) fn remove(folder: &Path, roots: &[PathBuf]) -> Result<u64, Error> {
         let reason = format!("{} is in no folder of flashd's own; delete it with the program that made it, or by hand", folder.display());
         return Err(Error::Value { param: "model", reason });
     }
-    let bytes = files(folder).map_or(0, |files| files.iter().map(|(_, bytes)| bytes).sum());
+    let bytes = bytes(folder);
     let failed = |source| Error::Create { what: "delete", path: folder.into(), source };
     // At once for everybody who looks, however long the rest takes.
     let hidden = folder.with_file_name(format!(".{}.{}", folder.file_name().unwrap_or_default().to_string_lossy(), std::process::id()));

@@ -68,6 +68,9 @@ fn a_packed_model_says_the_same_and_a_damaged_one_nothing() -> Result<()> {
     assert_eq!(tell(&home, "pip")?.stdout, expected.stdout);
     assert_eq!(json(&home.ctl(&["ps", "--json"])?)?["models"][0]["packed"], true);
     assert!(home.ctl(&["models"])?.stdout.contains("packed"));
+    let disk_bytes = json(&home.ctl(&["show", "pip", "--json"])?)?["disk_bytes"].as_u64();
+    let files = fs::read_dir(&folder)?.map(|entry| Ok(entry?.metadata()?.len())).sum::<std::io::Result<u64>>()?;
+    assert_eq!(disk_bytes, Some(files), "the store and the checkpoint beside it");
     let verified = home.ctl(&["verify", "pip", "--json", "-q"])?;
     check(&verified, 0, &[]);
     assert_eq!((&json(&verified)?["records"], &json(&verified)?["ok"]), (&512.into(), &true.into()));

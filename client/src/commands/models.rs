@@ -51,7 +51,7 @@ fn row(model: &Model, room: Option<u64>, now: u64) -> [String; 8] {
         model.arch.clone(),
         format!("{} ({})", render::count(model.params), render::count(model.active_params)),
         if model.packed { format!("{} · packed", model.quantization) } else { model.quantization.clone() },
-        render::bytes(model.size_bytes),
+        render::bytes(model.disk_bytes),
         model.context_length.to_string(),
         fits(model, room).into(),
         render::ago(model.modified, now),

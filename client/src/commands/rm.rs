@@ -23,7 +23,7 @@ pub(crate) async fn run(args: RmArgs, global: &Global) -> Result<(), Failure> {
         let failure = Failure::new(exit::GENERIC, "model_not_found", format!("no model is named exactly `{}`", args.model));
         return Err(failure.hint(format!("installed: {}", if names.is_empty() { "none".into() } else { names.join(", ") })));
     };
-    let what = format!("{} ({}, {})", model.id, render::bytes(model.size_bytes), model.path);
+    let what = format!("{} ({}, {})", model.id, render::bytes(model.disk_bytes), model.path);
     if !args.yes && !agreed(&what).await? {
         term::note("nothing was deleted");
         return Err(Failure::silent(exit::GENERIC));

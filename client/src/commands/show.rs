@@ -84,7 +84,7 @@ fn text(shown: &ShowResponse, room: Option<u64>) -> String {
         ("architecture", model.arch.clone()),
         ("parameters", format!("{}, {} for a token", render::count(model.params), render::count(model.active_params))),
         ("quantization", format!("{}{packed}", model.quantization)),
-        ("size", format!("{}, {} of it always in memory", render::bytes(model.size_bytes), render::bytes(model.trunk_bytes))),
+        ("size", format!("{} on disk, {} of it always in memory", render::bytes(model.disk_bytes), render::bytes(model.trunk_bytes))),
         ("context", format!("{} tokens, made for {}", model.context_length, model.context_max)),
         (
             "experts",

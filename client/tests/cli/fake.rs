@@ -185,6 +185,7 @@ fn model() -> Model {
         active_params: 6_100_000,
         quantization: "4-bit g64".into(),
         size_bytes: 53_000_000,
+        disk_bytes: 61_000_000,
         context_length: CONTEXT,
         experts: 64,
         reasoning: true,
@@ -266,7 +267,7 @@ impl Models for Script {
     async fn remove(&self, request: Request<RemoveRequest>) -> Answer<RemoveResponse> {
         let path = request.into_inner().model;
         self.seen.removed.lock().expect("no panic").push(path.clone());
-        Ok(Response::new(RemoveResponse { path, bytes: 53_000_000 }))
+        Ok(Response::new(RemoveResponse { path, bytes: 61_000_000 }))
     }
 
     async fn show(&self, request: Request<ShowRequest>) -> Answer<ShowResponse> {

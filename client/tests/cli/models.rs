@@ -20,7 +20,9 @@ fn listings_have_json_and_tables() {
     assert_eq!((&models["models"][0]["name"], &models["models"][1]["fits"]), (&"tiny".into(), &"no".into()));
     let table = home.run(&["ls"]);
     assert!(
-        table.stdout.starts_with("NAME") && table.stdout.contains("broken  cannot be served: model.safetensors is truncated"),
+        table.stdout.starts_with("NAME")
+            && table.stdout.contains("61.0 MB")
+            && table.stdout.contains("broken  cannot be served: model.safetensors is truncated"),
         "{table:?}"
     );
     assert_eq!(home.run(&["ps", "--json"]).json()["models"][0]["state"], "ready");
@@ -145,10 +147,10 @@ fn models_are_copied_and_deleted() {
     let daemon = home.daemon();
     home.run(&["cp", "tiny", "tiny-2"]).expect(0, "copied tiny to /m/experts.flash, 4.0 kB\n", "copying 100%");
     home.run(&["cp", "tiny", "bad/name"]).expect(64, "", "no name for a model");
-    home.run(&["rm", "tiny"]).expect(64, "", "hint: --yes");
+    home.run(&["rm", "tiny"]).expect(64, "", "tiny (61.0 MB, /m/tiny) is not deleted");
     home.run(&["rm", "TINY", "-y"]).expect(1, "", "hint: installed: tiny, broken");
     home.run(&["rm", "local", "--yes"]).expect(1, "", "no model is named exactly `local`");
     assert!(daemon.seen.removed.lock().expect("no panic").is_empty(), "nothing is deleted unasked or by half a name");
-    home.run(&["rm", "tiny", "-y"]).expect(0, "deleted tiny, 53.0 MB\n", "");
+    home.run(&["rm", "tiny", "-y"]).expect(0, "deleted tiny, 61.0 MB\n", "");
     assert_eq!(*daemon.seen.removed.lock().expect("no panic"), ["/m/tiny"]);
 }

@@ -66,7 +66,8 @@ impl v1::models_server::Models for Service {
         let mut models: Vec<_> = entries.iter().map(|entry| convert::model(entry, &default_model, &state)).collect();
         // One that was loaded by its path lies outside of the folders that were searched.
         if let Some((model, ready)) = state.ready().filter(|(model, _)| entries.iter().all(|entry| entry.model.path != model.path)) {
-            models.push(convert::loaded_model(model, &ready.info, &state));
+            let disk_bytes = folders::bytes(&model.path);
+            models.push(v1::Model { disk_bytes, ..convert::loaded_model(model, &ready.info, &state) });
         }
         Ok(Response::new(v1::ListResponse { models, default_model }))
     }
@@ -152,10 +153,11 @@ impl Service {
         let model = daemon.catalog.resolve(&request.model).await?;
         let text = daemon.text(&model).await?;
         let path = model.path.clone();
-        let info = daemon.catalog.encode(move || flash_engine::hub::describe(&path)).await?;
+        let described = daemon.catalog.encode(move || Ok((flash_engine::hub::describe(&path)?, folders::bytes(&path)))).await;
+        let (info, disk_bytes) = described?;
         let entries = daemon.catalog.list().await;
         let listed = entries.iter().find(|entry| entry.model.path == model.path).cloned();
-        let entry = listed.unwrap_or(Entry { modified: std::time::SystemTime::UNIX_EPOCH, info: Ok(info), model });
+        let entry = listed.unwrap_or(Entry { modified: std::time::SystemTime::UNIX_EPOCH, info: Ok(info), model, disk_bytes });
         let default_model = daemon.catalog.default_model(&entries).unwrap_or_default();
         Ok(convert::shown(convert::model(&entry, &default_model, &daemon.worker.state()), &text))
     }

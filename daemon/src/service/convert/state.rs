@@ -28,6 +28,7 @@ pub(in crate::service) fn model(entry: &Entry, default_model: &str, state: &Stat
             ..v1::Model::default()
         },
     };
+    model.disk_bytes = entry.disk_bytes;
     model.modified = entry.modified.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |age| age.as_secs());
     if entry.model.id == default_model {
         model.aliases.push("local".into());
