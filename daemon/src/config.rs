@@ -277,7 +277,6 @@ impl Sources<'_> {
     fn options(&mut self, home: &Path) -> Result<Options, Error> {
         let at_least_1 = |text: &str| text.parse().ok().filter(|number| *number >= 1);
         let threads = |text: &str| parse_context(text).filter(|threads| threads.is_none_or(|threads| threads <= 256));
-        let memory = |text: &str| if text == "auto" { Some(None) } else { parse_bytes(text).ok().map(Some) };
         if self.flags.fast_math {
             self.flags.kernels = Some("fast-math".into());
         }
@@ -289,7 +288,7 @@ impl Sources<'_> {
                 CacheBudget::WANTS,
                 |text| text.parse::<CacheBudget>().ok(),
             )?,
-            memory: self.pick("memory", |raw| raw.memory.as_ref(), "auto", "a size such as 12GiB, or auto", memory)?,
+            memory: self.pick("memory", |raw| raw.memory.as_ref(), "auto", MEMORY_WANTS, parse_memory)?,
             context: self.pick("ctx", |raw| raw.ctx.as_ref(), "auto", CONTEXT_WANTS, parse_context)?,
             parallel: self.pick("parallel", |raw| raw.parallel.as_ref(), "2", "a number of at least 1", at_least_1)?,
             queue: self.pick(
@@ -385,6 +384,16 @@ pub(crate) const CONTEXT_WANTS: &str = "a number of tokens, or auto";
 /// `None` is auto.
 pub(crate) fn parse_context(text: &str) -> Option<Option<usize>> {
     if text == "auto" { Some(None) } else { text.parse().ok().filter(|number| *number >= 1).map(Some) }
+}
+
+/// No model fits in less; a number as small as that is one without its unit.
+const MEMORY_MIN: Bytes = 1 << 20;
+
+pub(crate) const MEMORY_WANTS: &str = "a size such as 12GiB (at least 1MiB; a number without a unit is bytes), or auto";
+
+/// `None` is auto.
+pub(crate) fn parse_memory(text: &str) -> Option<Option<Bytes>> {
+    if text == "auto" { Some(None) } else { parse_bytes(text).ok().filter(|bytes| *bytes >= MEMORY_MIN).map(Some) }
 }
 
 pub(crate) const KEEP_ALIVE_WANTS: &str = "a duration such as 5m, 1h30m or 300 (seconds); -1 = for ever, 0 = unload at once";
@@ -528,6 +537,7 @@ mod tests {
         };
         check(&[("FLASH_EXPERT_CACHE", "120%")], "", "expert_cache = `120%` (from FLASH_EXPERT_CACHE)");
         check(&[("FLASH_CTX", "0")], "", "ctx = `0`");
+        check(&[("FLASH_MEMORY", "12")], "", "memory = `12` (from FLASH_MEMORY) is not a size such as 12GiB (at least 1MiB");
         check(&[("FLASH_QUEUE", "0")], "", "queue = `0`");
         check(&[], "kernels = 'fast'", "flash.toml) is not auto, cpu");
         check(&[], "paralel = 2", "unknown field `paralel`");

@@ -419,6 +419,15 @@ async fn loads_changes_and_unloads() {
     let setting = doctor.settings.iter().find(|setting| setting.name == "expert_cache").expect("the setting");
     assert_eq!((setting.value.as_str(), setting.origin.as_str()), ("2%", "a load request"));
 
+    // A cap that nothing can be loaded with is refused, by a loaded model and by one that is not, and does not stay.
+    for _ in 0..2 {
+        let tight = v1::LoadRequest { memory: Some("2MiB".into()), ..Default::default() };
+        let status = Models::new(daemon.channel.clone()).load(tight).await.expect_err("too little");
+        assert!(status.message().contains("bytes are needed (weights"), "{status:?}");
+        daemon.unload(false).await;
+    }
+    assert!(load(v1::LoadRequest::default()).await.0);
+
     // Unload waits for the running request, force does not.
     let stream = daemon.generate(story(64)).await.expect("accepted").started().await;
     let (unloaded, reply) = tokio::join!(daemon.unload(false), stream.finish());

@@ -163,10 +163,7 @@ impl Engine {
             next_id: 0,
             scratch: Vec::new(),
         };
-        let least = engine.fixed_bytes() + engine.slab.bytes(1);
-        if let Some(cap) = options.memory.filter(|cap| *cap < least) {
-            return Err(Error::Memory { what: "weights, scratch and one expert a layer", needed: least, left: cap });
-        }
+        engine.fits(options.memory)?;
         engine.backend.set_slots(&mut engine.experts, 1)?;
         engine.set_cache(options.expert_cache);
         if let Some(refused) = engine.refused.take() {

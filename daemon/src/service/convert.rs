@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use flash_engine::{CacheBudget, Chat, Done, ExpertsError, Finish, Format, Options, Reply, Request, Sampling, Text, parse_bytes};
+use flash_engine::{CacheBudget, Chat, Done, ExpertsError, Finish, Format, Options, Reply, Request, Sampling, Text};
 use flash_proto::{code, v1};
 use tonic::Status;
 
@@ -21,7 +21,7 @@ pub(super) use self::{
 };
 use crate::{
     Error,
-    config::{CONTEXT_WANTS, Config, KEEP_ALIVE_WANTS, KeepAlive, parse_context, parse_keep_alive},
+    config::{CONTEXT_WANTS, Config, KEEP_ALIVE_WANTS, KeepAlive, MEMORY_WANTS, parse_context, parse_keep_alive, parse_memory},
     worker::Admitted,
 };
 
@@ -275,10 +275,7 @@ pub(super) fn load_settings(request: &v1::LoadRequest, configured: &Config) -> R
         }
     }
     let expert_cache = |text: &str| text.parse().map_err(|error: flash_engine::Error| bad("expert_cache", error.to_string()));
-    let memory = |text: &str| match text {
-        "auto" => Ok(None),
-        text => parse_bytes(text).map(Some).map_err(|error| bad("memory", error.to_string())),
-    };
+    let memory = |text: &str| parse_memory(text).ok_or_else(|| bad("memory", format!("`{text}` is not {MEMORY_WANTS}")));
     let context = |text: &str| parse_context(text).ok_or_else(|| bad("context_length", format!("`{text}` is not {CONTEXT_WANTS}")));
     let Options { expert_cache: cache, memory: cap, context: tokens, .. } = &configured.options;
     Ok(LoadSettings {
@@ -531,6 +528,7 @@ mod tests {
             Ok((Some(CacheBudget::Auto), Some(Some(3 << 30)))),
         );
         check(v1::LoadRequest { expert_cache: text("much"), ..Default::default() }, Err("expert_cache"));
+        check(v1::LoadRequest { memory: text("1"), ..Default::default() }, Err("memory"));
         check(v1::LoadRequest { memory: text("25%"), ..Default::default() }, Err("memory"));
         check(v1::LoadRequest { context_length: text("0"), ..Default::default() }, Err("context_length"));
         check(v1::LoadRequest { keep_alive: text("x"), ..Default::default() }, Err("keep_alive"));

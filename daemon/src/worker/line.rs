@@ -93,6 +93,7 @@ impl Thread {
             return;
         }
         let started = Instant::now();
+        let before = (self.options.clone(), self.standing_keep_alive);
         if self.changes_context(job.context) {
             self.unload();
         }
@@ -102,7 +103,14 @@ impl Thread {
         self.options.context = job.context.unwrap_or(self.options.context);
         self.standing_keep_alive = job.keep_alive.unwrap_or(self.standing_keep_alive);
         self.keep_alive = self.standing_keep_alive;
-        if let Err(error) = self.ensure(&job.model) {
+        let fits = |thread: &Self| match &thread.loaded {
+            Some(loaded) => Ok(loaded.engine.fits(thread.options.memory)?),
+            None => Ok(()),
+        };
+        if let Err(error) = self.ensure(&job.model).and_then(|()| fits(self)) {
+            // What no model can be loaded with would stay in the way of the next one.
+            (self.options, self.standing_keep_alive) = before;
+            self.keep_alive = self.standing_keep_alive;
             return self.refuse(job.reply, error);
         }
         let loaded = self.loaded.as_mut().expect("ensure has loaded a model");

@@ -1,7 +1,7 @@
 //! Whose memory is whose: what is always taken, what running requests take, and what is left for prefixes and the slab.
 
 use super::Engine;
-use crate::{Bytes, kv::BLOCK, schedule::CHUNK_MIN};
+use crate::{Bytes, Error, kv::BLOCK, schedule::CHUNK_MIN};
 
 impl Engine {
     /// Makes idle blocks as many and the slab as large as setting, cap and pressure allow together.
@@ -45,6 +45,15 @@ impl Engine {
     pub(super) fn fixed_bytes(&self) -> Bytes {
         let buffers = self.backend.scratch_bytes() + self.buffer_bytes();
         self.backend.trunk_bytes() + buffers + (self.options.parallel + CHUNK_MIN) as Bytes * self.backend.row_bytes()
+    }
+
+    /// Whether this model can run under such a cap at all.
+    pub fn fits(&self, cap: Option<Bytes>) -> Result<(), Error> {
+        let needed = self.fixed_bytes() + self.slab.bytes(1);
+        match cap.filter(|cap| *cap < needed) {
+            Some(left) => Err(Error::Memory { what: "weights, scratch and one expert a layer", needed, left }),
+            None => Ok(()),
+        }
     }
 
     /// Activations of the chunks that are being read.
