@@ -83,11 +83,11 @@ impl Daemon {
     }
 
     pub(crate) fn log(&self) -> String {
-        match (&self.gateway, log_file::path()) {
-            (Some(url), _) => format!("{} behind {url}", self.version.log_path),
-            (None, Ok(path)) if self.version.log_path.is_empty() => path.display().to_string(),
-            _ => self.version.log_path.clone(),
-        }
+        let log = match self.version.log_path.as_str() {
+            "" => "on standard error, where it was started",
+            path => path,
+        };
+        self.gateway.as_ref().map_or_else(|| log.into(), |url| format!("{log} behind {url}"))
     }
 
     /// Its settings and checks.

@@ -79,6 +79,10 @@ pub struct RawConfig {
     /// text or json
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<Text>,
+    /// Log to $FLASH_HOME/log/flashd.log instead of standard error
+    #[arg(long)]
+    #[serde(skip)]
+    pub log_file: bool,
     /// Which log lines: error, warn, info, debug, or a filter such as flashd=debug (FLASH_LOG)
     #[arg(skip)]
     pub log: Option<Text>,
@@ -147,6 +151,7 @@ pub struct Config {
     /// Read back at a load what was in memory at the last unload.
     pub warm_start: bool,
     pub log_format: LogFormat,
+    pub log_file: bool,
     /// A tracing filter.
     pub log: String,
     pub settings: Vec<Setting>,
@@ -209,10 +214,11 @@ impl Config {
         let log_format = sources.pick("log_format", |raw| raw.log_format.as_ref(), "text", "text or json", log_format)?;
         let filter = |text: &str| tracing_subscriber::EnvFilter::try_new(text).ok().map(|_| text.to_owned());
         let log = sources.pick("log", |raw| raw.log.as_ref(), "info", "a log filter such as info or flashd=debug", filter)?;
-        Ok(Self { home, socket, model_roots, model, options, keep_alive, warm_start, log_format, log, settings: sources.settings })
+        let (log_file, settings) = (sources.flags.log_file, sources.settings);
+        Ok(Self { home, socket, model_roots, model, options, keep_alive, warm_start, log_format, log_file, log, settings })
     }
 
-    /// Where `--log-file` writes.
+    /// Where `--log-file` writes, and a daemon that flashctl or a service manager has started.
     pub fn log_path(&self) -> PathBuf {
         self.home.join("log/flashd.log")
     }

@@ -21,20 +21,17 @@ const LOG_BYTES_MAX: u64 = 16 << 20;
 struct Args {
     #[command(flatten)]
     config: RawConfig,
-    /// Log to $FLASH_HOME/log/flashd.log instead of standard error
-    #[arg(long)]
-    log_file: bool,
     /// Say whether the settings in FILE, else those that a start would have, are good (exit 78 if not), and do nothing else
     #[arg(long, value_name = "FILE")]
     check_config: Option<Option<std::path::PathBuf>>,
 }
 
 fn main() -> ExitCode {
-    let Args { config, log_file, check_config } = Args::parse();
+    let Args { config, check_config } = Args::parse();
     let outcome = match check_config {
         Some(Some(file)) => Config::check(&file, &|name| env::var_os(name)).map(|()| ExitCode::SUCCESS),
         Some(None) => Config::resolve(config, &|name| env::var_os(name)).map(|_| ExitCode::SUCCESS),
-        None => start(config, log_file),
+        None => start(config),
     };
     match outcome {
         Ok(code) => code,
@@ -45,9 +42,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(flags: RawConfig, log_file: bool) -> Result<ExitCode, Error> {
+fn start(flags: RawConfig) -> Result<ExitCode, Error> {
     let config = Config::resolve(flags, &|name| env::var_os(name))?;
-    log_to(&config, log_file)?;
+    log_to(&config)?;
     let (listener, bound) = socket::bind(&config.socket)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(2).build();
     let runtime = runtime.map_err(|source| Error::Thread { name: "tokio", source })?;
@@ -77,11 +74,11 @@ fn start(flags: RawConfig, log_file: bool) -> Result<ExitCode, Error> {
     result
 }
 
-fn log_to(config: &Config, log_file: bool) -> Result<(), Error> {
+fn log_to(config: &Config) -> Result<(), Error> {
     let filter = EnvFilter::new(&config.log);
     // Else it tells of a log that cannot be written, on a full disk or a closed terminal, on standard error, and panics if that is the log.
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).log_internal_errors(false);
-    if !log_file {
+    if !config.log_file {
         let subscriber = subscriber.with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
         match config.log_format {
             LogFormat::Text => subscriber.init(),

@@ -28,7 +28,7 @@ struct Daemon {
     channel: Channel,
     stop: Option<oneshot::Sender<()>>,
     running: JoinHandle<Result<(), Error>>,
-    _home: tempfile::TempDir,
+    home: tempfile::TempDir,
 }
 
 impl Daemon {
@@ -51,7 +51,7 @@ impl Daemon {
             flashd::run(config, listener, async { drop(stopped.await) }).await
         });
         let channel = socket::connect(&path).await.expect("a daemon that listens");
-        Self { channel, stop: Some(stop), running, _home: home }
+        Self { channel, stop: Some(stop), running, home }
     }
 
     async fn generate(&self, request: v1::GenerateRequest) -> Result<Stream, Status> {
@@ -401,6 +401,20 @@ async fn four_replies_to_one_prompt_read_it_once() {
     texts.dedup();
     assert!(texts.len() > 1, "seeds differ: {texts:?}");
     daemon.stop().await;
+}
+
+/// A daemon started by hand told of the log that an earlier one had left.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_its_own_log_is_named() {
+    for log_file in [false, true] {
+        let daemon = Daemon::start(RawConfig { log_file, ..Default::default() }).await;
+        let log = daemon.home.path().join("log/flashd.log");
+        std::fs::create_dir_all(log.parent().expect("a folder")).expect("created");
+        std::fs::write(&log, "of an earlier daemon").expect("written");
+        let version = Admin::new(daemon.channel.clone()).version(v1::VersionRequest {}).await.expect("a version").into_inner();
+        assert_eq!(version.log_path, if log_file { log.display().to_string() } else { String::new() });
+        daemon.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

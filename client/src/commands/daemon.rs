@@ -97,10 +97,14 @@ fn is_zombie(pid: Pid) -> bool {
 }
 
 async fn log_of(global: &Global) -> Result<PathBuf, Failure> {
-    if let Some(daemon) = connect::find(global).await? {
-        return Ok(daemon.log().into());
+    match connect::find(global).await? {
+        Some(daemon) if daemon.version.log_path.is_empty() => {
+            let message = format!("the daemon (pid {}) writes its log {}", daemon.version.pid, daemon.log());
+            Err(Failure::new(exit::NO_INPUT, "no_log", message).hint("`flashctl daemon restart` starts one that writes to a file"))
+        }
+        Some(daemon) => Ok(daemon.version.log_path.into()),
+        None => log_file::path().map_err(|error| Failure::new(exit::CONFIG, "config", error.to_string())),
     }
-    log_file::path().map_err(|error| Failure::new(exit::CONFIG, "config", error.to_string()))
 }
 
 async fn logs(path: &Path, follow: bool, lines: usize) -> Result<(), Failure> {

@@ -216,6 +216,17 @@ fn a_daemon_that_dies_at_its_start_is_quoted() {
 }
 
 #[test]
+fn a_daemon_that_was_started_by_hand_has_no_file_for_its_log() {
+    let home = Home::new();
+    fs::create_dir_all(home.path("home/log")).expect("a folder");
+    fs::write(home.path("home/log/flashd.log"), "of another daemon\n").expect("written");
+    home.run(&["daemon", "logs"]).expect(0, "of another daemon\n", "");
+    let _daemon = home.daemon();
+    home.run(&["daemon", "logs"]).expect(66, "", "writes its log on standard error, where it was started\nhint: `flashctl daemon restart`");
+    assert!(home.run(&["daemon", "status"]).stdout.ends_with("log on standard error, where it was started\n"));
+}
+
+#[test]
 fn another_protocol_is_refused() {
     let home = Home::new();
     let _daemon = Fake::start(&home.path("run/sock"), 99);

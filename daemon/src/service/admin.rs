@@ -1,6 +1,16 @@
 //! Admin: version, stats, doctor, shutdown. Reads what others publish; never waits for the engine.
 
-use std::{fs, os::unix::fs::PermissionsExt, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    fs, io,
+    os::{
+        fd::AsFd,
+        unix::fs::{MetadataExt, PermissionsExt},
+    },
+    path::PathBuf,
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use flash_engine::{
     Measured, StorageReport,
@@ -21,7 +31,7 @@ use super::{Daemon, convert};
 use crate::{
     Error,
     catalog::Entry,
-    config::{Setting, disk_cache_dir},
+    config::{Config, Setting, disk_cache_dir},
     pressure::Finding,
     worker::{BENCH_EVENTS, Bench, ClearCache, Command, State},
 };
@@ -48,7 +58,6 @@ impl v1::admin_server::Admin for Service {
     async fn version(&self, _: Request<v1::VersionRequest>) -> Result<Response<v1::VersionResponse>, Status> {
         let config = &self.daemon.config;
         let state = self.daemon.worker.state();
-        let log_path = config.log_path();
         Ok(Response::new(v1::VersionResponse {
             version: env!("CARGO_PKG_VERSION").into(),
             protocol: PROTOCOL_VERSION,
@@ -56,7 +65,7 @@ impl v1::admin_server::Admin for Service {
             uptime_s: self.daemon.started.elapsed().as_secs_f64(),
             kernels: kernels(&state),
             home: config.home.display().to_string(),
-            log_path: if log_path.exists() { log_path.display().to_string() } else { String::new() },
+            log_path: log_of(config).map(|path| path.display().to_string()).unwrap_or_default(),
         }))
     }
 
@@ -266,6 +275,15 @@ fn storage(id: &str, report: &StorageReport) -> Vec<Finding> {
         findings.push(Finding { name: "packing", ok: true, finding: found, fix });
     }
     findings
+}
+
+/// The file that this daemon's log goes to. One that was started by hand writes to its terminal, whatever another has left there.
+fn log_of(config: &Config) -> Option<PathBuf> {
+    let path = config.log_path();
+    let place = |file: fs::Metadata| (file.dev(), file.ino());
+    let stderr = io::stderr().as_fd().try_clone_to_owned().and_then(|fd| fs::File::from(fd).metadata()).ok();
+    let file = fs::metadata(&path).ok()?;
+    (config.log_file || stderr.is_some_and(|stderr| place(stderr) == place(file))).then_some(path)
 }
 
 /// The configured settings, with what Load calls have changed since.
