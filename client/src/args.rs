@@ -116,7 +116,9 @@ impl Remote {
     /// The global options with where to ask.
     pub(crate) fn aim(&self, global: Global) -> Result<Global, Failure> {
         match self.host.as_deref() {
-            Some(_) if global.socket.is_some() => Err(Failure::new(exit::USAGE, "usage", "--host and --socket are two places")),
+            Some(_) if global.socket.is_some() => {
+                Err(Failure::new(exit::USAGE, "usage", "--host and --socket are two places").hint("leave one of them out"))
+            }
             Some(host) if host.starts_with("unix:") => Ok(Global { socket: Some(host["unix:".len()..].into()), ..global }),
             Some(host) => {
                 let url = Url::read(host, "--host").map_err(|failure| Failure { exit: exit::USAGE, ..failure })?;

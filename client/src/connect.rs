@@ -179,7 +179,13 @@ fn socket_failure(error: &socket::Error) -> Failure {
         socket::Error::NotOurs { .. } => exit::PERMISSION,
         _ => exit::CONFIG,
     };
-    Failure::new(exit, "socket", error.to_string())
+    match error {
+        socket::Error::NotListening { path, source } if exit == exit::PERMISSION => {
+            Failure::new(exit, "socket", format!("cannot reach the daemon's socket {}: {source}", path.display()))
+                .hint("a daemon answers its own user only; --socket or FLASH_SOCKET names another one's place")
+        }
+        _ => Failure::new(exit, "socket", error.to_string()),
+    }
 }
 
 async fn hello(socket: &Path) -> Result<Option<Daemon>, Failure> {

@@ -48,6 +48,21 @@ impl Failure {
         Self { hint: Some(hint.into()), ..self }
     }
 
+    /// With something to do for whoever gave `command`, if nothing was said of that yet.
+    pub(crate) fn or_hint(self, command: &str) -> Self {
+        if self.hint.is_some() || self.message.is_empty() || self.message.contains("flashctl ") {
+            return self;
+        }
+        let hint = match self.exit {
+            exit::USAGE | exit::BAD_DATA => format!("`{}` explains what it takes", format!("flashctl help {command}").trim_end()),
+            exit::NO_INPUT => "check the path, and that you may read it".into(),
+            exit::CANNOT_CREATE => "check that the folder is there, that you may write in it, and that its disk has room".into(),
+            exit::CONFIG => "correct it where it is set: a flag, a FLASH_* variable, or flash.toml".into(),
+            _ => "`flashctl doctor` checks this installation".into(),
+        };
+        self.hint(hint)
+    }
+
     /// A status of the daemon; `doing` completes "the daemon went away while it was …".
     pub(crate) fn from_status(status: &Status, doing: &str, log: &str) -> Self {
         match code::of(status) {
@@ -65,8 +80,8 @@ impl Failure {
 
     /// A request that failed after it was accepted.
     pub(crate) fn from_failed(failed: &flash_proto::v1::Failed, log: &str) -> Self {
-        let failure = Self::new(exit_of(&failed.code), &failed.code, failed.message.clone());
-        failure.hint(hint_of(&failed.code, None, log))
+        let hint = hint_of(&failed.code, None, log);
+        Self { hint, ..Self::new(exit_of(&failed.code), &failed.code, failed.message.clone()) }
     }
 
     fn coded(code: &str, status: &Status, log: &str) -> Self {
@@ -78,7 +93,7 @@ impl Failure {
         if failure.message.contains("flashctl ") {
             return failure;
         }
-        failure.hint(hint_of(code, code::retry_after(status), log))
+        Self { hint: hint_of(code, code::retry_after(status), log), ..failure }
     }
 
     fn uncoded(status: &Status, log: &str) -> Self {
@@ -105,6 +120,7 @@ pub(crate) fn is_disconnect(status: &Status) -> bool {
 fn exit_of(code: &str) -> u8 {
     match code {
         code::INVALID_VALUE => exit::BAD_DATA,
+        code::FIM_NOT_SUPPORTED | code::SCHEMA_NOT_SUPPORTED => exit::USAGE,
         // The gateway's own, of the way to a daemon on another machine.
         "daemon_unavailable" => exit::UNAVAILABLE,
         "invalid_api_key" | "host_not_allowed" => exit::PERMISSION,
@@ -114,12 +130,15 @@ fn exit_of(code: &str) -> u8 {
     }
 }
 
-fn hint_of(code: &str, retry_after: Option<u64>, log: &str) -> String {
-    match (code, retry_after) {
+fn hint_of(code: &str, retry_after: Option<u64>, log: &str) -> Option<String> {
+    let hint = match (code, retry_after) {
+        // What it takes is in the help of the command, which is not known here.
+        (code::INVALID_VALUE, _) => return None,
         (code::MODEL_NOT_FOUND, _) => "`flashctl models` lists what is installed; a path to a checkpoint is accepted too".into(),
         (code::MODEL_INVALID, _) => "`flashctl models` shows what is wrong with the checkpoint".into(),
         (code::CONTEXT_LENGTH, _) => "shorten the prompt, or raise --ctx if the model allows it".into(),
-        (code::INVALID_VALUE, _) => "`flashctl help run` explains the flags".into(),
+        (code::FIM_NOT_SUPPORTED, _) => "leave out --suffix; `flashctl show MODEL` says of a model that can: filling gaps".into(),
+        (code::SCHEMA_NOT_SUPPORTED, _) => "correct the schema, or ask for any object with --format json".into(),
         (code::INSUFFICIENT_MEMORY, _) => "raise --memory, or lower --ctx or --expert-cache".into(),
         (code::QUEUE_FULL | code::MODEL_LOADING, Some(seconds)) => format!("try again in {seconds} s"),
         (code::QUEUE_FULL | code::MODEL_LOADING, None) => "try again in a moment".into(),
@@ -129,7 +148,8 @@ fn hint_of(code: &str, retry_after: Option<u64>, log: &str) -> String {
         ("host_not_allowed", _) => "the gateway there wants to be told by what name others call it: --allowed-host NAME".into(),
         (code::DRAINING, _) => "the daemon is shutting down; the next command starts it again".into(),
         _ => format!("the daemon's log may say more: {log}"),
-    }
+    };
+    Some(hint)
 }
 
 #[cfg(test)]
@@ -145,6 +165,8 @@ mod tests {
         check(code::status(code::MODEL_NOT_FOUND, "no"), 1, "model_not_found");
         check(code::status(code::CONTEXT_LENGTH, "no"), 1, "context_length_exceeded");
         check(code::status(code::INVALID_VALUE, "no"), 64, "invalid_value");
+        check(code::status(code::FIM_NOT_SUPPORTED, "no"), 2, "fim_not_supported");
+        check(code::status(code::SCHEMA_NOT_SUPPORTED, "no"), 2, "schema_not_supported");
         check(code::status(code::QUEUE_FULL, "no"), 75, "queue_full");
         check(code::status(code::DRAINING, "no"), 75, "draining");
         check(code::status(code::ENGINE, "no"), 1, "engine_error");
@@ -160,6 +182,10 @@ mod tests {
     fn what_to_do_is_said_once() {
         let busy = |message: &str| Failure::from_status(&code::status(code::BUSY, message), "", "").hint;
         assert_eq!(busy("m is loaded; unload it first: flashctl stop m"), None);
+        assert_eq!(Failure::new(1, "", "try flashctl stop m").or_hint("rm").hint, None);
+        assert_eq!(Failure::silent(1).or_hint("rm").hint, None);
+        let help = Some("`flashctl help bench synth` explains what it takes");
+        assert_eq!(Failure::new(64, "", "no").or_hint("bench synth").hint.as_deref(), help);
         assert!(busy("m is being packed").is_some_and(|hint| hint.contains("flashctl ps")));
     }
 

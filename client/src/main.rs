@@ -17,7 +17,7 @@ mod url;
 
 use std::{env, process::ExitCode};
 
-use clap::{Parser, error::ErrorKind};
+use clap::{CommandFactory, FromArgMatches, error::ErrorKind};
 
 use crate::{
     args::{Cli, Global},
@@ -33,10 +33,10 @@ fn main() -> ExitCode {
         }
     };
     let code = runtime.block_on(async {
-        match Cli::try_parse() {
-            Ok(cli) => {
+        match parse() {
+            Ok((cli, command)) => {
                 let json = cli.global.json;
-                commands::dispatch(cli).await.map_or_else(|failure| show(&failure, json), |()| 0)
+                commands::dispatch(cli).await.map_or_else(|failure| show(&failure.or_hint(&command), json), |()| 0)
             }
             Err(error) => refuse(&error).await,
         }
@@ -44,6 +44,19 @@ fn main() -> ExitCode {
     // A thread may still sit in a read of standard input.
     runtime.shutdown_background();
     ExitCode::from(code)
+}
+
+/// With the command's name, as `help` takes it.
+fn parse() -> Result<(Cli, String), clap::Error> {
+    let matches = Cli::command().try_get_matches()?;
+    let mut command = Vec::new();
+    let mut at = &matches;
+    while let Some((name, below)) = at.subcommand() {
+        command.push(name);
+        at = below;
+    }
+    let cli = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut Cli::command()))?;
+    Ok((cli, command.join(" ")))
 }
 
 fn show(failure: &Failure, json: bool) -> u8 {
@@ -65,14 +78,15 @@ fn show(failure: &Failure, json: bool) -> u8 {
 
 /// clap's own words, for help and for mistakes; `run` without a model also says which there are.
 async fn refuse(error: &clap::Error) -> u8 {
+    let first = env::args().skip(1).find(|arg| !arg.starts_with('-'));
     if error.use_stderr() && env::args().any(|arg| arg == "--json") {
         let text = error.to_string();
         let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
-        return show(&Failure::new(exit::USAGE, "usage", message), true);
+        let command = first.filter(|first| Cli::command().find_subcommand(first).is_some()).unwrap_or_default();
+        return show(&Failure::new(exit::USAGE, "usage", message).or_hint(&command), true);
     }
     // A closed pipe behind `--help | head` is nobody's error.
     let _ = error.print();
-    let first = env::args().skip(1).find(|arg| !arg.starts_with('-'));
     if error.kind() == ErrorKind::InvalidSubcommand && first.as_deref() == Some("pull") {
         term::note("hint: flashctl downloads nothing yet; put a checkpoint's folder into ~/.flashd/models, or run it by its path");
     }

@@ -9,6 +9,7 @@ use flash_proto::v1::{
 };
 use serde_json::{Value, json};
 
+use super::trace;
 use crate::{
     args::{BenchArgs, BenchCommand, Global, SynthArgs},
     connect::connect,
@@ -53,7 +54,7 @@ pub(crate) async fn run(args: BenchArgs, global: &Global) -> Result<(), Failure>
 
 fn request(args: BenchArgs) -> Result<BenchRequest, Failure> {
     let routing = args.routing.map(|routing| match routing.strip_prefix("trace:") {
-        Some(file) => Ok(absolute(file).map_or_else(|_| file.into(), |path| path.display().to_string())),
+        Some(file) => trace::readable(file.into()).map(|path| path.display().to_string()),
         None => Err(Failure::new(exit::USAGE, "usage", format!("--routing takes trace:FILE, not {routing}"))),
     });
     Ok(BenchRequest {

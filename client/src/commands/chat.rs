@@ -248,6 +248,7 @@ impl<'a> Chat<'a> {
                 if failure.exit == exit::UNAVAILABLE {
                     self.daemon = None;
                 }
+                let failure = failure.or_hint("chat");
                 let hint = failure.hint.map(|hint| format!("\nhint: {hint}")).unwrap_or_default();
                 self.tell(&format!("{} {}{hint}", Paint::stderr().bad("error:"), failure.message))
             }

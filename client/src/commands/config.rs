@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use flash_proto::socket;
+use flash_proto::{socket, v1::ShowRequest};
 use serde_json::json;
 use toml_edit::{DocumentMut, Item, Value};
 
@@ -30,15 +30,29 @@ pub(crate) async fn run(command: ConfigCommand, global: &Global) -> Result<(), F
                 document[&name.replace('-', "_")] = Item::Value(read_value(&value));
                 Ok(())
             })?;
+            if name == "model" && value != "auto" && !global.quiet {
+                warn_of_model(&value, global).await;
+            }
             tell(&path, &name, global).await
         }
         ConfigCommand::Unset { name } => {
             change(&path, |document| {
-                let missing = || Failure::new(exit::BAD_DATA, "config", format!("{} does not set {name}", path.display()));
+                let missing = || {
+                    Failure::new(exit::BAD_DATA, "config", format!("{} does not set {name}", path.display()))
+                        .hint("`flashctl config get` says where each setting comes from")
+                };
                 document.remove(&name.replace('-', "_")).map(|_| ()).ok_or_else(missing)
             })?;
             tell(&path, &name, global).await
         }
+    }
+}
+
+/// A model may be named before it is there; a typo would only be told at the next `local`.
+async fn warn_of_model(name: &str, global: &Global) {
+    let Ok(daemon) = connect::connect(global).await else { return };
+    if let Err(status) = daemon.models().show(ShowRequest { model: name.into() }).await {
+        term::note(&format!("warning: {}", status.message()));
     }
 }
 

@@ -139,4 +139,5 @@ async fn piped_input() -> Result<Option<String>, Failure> {
 
 fn not_text(what: &str, error: std::str::Utf8Error) -> Failure {
     Failure::new(exit::BAD_DATA, "not_text", format!("{what} is not UTF-8 text (byte {})", error.valid_up_to()))
+        .hint("convert it first, with iconv -t UTF-8")
 }

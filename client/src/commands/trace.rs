@@ -4,7 +4,7 @@
 use std::{
     fs::File,
     io::Write,
-    path::{Path, absolute},
+    path::{Path, PathBuf, absolute},
 };
 
 use flash_proto::v1::{LoadResponse, ReplayRequest, ReplayResponse, Routing, generate_request::Prompt};
@@ -92,10 +92,17 @@ fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
     Failure::new(exit::CANNOT_CREATE, "output", format!("cannot write {}: {error}", path.display()))
 }
 
+/// The whole path of a file that the daemon is to read. It would say the same, but from its own folder and after having been started.
+pub(super) fn readable(path: PathBuf) -> Result<PathBuf, Failure> {
+    let path = absolute(&path).unwrap_or(path);
+    match File::open(&path) {
+        Ok(_) => Ok(path),
+        Err(error) => Err(Failure::new(exit::NO_INPUT, "input", format!("cannot read {}: {error}", path.display()))),
+    }
+}
+
 async fn replay(args: TraceReplayArgs, global: &Global) -> Result<(), Failure> {
-    let path = absolute(&args.file).unwrap_or(args.file);
-    // The daemon would say the same, but from its own folder and after having been started.
-    File::open(&path).map_err(|error| Failure::new(exit::NO_INPUT, "input", format!("cannot read {}: {error}", path.display())))?;
+    let path = readable(args.file)?;
     let daemon = connect(global).await?;
     let mut line = term::StatusLine::new(global.quiet);
     line.show("replaying");

@@ -184,8 +184,32 @@ fn usage_mistakes_exit_2() {
     home.run(&["run", "local", "hi", "--think=hard"]).expect(2, "", "low, medium or high");
     home.run(&["bench", "--repeat", "0"]).expect(2, "", "--repeat");
     home.run(&["load", "--ctx", "0"]).expect(2, "", "a number of tokens, or auto");
+    assert_eq!(told.json()["error"]["hint"], "`flashctl help run` explains what it takes");
     let _daemon = home.daemon();
     home.run(&["run"]).expect(2, "", "hint: installed models: tiny, broken");
+}
+
+#[test]
+fn an_error_says_what_to_do() {
+    let home = Home::new();
+    let _daemon = home.daemon();
+    fs::write(home.path("bytes"), [0xff]).expect("written");
+    let bytes = home.path("bytes").display().to_string();
+    let check = |args: &[&str], code: i32, hint: &str| {
+        home.run(args).expect(code, "", &format!("\nhint: {hint}"));
+    };
+    check(&["cp", "tiny", "bad/name"], 64, "`flashctl help cp` explains");
+    check(&["bench", "synth", "--shape", "huge"], 64, "`flashctl help bench synth` explains");
+    check(&["stats", "--watch", "0"], 2, "`flashctl help stats` explains");
+    check(&["bench", "--routing", "nope"], 2, "`flashctl help bench` explains");
+    check(&["bench", "--routing", "trace:nope"], 66, "check the path");
+    check(&["trace", "replay", "nope"], 66, "check the path");
+    check(&["run", "tiny", "-f", "nope"], 66, "check the path");
+    check(&["run", "tiny", "-f", &bytes], 64, "convert it first");
+    check(&["run", "tiny", "hi", "--host", "h:1", "--socket", "s"], 2, "leave one of them out");
+    check(&["trace", "record", "tiny", "hi", "--out", "nowhere/trace"], 73, "check that the folder is there");
+    check(&["run", "nope", "hi"], 1, "`flashctl models` lists");
+    check(&["ps", "--socket", &format!("/tmp/{}", "x".repeat(120))], 78, "correct it where it is set");
 }
 
 #[test]

@@ -140,6 +140,9 @@ fn settings_are_changed_in_a_file_that_stays_good() {
     run(&["config", "set", "memroy", "1GiB"]).expect(64, "", &format!("{}: no such setting: memroy", file.display()));
     assert_eq!(fs::read_to_string(&file).expect("a file"), "# mine\nctx = 8192\nexpert_cache = \"25%\"\n");
     run(&["config", "unset", "ctx", "-q"]).expect(0, "", "");
+    run(&["config", "set", "model", "nope"]).expect(0, "", "warning: no model named `nope` is installed; available: tiny");
+    run(&["config", "set", "model", "tiny", "-q"]).expect(0, "", "");
+    run(&["config", "unset", "model", "-q"]).expect(0, "", "");
     run(&["config", "unset", "ctx"]).expect(64, "", "does not set ctx");
     fs::write(&file, "ctx = = 1\n").expect("written");
     run(&["config", "set", "ctx", "1"]).expect(78, "", "hint: mend it");
