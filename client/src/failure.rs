@@ -86,7 +86,9 @@ impl Failure {
 
     fn coded(code: &str, status: &Status, log: &str) -> Self {
         let mut failure = Self::new(exit_of(code), code, status.message());
-        if let Some(param) = code::param(status).filter(|param| !failure.message.contains(param)) {
+        // Of the daemon's names for what was given, the one that is not the flag's.
+        let param = code::param(status).map(|param| if param == "response_format" { "--format" } else { param });
+        if let Some(param) = param.filter(|param| !failure.message.contains(param)) {
             failure.message = format!("{param}: {}", failure.message);
         }
         // The daemon has said what to do already.

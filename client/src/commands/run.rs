@@ -115,7 +115,16 @@ fn finish(args: &RunArgs, reply: &Reply, loaded: &LoadResponse, global: &Global)
 
 /// `json`, or a schema that the answer keeps to the letter.
 pub(super) fn format(wanted: &Path) -> Result<Format, Failure> {
-    let kind = if wanted.as_os_str() == "json" { Kind::JsonObject(true) } else { Kind::JsonSchema(read_file(wanted)?) };
+    let kind = if wanted.as_os_str() == "json" {
+        Kind::JsonObject(true)
+    } else {
+        let schema = read_file(wanted)?;
+        serde_json::from_str::<serde::de::IgnoredAny>(&schema).map_err(|error| {
+            let message = format!("{} is no JSON schema: {error}", wanted.display());
+            Failure::new(exit::USAGE, "usage", message).hint("correct the file, or ask for any object with --format json")
+        })?;
+        Kind::JsonSchema(schema)
+    };
     Ok(Format { kind: Some(kind), strict: true })
 }
 

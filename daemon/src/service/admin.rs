@@ -15,7 +15,7 @@ use std::{
 use flash_engine::{
     Measured, StorageReport,
     bench::BenchEvent,
-    replay::{self, ReplayPolicy},
+    replay::{self, ReplayPolicy, Trace},
 };
 use flash_proto::{PROTOCOL_VERSION, v1};
 use rustix::process::{Resource, getrlimit};
@@ -148,7 +148,7 @@ impl Service {
             "" => None,
             path => {
                 let path = convert::absolute("routing", path)?;
-                Some(blocking(move || Ok(flash_engine::read_trace(&path)?)).await?)
+                Some(read_trace("routing", path).await?)
             }
         };
         let options = convert::bench(request, routing.as_ref())?;
@@ -162,7 +162,7 @@ impl Service {
     /// One row after the other on a blocking thread, so that a caller who leaves is not computed for.
     async fn replay(&self, request: v1::ReplayRequest) -> Result<v1::ReplayResponse, Error> {
         let path = convert::absolute("path", &request.path)?;
-        let trace = Arc::new(blocking(move || Ok(flash_engine::read_trace(&path)?)).await?);
+        let trace = Arc::new(read_trace("path", path).await?);
         let mut response = convert::replayed(&trace);
         let (policies, slots) = (convert::replay_policies(&request.policies)?, convert::replay_slots(&request.slots, trace.experts)?);
         for slots in slots {
@@ -182,6 +182,11 @@ impl Service {
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
     spawn_blocking(work).await.unwrap_or_else(|error| Err(Error::Panicked(error.to_string())))
+}
+
+/// What is wrong with a trace is not the model's fault.
+async fn read_trace(param: &'static str, path: PathBuf) -> Result<Trace, Error> {
+    blocking(move || flash_engine::read_trace(&path).map_err(|error| Error::Value { param, reason: error.to_string() })).await
 }
 
 /// Names what is in a benchmark's way.
