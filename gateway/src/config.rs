@@ -1,7 +1,7 @@
 //! Command line and environment → [`Config`], resolved and checked once. The gateway has no configuration file.
 //! Called by `main.rs`; tests build a [`Config`] themselves.
 
-use std::{io, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{fs, io, net::SocketAddr, path::PathBuf, time::Duration};
 
 use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
@@ -71,8 +71,8 @@ pub enum Error {
     EmptyKey,
     #[error("cannot resolve --host {host}: {source}")]
     Host { host: String, source: io::Error },
-    #[error("{address} is in use by another program; choose another --port, or 0 for a free one")]
-    Busy { address: SocketAddr },
+    #[error("{address} is in use by {holder}; end that, or choose another --port (0 takes a free one)")]
+    Busy { address: SocketAddr, holder: String },
     #[error("cannot listen on {address}: {source}")]
     Listen { address: SocketAddr, source: io::Error },
     #[error(transparent)]
@@ -178,10 +178,33 @@ impl Args {
             return Err(Error::NoKey { address });
         }
         TcpListener::bind(address).await.map_err(|source| match source.kind() {
-            io::ErrorKind::AddrInUse => Error::Busy { address },
+            io::ErrorKind::AddrInUse => {
+                let holder = holder(address.port()).unwrap_or_else(|| "another program".into());
+                Error::Busy { address, holder }
+            }
             _ => Error::Listen { address, source },
         })
     }
+}
+
+/// Who listens on a port, where /proc tells: of one's own processes.
+fn holder(port: u16) -> Option<String> {
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|table| fs::read_to_string(table).unwrap_or_default()).concat();
+    let (port, listening) = (format!(":{port:04X}"), "0A");
+    let sockets: Vec<PathBuf> = tables
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .filter(|fields| fields.len() > 9 && fields[1].ends_with(&port) && fields[3] == listening)
+        .map(|fields| format!("socket:[{}]", fields[9]).into())
+        .collect();
+    fs::read_dir("/proc").ok()?.flatten().find_map(|process| {
+        // Not `self`, which is the one that asks.
+        let pid: u32 = process.file_name().to_str()?.parse().ok()?;
+        let mut files = fs::read_dir(process.path().join("fd")).ok()?.flatten();
+        files.find(|file| fs::read_link(file.path()).is_ok_and(|target| sockets.contains(&target)))?;
+        let name = fs::read_to_string(process.path().join("comm")).ok()?;
+        Some(format!("{} (pid {pid})", name.trim_end()))
+    })
 }
 
 #[cfg(test)]
@@ -218,6 +241,8 @@ mod tests {
         let error = args(&format!("--port {}", address.port())).listen().await.expect_err("it is taken");
         assert_eq!(error.exit_code(), 75);
         assert!(error.to_string().contains(&address.to_string()), "{error}");
+        let holder = format!("(pid {}); end that, or choose another --port", std::process::id());
+        assert!(error.to_string().contains(&holder) || !cfg!(target_os = "linux"), "{error}");
     }
 
     #[test]
