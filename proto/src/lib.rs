@@ -6,7 +6,7 @@ pub mod heap;
 pub mod socket;
 
 /// Raised whenever an old peer could misread a new one; the two sides compare it before anything else.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Generated from the .proto files.
 #[allow(missing_debug_implementations, unreachable_pub, clippy::all, reason = "generated code")]

@@ -8,7 +8,8 @@
 
 use std::{arch::x86_64::*, ops::Range};
 
-use super::{Bf16, Coming, F16, F32, FIXED_MAX, Isa, Param, avx512, avx512attend, by_kind, fixed_point};
+use super::avx512narrow::product as narrow;
+use super::{Bf16, Coming, F16, F32, FIXED_MAX, Isa, avx512, avx512attend, avx512narrow, by_kind, fixed_point};
 use crate::matrix::{Acts, Fixed, FixedRow, Float, Matrix};
 
 pub(super) const ISA: Isa = Isa {
@@ -35,322 +36,241 @@ pub(super) const FAST_MATH: Isa = Isa {
     ..ISA
 };
 
-/// Rows of a tile. So many vectors of dots are added up across lanes together, and their scales are one vector then: a row of few columns
-/// would spend more on that alone than on its dots.
-const ROWS: usize = 8;
-/// Tokens of a tile at most.
+/// Tokens of a tile, of two rows. Up to four tokens take four rows: their sums fill the registers, and scales wait in the first cache.
 const TOKENS: usize = 6;
-/// Groups whose scales and biases a tile loads together; a block of codes never straddles two such chunks.
-const CHUNK: usize = 8;
+/// Results of a tile.
+const RESULTS: usize = 16;
 
 fn rows<const EXACT: bool>(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: &mut [f32]) {
     let Some(kind) = fixed_point(w, &range, x, tokens, out) else { return (avx512::ISA.rows)(w, range, x, tokens, out) };
     // SAFETY: the features were detected (see ISA) and every access of the tiles lies inside what `fixed_point` asserted.
-    unsafe { by_kind!(kind, product, (w, range, x, tokens, out), EXACT) }
+    unsafe {
+        if w.cols <= avx512narrow::GROUPS * x.group {
+            by_kind!(kind, narrow, (w, range, x, tokens, out), EXACT)
+        } else {
+            by_kind!(kind, product, (w, range, x, tokens, out), EXACT)
+        }
+    }
 }
 
-/// Scales or biases of [`ROWS`] rows and up to [`CHUNK`] groups.
-trait Sides: Param {
-    type Loaded: Copy;
-
-    /// Of `rows` rows, `stride` numbers apart, the first `groups` numbers each; others are zero.
-    ///
+/// Sixteen scales or biases as floats.
+trait Wide {
     /// # Safety
-    /// They must be readable.
-    unsafe fn load(from: *const u8, stride: usize, rows: usize, groups: usize) -> Self::Loaded;
-
-    /// Lane i has row × [`CHUNK`] + group of the i-th of the sixteen words of `at`.
-    fn pick(of: Self::Loaded, at: __m512i) -> __m512;
+    /// As many numbers as `mask` has bits must be readable from the `at`-th on.
+    unsafe fn wide(from: *const u8, at: usize, mask: __mmask16) -> __m512;
 }
 
-impl Sides for F32 {
-    type Loaded = [[f32; CHUNK]; ROWS];
-
+impl Wide for F32 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    unsafe fn load(from: *const u8, stride: usize, rows: usize, groups: usize) -> Self::Loaded {
-        let mut loaded = [[0.0; CHUNK]; ROWS];
-        for (r, row) in loaded[..rows].iter_mut().enumerate() {
-            for (g, number) in row[..groups].iter_mut().enumerate() {
-                // SAFETY: the caller's promise.
-                *number = unsafe { Self::get(from, r * stride + g) };
-            }
-        }
-        loaded
-    }
-
-    #[inline(always)]
-    fn pick(of: Self::Loaded, at: __m512i) -> __m512 {
-        // SAFETY: for the features see ISA; indices are below ROWS × CHUNK.
-        unsafe { _mm512_i32gather_ps::<4>(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(at)), of.as_ptr().cast()) }
-    }
-}
-
-/// 16-bit numbers, four rows a vector.
-///
-/// # Safety
-/// As for [`Sides::load`].
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn words(from: *const u8, stride: usize, rows: usize, groups: usize) -> [__m512i; 2] {
-    let mut of_row = [_mm_setzero_si128(); ROWS];
-    for (r, of_row) in of_row[..rows].iter_mut().enumerate() {
+    unsafe fn wide(from: *const u8, at: usize, mask: __mmask16) -> __m512 {
         // SAFETY: the caller's promise; masked numbers are not read.
-        *of_row = unsafe { _mm_maskz_loadu_epi16((0xff_u32 >> (CHUNK - groups)) as __mmask8, from.cast::<i16>().add(r * stride)) };
-    }
-    let [a, b, c, d, e, f, g, h] = of_row;
-    let four = |a, b, c, d| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm256_set_m128i(b, a)), _mm256_set_m128i(d, c));
-    [four(a, b, c, d), four(e, f, g, h)]
-}
-
-impl Sides for F16 {
-    type Loaded = [__m512i; 2];
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    unsafe fn load(from: *const u8, stride: usize, rows: usize, groups: usize) -> Self::Loaded {
-        // SAFETY: the caller's promise.
-        unsafe { words(from, stride, rows, groups) }
-    }
-
-    #[inline(always)]
-    fn pick([a, b]: Self::Loaded, at: __m512i) -> __m512 {
-        // SAFETY: for the features see ISA.
-        unsafe { _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutex2var_epi16(a, at, b))) }
+        unsafe { _mm512_maskz_loadu_ps(mask, from.cast::<f32>().add(at)) }
     }
 }
 
-impl Sides for Bf16 {
-    type Loaded = [__m512i; 2];
-
+impl Wide for F16 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    unsafe fn load(from: *const u8, stride: usize, rows: usize, groups: usize) -> Self::Loaded {
-        // SAFETY: the caller's promise.
-        unsafe { words(from, stride, rows, groups) }
+    unsafe fn wide(from: *const u8, at: usize, mask: __mmask16) -> __m512 {
+        // SAFETY: as above.
+        _mm512_cvtph_ps(unsafe { _mm256_maskz_loadu_epi16(mask, from.cast::<i16>().add(at)) })
     }
+}
 
-    #[inline(always)]
-    fn pick([a, b]: Self::Loaded, at: __m512i) -> __m512 {
-        // SAFETY: for the features see ISA.
-        unsafe {
-            let words = _mm512_castsi512_si256(_mm512_permutex2var_epi16(a, at, b));
-            _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))
-        }
+impl Wide for Bf16 {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn wide(from: *const u8, at: usize, mask: __mmask16) -> __m512 {
+        // SAFETY: as above.
+        let half = unsafe { _mm256_maskz_loadu_epi16(mask, from.cast::<i16>().add(at)) };
+        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))
+    }
+}
+
+/// Of a matrix's rows and their activations; found once, because a narrow row takes no longer than these divisions.
+#[derive(Clone, Copy)]
+struct Sizes<'a> {
+    group: usize,
+    /// Of a row.
+    groups: usize,
+    /// Bytes of a token's fixed point.
+    stride: usize,
+    coming: Coming<'a>,
+}
+
+impl<'a> Sizes<'a> {
+    fn of<const BITS: usize>(w: &'a Matrix<'a>, x: &Acts<'_>, end: usize) -> Self {
+        let stride = Fixed::row_bytes(w.cols, BITS as u8);
+        Self { group: x.group, groups: w.cols / x.group, stride, coming: Coming::new(w, end) }
     }
 }
 
 /// Token tiles outside, rows inside: a tile's activations stay in the first cache for all rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn product<const EXACT: bool, const BITS: usize, P: Sides>(
+unsafe fn product<const EXACT: bool, const BITS: usize, P: Wide>(
     w: &Matrix<'_>,
     range: Range<usize>,
     x: &Acts<'_>,
     tokens: &[u32],
     out: &mut [f32],
 ) {
-    let coming = Coming::new(w, range.end);
+    let sizes = Sizes::of::<BITS>(w, x, range.end);
     for (index, tile) in tokens.chunks(TOKENS).enumerate() {
         let out = &mut out[index * TOKENS * range.len()..];
         // SAFETY: `rows` checked the lengths.
         unsafe {
             match *tile {
-                [a] => column::<EXACT, BITS, P, 1>(&coming, range.clone(), x, [a], out),
-                [a, b] => column::<EXACT, BITS, P, 2>(&coming, range.clone(), x, [a, b], out),
-                [a, b, c] => column::<EXACT, BITS, P, 3>(&coming, range.clone(), x, [a, b, c], out),
-                [a, b, c, d] => column::<EXACT, BITS, P, 4>(&coming, range.clone(), x, [a, b, c, d], out),
-                [a, b, c, d, e] => column::<EXACT, BITS, P, 5>(&coming, range.clone(), x, [a, b, c, d, e], out),
-                [a, b, c, d, e, f, ..] => column::<EXACT, BITS, P, TOKENS>(&coming, range.clone(), x, [a, b, c, d, e, f], out),
+                [a] => column::<EXACT, BITS, P, 4, 1>(&sizes, range.clone(), x, [a], out),
+                [a, b] => column::<EXACT, BITS, P, 4, 2>(&sizes, range.clone(), x, [a, b], out),
+                [a, b, c] => column::<EXACT, BITS, P, 4, 3>(&sizes, range.clone(), x, [a, b, c], out),
+                [a, b, c, d] => column::<EXACT, BITS, P, 4, 4>(&sizes, range.clone(), x, [a, b, c, d], out),
+                [a, b, c, d, e] => column::<EXACT, BITS, P, 2, 5>(&sizes, range.clone(), x, [a, b, c, d, e], out),
+                [a, b, c, d, e, f, ..] => column::<EXACT, BITS, P, 2, TOKENS>(&sizes, range.clone(), x, [a, b, c, d, e, f], out),
                 [] => {}
             }
         }
     }
 }
 
-/// All rows for one tile of tokens.
+/// All rows for one tile of tokens, R at a time.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn column<const EXACT: bool, const BITS: usize, P: Sides, const T: usize>(
-    coming: &Coming<'_>,
+unsafe fn column<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, const T: usize>(
+    sizes: &Sizes<'_>,
     range: Range<usize>,
     x: &Acts<'_>,
     tokens: [u32; T],
     out: &mut [f32],
 ) {
-    let height = range.len();
-    for row in range.clone().step_by(ROWS) {
+    let (mut row, height) = (range.start, range.len());
+    while row < range.end {
         let out = &mut out[row - range.start..];
         // SAFETY: `rows` checked the lengths.
         unsafe {
-            match (row + ROWS <= range.end, BITS == 4 && x.group == 32) {
-                (true, false) => tile::<EXACT, BITS, P, T, true, 1>(coming, row, x, tokens, out, height),
-                (false, false) => tile::<EXACT, BITS, P, T, false, 1>(coming, row, x, tokens, out, height),
-                (true, true) => tile::<EXACT, BITS, P, T, true, 2>(coming, row, x, tokens, out, height),
-                (false, true) => tile::<EXACT, BITS, P, T, false, 2>(coming, row, x, tokens, out, height),
+            if row + R <= range.end {
+                tile::<EXACT, BITS, P, R, T>(sizes, row, x, tokens, out, height);
+                row += R;
+            } else {
+                tile::<EXACT, BITS, P, 1, T>(sizes, row, x, tokens, out, height);
+                row += 1;
             }
         }
     }
 }
 
-/// ROWS rows, or if not FULL those that are left, × T tokens; out[t × height + r]. Each is summed in one order, whatever T.
+/// R rows × T tokens; out[t × height + r]. Each of them is summed in one order, whatever R and T.
 ///
-/// A block is 64 bytes of codes, 32 / BITS columns of it in each lane of 32 bits. Its dots are added up as integers, to halves of a
-/// block or, where that has four groups, to quarters: V vectors of sixteen sums, each within a group.
+/// A block is 64 bytes of codes, and 32 / BITS columns of it belong to each lane of 32 bits.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn tile<const EXACT: bool, const BITS: usize, P: Sides, const T: usize, const FULL: bool, const V: usize>(
-    coming: &Coming<'_>,
+unsafe fn tile<const EXACT: bool, const BITS: usize, P: Wide, const R: usize, const T: usize>(
+    sizes: &Sizes<'_>,
     row: usize,
     x: &Acts<'_>,
     tokens: [u32; T],
     out: &mut [f32],
     height: usize,
 ) {
-    let Coming { w, bytes, side_bytes, end, .. } = *coming;
-    let rows = if FULL { ROWS } else { end - row };
-    let (group, groups, columns, planes) = (x.group, w.cols / x.group, 512 / BITS, 8 / BITS);
-    let stride = Fixed::row_bytes(w.cols, BITS as u8);
+    let Sizes { group, groups, stride, ref coming } = *sizes;
+    let Coming { w, bytes, .. } = *coming;
+    let columns = 512 / BITS;
+    // Groups of 16 blocks at the most; a group may span two blocks of 8-bit codes.
+    let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    let shift = _mm512_set1_epi32((group * BITS / 32).trailing_zeros() as i32);
     let low_nibbles = _mm512_set1_epi8(15);
-    let of_block = (columns / group).max(1);
-    let (at, spread) = places::<V>(of_block > 1);
     // SAFETY: `rows` checked every length that these pointers are moved within; the last block is masked.
     unsafe {
-        let codes = w.weight.as_ptr().add(row * bytes);
-        let [scales, biases] = [w.scales, w.biases].map(|side| side.as_ptr().add(row * side_bytes));
+        let codes: [*const u8; R] = std::array::from_fn(|r| w.weight.as_ptr().add((row + r) * bytes));
         let xs: [*const i8; T] = std::array::from_fn(|t| x.fixed.bytes.as_ptr().add(tokens[t] as usize * stride));
         let x_scales: [*const f32; T] = std::array::from_fn(|t| x.fixed.scales.as_ptr().add(tokens[t] as usize * groups));
         let sums: [*const f32; T] = std::array::from_fn(|t| x.sums.as_ptr().add(tokens[t] as usize * groups));
-        let mut ahead = coming.codes::<ROWS>(row);
+        let mut ahead = coming.codes::<R>(row);
         if T < TOKENS {
-            coming.sides(row, ROWS);
+            coming.sides(row, R);
         }
-        let mut total = [[_mm512_setzero_ps(); V]; T];
-        for first in (0..groups).step_by(CHUNK) {
-            let here = (groups - first).min(CHUNK);
-            let scales = P::load(scales.add(first * P::BYTES), groups, rows, here);
-            let biases = P::load(biases.add(first * P::BYTES), groups, rows, here);
-            for start in (first * group..(first + here) * group).step_by(columns) {
-                let g = start / group;
-                let mut sides = [[_mm512_setzero_ps(); 2]; V];
-                for v in 0..V {
-                    let at = _mm512_add_epi16(at[v], _mm512_set1_epi16((g - first) as i16));
-                    sides[v] = [P::pick(scales, at), P::pick(biases, at)];
+        let mut total = [[_mm512_setzero_ps(); T]; R];
+        // Sixteen groups at a time, so that their scales are one load.
+        for first in (0..groups).step_by(16) {
+            let here = (groups - first).min(16);
+            let mask = (0xffff_u32 >> (16 - here)) as __mmask16;
+            let mut scales = [[_mm512_setzero_ps(); T]; R];
+            for r in 0..R {
+                let at = (row + r) * groups + first;
+                let (scale, bias) = (P::wide(w.scales.as_ptr(), at, mask), P::wide(w.biases.as_ptr(), at, mask));
+                for t in 0..T {
+                    scales[r][t] = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, x_scales[t].add(first)));
+                    total[r][t] = _mm512_fmadd_ps(bias, _mm512_maskz_loadu_ps(mask, sums[t].add(first)), total[r][t]);
                 }
-                let left = bytes - start * BITS / 8;
-                let mut w_of = [[_mm512_setzero_si512(); 2]; ROWS];
-                for (r, w_of) in w_of.iter_mut().enumerate() {
-                    let from = codes.add(if FULL { r } else { r.min(rows - 1) } * bytes + start * BITS / 8);
+            }
+            let end = (first + here) * group;
+            for start in (first * group..end).step_by(columns) {
+                // Which of the sixteen groups a lane's columns belong to.
+                let lanes =
+                    _mm512_srlv_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(((start - first * group) * BITS / 32) as i32)), shift);
+                let mut w_of = [[_mm512_setzero_si512(); 2]; R];
+                for r in 0..R {
+                    let from = codes[r].add(start * BITS / 8);
                     if T < TOKENS {
                         _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
                         ahead = ahead.wrapping_add(64);
                     }
+                    let left = bytes - start * BITS / 8;
                     let packed =
                         if left >= 64 { _mm512_loadu_si512(from.cast()) } else { _mm512_maskz_loadu_epi8((1u64 << left) - 1, from.cast()) };
-                    *w_of = if BITS == 4 {
+                    w_of[r] = if BITS == 4 {
                         [_mm512_and_si512(packed, low_nibbles), _mm512_and_si512(_mm512_srli_epi16(packed, 4), low_nibbles)]
                     } else {
                         [packed, packed]
                     };
                 }
-                // A bias counts once for a group that is more than half a block.
-                let once = if of_block > 1 {
-                    u16::MAX
-                } else if start % group == 0 {
-                    0x0f0f
-                } else {
-                    0
-                };
                 for t in 0..T {
                     let from: *const __m512i = xs[t].add(start * 2).cast();
-                    let mut dots = [_mm512_setzero_si512(); ROWS];
-                    for plane in 0..if EXACT { 2 * planes } else { planes } {
-                        let x = _mm512_loadu_si512(from.add(plane));
-                        for r in 0..ROWS {
-                            if plane == planes {
-                                dots[r] = _mm512_slli_epi32(dots[r], 8);
+                    for r in 0..R {
+                        let mut dots = _mm512_setzero_si512();
+                        if BITS == 4 {
+                            dots = _mm512_dpbusd_epi32(dots, w_of[r][0], _mm512_loadu_si512(from));
+                            dots = _mm512_dpbusd_epi32(dots, w_of[r][1], _mm512_loadu_si512(from.add(1)));
+                            if EXACT {
+                                dots = _mm512_slli_epi32(dots, 8);
+                                dots = _mm512_dpbusd_epi32(dots, w_of[r][0], _mm512_loadu_si512(from.add(2)));
+                                dots = _mm512_dpbusd_epi32(dots, w_of[r][1], _mm512_loadu_si512(from.add(3)));
                             }
-                            dots[r] = _mm512_dpbusd_epi32(dots[r], w_of[r][plane % planes], x);
+                        } else {
+                            dots = _mm512_dpbusd_epi32(dots, w_of[r][0], _mm512_loadu_si512(from));
+                            if EXACT {
+                                dots = _mm512_slli_epi32(dots, 8);
+                                dots = _mm512_dpbusd_epi32(dots, w_of[r][0], _mm512_loadu_si512(from.add(1)));
+                            }
                         }
-                    }
-                    let dots = added_up::<V>(dots);
-                    let x_scale = of_groups(x_scales[t].add(g), of_block.min(groups - g), spread, u16::MAX);
-                    let sum = of_groups(sums[t].add(g), of_block.min(groups - g), spread, once);
-                    for v in 0..V {
-                        let [scale, bias] = sides[v];
-                        total[t][v] = _mm512_fmadd_ps(_mm512_mul_ps(scale, x_scale), _mm512_cvtepi32_ps(dots[v]), total[t][v]);
-                        total[t][v] = _mm512_fmadd_ps(bias, sum, total[t][v]);
+                        total[r][t] = _mm512_fmadd_ps(_mm512_permutexvar_ps(lanes, scales[r][t]), _mm512_cvtepi32_ps(dots), total[r][t]);
                     }
                 }
             }
         }
+        let mut of = [0.0; RESULTS];
+        for (four, of) in of.as_chunks_mut::<4>().0.iter_mut().enumerate().take((R * T).div_ceil(4)) {
+            let total = std::array::from_fn(|i| {
+                let i = 4 * four + i;
+                if i < R * T { total[i % R][i / R] } else { _mm512_setzero_ps() }
+            });
+            _mm_storeu_ps(of.as_mut_ptr(), added_up(total));
+        }
         for t in 0..T {
-            let of_rows = of_rows::<V>(total[t]);
-            let out = &mut out[t * height..][..rows];
-            if FULL {
-                _mm256_storeu_ps(out.as_mut_ptr(), of_rows);
-            } else {
-                _mm256_mask_storeu_ps(out.as_mut_ptr(), (0xff_u32 >> (ROWS - rows)) as __mmask8, of_rows);
-            }
+            out[t * height..][..R].copy_from_slice(&of[t * R..][..R]);
         }
     }
 }
 
-/// The sixteen sums of each vector of [`added_up`]: row × CHUNK + group of each, and for [`of_groups`] which of a block's groups it is of.
+/// The sum of each vector's lanes, in the order of `_mm512_reduce_add_ps`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn places<const V: usize>(several: bool) -> ([__m512i; V], __m512i) {
-    let group = match (V, several) {
-        (2, _) => _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
-        (_, true) => _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1),
-        (_, false) => _mm512_setzero_si512(),
-    };
-    let row = |low: i32, high: i32| {
-        let rows = _mm512_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
-        let first = _mm512_setr_epi32(low, low, low, low, low, low, low, low, high, high, high, high, high, high, high, high);
-        let at = _mm512_add_epi32(_mm512_slli_epi32(_mm512_add_epi32(rows, first), CHUNK.ilog2()), group);
-        _mm512_castsi256_si512(_mm512_cvtepi32_epi16(at))
-    };
-    let mut at = [row(0, if V == 1 { 4 } else { 0 }); V];
-    if V == 2 {
-        at[V - 1] = row(4, 4);
-    }
-    (at, group)
-}
-
-/// The sums of rows' dots within halves of the vectors, or quarters if V is 2: by quarters of the result rows 0 to 3, left; 0 to 3, right;
-/// 4 to 7, left; 4 to 7, right; or rows 0 to 3 of each quarter, and rows 4 to 7.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn added_up<const V: usize>([a, b, c, d, e, f, g, h]: [__m512i; ROWS]) -> [__m512i; V] {
-    let two = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    let four = |ab, cd| _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    let (low, high) = (four(two(a, b), two(c, d)), four(two(e, f), two(g, h)));
-    if V == 2 {
-        let mut both = [low; V];
-        both[V - 1] = high;
-        return both;
-    }
-    [_mm512_add_epi32(_mm512_shuffle_i32x4::<0x88>(low, high), _mm512_shuffle_i32x4::<0xdd>(low, high)); V]
-}
-
-/// A block's numbers of a token, each where `spread` says, in `lanes`.
-///
-/// # Safety
-/// `count` ≤ 4 of them must be readable.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn of_groups(from: *const f32, count: usize, spread: __m512i, lanes: __mmask16) -> __m512 {
-    // SAFETY: the caller's promise; masked numbers are not read.
-    let all = unsafe { _mm_maskz_loadu_ps((0xf_u32 >> (4 - count)) as __mmask8, from) };
-    _mm512_maskz_permutevar_ps(lanes, _mm512_broadcast_f32x4(all), spread)
-}
-
-/// The rows' results of totals in the order of [`added_up`].
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn of_rows<const V: usize>(total: [__m512; V]) -> __m256 {
-    let pairs = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
-    let halves = if V == 2 { pairs(total[0], total[V - 1]) } else { total[0] };
-    _mm512_castps512_ps256(pairs(halves, halves))
+fn added_up([a, b, c, d]: [__m512; 4]) -> __m128 {
+    let halves = |a, b| _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+    let (ab, cd) = (halves(a, b), halves(c, d));
+    let quarters = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd));
+    let two = _mm512_add_ps(quarters, _mm512_permute_ps::<0x4e>(quarters));
+    let one = _mm512_add_ps(two, _mm512_movehdup_ps(two));
+    _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, one))
 }
 
 /// One row; if it need not be exact, the low bytes are never read. For 4-bit codes a block of 128 columns is [high, low][even, odd columns][64], as their nibbles lie; for 8 bits a block

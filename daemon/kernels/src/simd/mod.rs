@@ -29,6 +29,8 @@ mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512attend;
 #[cfg(target_arch = "x86_64")]
+mod avx512narrow;
+#[cfg(target_arch = "x86_64")]
 mod avx512vnni;
 #[cfg(target_arch = "aarch64")]
 mod neon;
