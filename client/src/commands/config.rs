@@ -48,9 +48,9 @@ pub(crate) async fn run(command: ConfigCommand, global: &Global) -> Result<(), F
     }
 }
 
-/// A model may be named before it is there; a typo would only be told at the next `local`.
+/// A model may be named before it is there; a typo would only be told at the next `local`. No daemon is started for this.
 async fn warn_of_model(name: &str, global: &Global) {
-    let Ok(daemon) = connect::connect(global).await else { return };
+    let Ok(Some(daemon)) = connect::find(global).await else { return };
     if let Err(status) = daemon.models().show(ShowRequest { model: name.into() }).await {
         term::note(&format!("warning: {}", status.message()));
     }

@@ -259,7 +259,8 @@ fn another_protocol_is_refused() {
     let ran = home.run(&["models"]);
     ran.expect(69, "", "hint: `flashctl daemon restart`");
     assert!(
-        ran.stderr.contains("speaks protocol 1, the daemon (flashd 9.9.9, pid") && ran.stderr.contains("speaks protocol 99"),
+        ran.stderr.contains(&format!("speaks protocol {}, the daemon (flashd 9.9.9, pid", flash_proto::PROTOCOL_VERSION))
+            && ran.stderr.contains("speaks protocol 99"),
         "{ran:?}"
     );
     assert!(home.run(&["version"]).stdout.contains("flashd 9.9.9 (protocol 99"));

@@ -105,6 +105,9 @@ impl Sides for Bf16 {
 }
 
 /// Token tiles outside, rows inside: a tile's activations stay in the first cache for all rows.
+///
+/// # Safety
+/// `fixed_point` checked the lengths, a row has at most [`GROUPS`] groups, and the CPU has the features.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) unsafe fn product<const EXACT: bool, const BITS: usize, P: Sides>(
     w: &Matrix<'_>,
