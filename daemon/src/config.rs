@@ -282,7 +282,7 @@ impl Sources<'_> {
 
     fn options(&mut self, home: &Path) -> Result<Options, Error> {
         let at_least_1 = |text: &str| text.parse().ok().filter(|number| *number >= 1);
-        let threads = |text: &str| parse_context(text).filter(|threads| threads.is_none_or(|threads| threads <= 256));
+        let threads = |text: &str| parse_count(text).filter(|threads| threads.is_none_or(|threads| threads <= 256));
         if self.flags.fast_math {
             self.flags.kernels = Some("fast-math".into());
         }
@@ -295,7 +295,7 @@ impl Sources<'_> {
                 |text| text.parse::<CacheBudget>().ok(),
             )?,
             memory: self.pick("memory", |raw| raw.memory.as_ref(), "auto", MEMORY_WANTS, parse_memory)?,
-            context: self.pick("ctx", |raw| raw.ctx.as_ref(), "auto", CONTEXT_WANTS, parse_context)?,
+            context: self.pick("ctx", |raw| raw.ctx.as_ref(), "auto", CONTEXT_WANTS, parse_count)?,
             parallel: self.pick("parallel", |raw| raw.parallel.as_ref(), "2", "a number of at least 1", at_least_1)?,
             queue: self.pick(
                 "queue",
@@ -387,8 +387,8 @@ pub(crate) fn context_length(info: &ModelInfo, configured: Option<usize>) -> usi
 
 pub(crate) const CONTEXT_WANTS: &str = "a number of tokens, or auto";
 
-/// `None` is auto.
-pub(crate) fn parse_context(text: &str) -> Option<Option<usize>> {
+/// At least 1; `None` is auto.
+pub(crate) fn parse_count(text: &str) -> Option<Option<usize>> {
     if text == "auto" { Some(None) } else { text.parse().ok().filter(|number| *number >= 1).map(Some) }
 }
 

@@ -58,7 +58,7 @@ fn described(model: &v1::Model) -> Value {
         "type": "llm", "publisher": publisher(model), "key": model.id,
         "display_name": model.id.rsplit('/').next().unwrap_or(&model.id), "architecture": model.arch,
         "quantization": {"name": model.quantization, "bits_per_weight": digits.parse::<u32>().ok()},
-        "size_bytes": model.size_bytes, "params_string": parameters(model.params),
+        "size_bytes": model.disk_bytes, "params_string": parameters(model.params),
         "loaded_instances": loaded.into_iter().collect::<Vec<_>>(), "max_context_length": model.context_length,
         "format": "mlx", "capabilities": {"vision": false, "trained_for_tool_use": model.tools},
     })

@@ -1,6 +1,8 @@
 //! What a generation said, gathered from its events in order: the whole reply where nothing is streamed, and beside a
 //! stream for the dialects that repeat everything at its end. Knows no dialect.
 
+use std::borrow::Cow;
+
 use flash_proto::v1::{self, generate_event::Event, text::Channel};
 
 /// A stretch of one kind.
@@ -37,6 +39,11 @@ impl Seams {
             _ => "",
         }
     }
+}
+
+/// A text behind its seam; copied only if there is one.
+pub(crate) fn behind<'a>(seam: &str, text: &'a str) -> Cow<'a, str> {
+    if seam.is_empty() { text.into() } else { format!("{seam}{text}").into() }
 }
 
 #[derive(Debug, Default)]

@@ -140,8 +140,8 @@ impl Sequence {
             script(&self.tokens, self.prompt, scratch);
         }
         self.sampler.penalize(scratch, &self.tokens);
-        // A mask looks at the whole vocabulary, and most often the model keeps to the form by itself.
         let forced = self.output.forced();
+        // A mask looks at the whole vocabulary, and most often the model keeps to the form by itself.
         let guesses = forced.is_none() && self.output.guided() && self.top_logprobs.is_none() && self.sampler.may_guess();
         let guess = forced.or_else(|| guesses.then(|| self.sampler.draw(scratch, None)).flatten());
         let (token, mask) = match guess {

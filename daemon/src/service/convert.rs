@@ -21,7 +21,7 @@ pub(super) use self::{
 };
 use crate::{
     Error,
-    config::{CONTEXT_WANTS, Config, KEEP_ALIVE_WANTS, KeepAlive, MEMORY_WANTS, parse_context, parse_keep_alive, parse_memory},
+    config::{CONTEXT_WANTS, Config, KEEP_ALIVE_WANTS, KeepAlive, MEMORY_WANTS, parse_count, parse_keep_alive, parse_memory},
     worker::Admitted,
 };
 
@@ -276,7 +276,7 @@ pub(super) fn load_settings(request: &v1::LoadRequest, configured: &Config) -> R
     }
     let expert_cache = |text: &str| text.parse().map_err(|error: flash_engine::Error| bad("expert_cache", error.to_string()));
     let memory = |text: &str| parse_memory(text).ok_or_else(|| bad("memory", format!("`{text}` is not {MEMORY_WANTS}")));
-    let context = |text: &str| parse_context(text).ok_or_else(|| bad("context_length", format!("`{text}` is not {CONTEXT_WANTS}")));
+    let context = |text: &str| parse_count(text).ok_or_else(|| bad("context_length", format!("`{text}` is not {CONTEXT_WANTS}")));
     let Options { expert_cache: cache, memory: cap, context: tokens, .. } = &configured.options;
     Ok(LoadSettings {
         expert_cache: read(&request.expert_cache, *cache, expert_cache)?,

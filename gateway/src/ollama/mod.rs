@@ -151,7 +151,7 @@ fn tag(model: &v1::Model) -> Value {
     let digest: String =
         Sha256::digest(format!("{} {} {}", model.id, model.modified, model.size_bytes)).iter().map(|byte| format!("{byte:02x}")).collect();
     json!({
-        "name": model.id, "model": model.id, "modified_at": rfc3339(model.modified), "size": model.size_bytes, "digest": digest,
+        "name": model.id, "model": model.id, "modified_at": rfc3339(model.modified), "size": model.disk_bytes, "digest": digest,
         "details": details(model),
     })
 }

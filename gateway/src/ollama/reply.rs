@@ -9,7 +9,7 @@ use crate::{
     ask::tools::arguments,
     call::now,
     openai::models::rfc3339,
-    reply::{Collected, Piece, Seams},
+    reply::{Collected, Piece, Seams, behind},
     router::unique_id,
     sse::{self, Item},
 };
@@ -114,7 +114,7 @@ impl Lines {
         match event {
             Event::Text(text) if !text.text.is_empty() => {
                 let line = match text.channel() {
-                    Channel::Content => self.style.line(&format!("{seam}{}", text.text), "", &[], false),
+                    Channel::Content => self.style.line(&behind(seam, &text.text), "", &[], false),
                     Channel::Reasoning => self.style.line("", &text.text, &[], false),
                 };
                 sse::line(&line, out);

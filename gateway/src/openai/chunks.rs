@@ -10,7 +10,7 @@ use super::types::{
 use crate::{
     ask::tools::{Names, Unquoted, unquoted},
     config::ReasoningField,
-    reply::{Collected, Seams},
+    reply::{Collected, Seams, behind},
     sse,
 };
 
@@ -118,7 +118,7 @@ impl Chunks {
             }
             Event::Text(text) => {
                 if !text.text.is_empty() || !text.logprobs.is_empty() {
-                    self.content(choice, &format!("{seam}{}", text.text), &text.logprobs, out);
+                    self.content(choice, &behind(seam, &text.text), &text.logprobs, out);
                 }
             }
             Event::ToolCall(part) => self.call(choice, part, out),

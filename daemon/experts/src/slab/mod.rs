@@ -155,7 +155,8 @@ impl Slab {
     pub(crate) fn discard(&self, vacant: &Vacant) {
         if let Memory::Mapped { base, .. } = self.memory {
             let SlotPtr { ptr, len } = self.slot(vacant.slot());
-            // A hole for each of many small slots would be more mappings than a process may have: for all or for none.
+            // No huge page is to come back with its neighbours. A hole for each of many small slots would be more mappings than a process
+            // may have: for all or for none, and until the slab is made anew.
             let (from, still) = if len < HUGE { (base, self.slots * len) } else { (ptr, len) };
             // SAFETY: a page-aligned slot of our own mapping, and the claim says that nobody reads or writes it; the advice changes
             // no contents.

@@ -3,7 +3,7 @@
 
 use std::{arch::x86_64::*, ops::Range};
 
-use super::{Bf16, Coming, F16, F32, Param};
+use super::{Coming, F32, Param, avx512vnni::Half};
 use crate::matrix::{Acts, Fixed, Matrix};
 
 /// Rows of a tile.
@@ -50,57 +50,28 @@ impl Sides for F32 {
     }
 }
 
-/// 16-bit numbers, four rows a vector.
-///
-/// # Safety
-/// As for [`Sides::load`].
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn words(from: *const u8, rows: usize, groups: usize) -> [__m512i; 2] {
-    let mut of_row = [_mm_setzero_si128(); ROWS];
-    for (r, of_row) in of_row[..rows].iter_mut().enumerate() {
-        // SAFETY: the caller's promise; masked numbers are not read.
-        *of_row = unsafe { _mm_maskz_loadu_epi16((0xff_u32 >> (GROUPS - groups)) as __mmask8, from.cast::<i16>().add(r * groups)) };
-    }
-    let [a, b, c, d, e, f, g, h] = of_row;
-    let four = |a, b, c, d| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm256_set_m128i(b, a)), _mm256_set_m128i(d, c));
-    [four(a, b, c, d), four(e, f, g, h)]
-}
-
-impl Sides for F16 {
+impl<P: Half> Sides for P {
+    /// Four rows a vector.
     type Loaded = [__m512i; 2];
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     unsafe fn load(from: *const u8, rows: usize, groups: usize) -> Self::Loaded {
-        // SAFETY: the caller's promise.
-        unsafe { words(from, rows, groups) }
-    }
-
-    #[inline(always)]
-    fn pick([a, b]: Self::Loaded, at: __m512i) -> __m512 {
-        // SAFETY: for the features see ISA.
-        unsafe { _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutex2var_epi16(a, at, b))) }
-    }
-}
-
-impl Sides for Bf16 {
-    type Loaded = [__m512i; 2];
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    unsafe fn load(from: *const u8, rows: usize, groups: usize) -> Self::Loaded {
-        // SAFETY: the caller's promise.
-        unsafe { words(from, rows, groups) }
-    }
-
-    #[inline(always)]
-    fn pick([a, b]: Self::Loaded, at: __m512i) -> __m512 {
-        // SAFETY: for the features see ISA.
-        unsafe {
-            let words = _mm512_castsi512_si256(_mm512_permutex2var_epi16(a, at, b));
-            _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))
+        let mut of_row = [_mm_setzero_si128(); ROWS];
+        for (r, of_row) in of_row[..rows].iter_mut().enumerate() {
+            let mask = (0xff_u32 >> (GROUPS - groups)) as __mmask8;
+            // SAFETY: the caller's promise; masked numbers are not read.
+            *of_row = unsafe { _mm_maskz_loadu_epi16(mask, from.cast::<i16>().add(r * groups)) };
         }
+        let [a, b, c, d, e, f, g, h] = of_row;
+        let four = |a, b, c, d| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm256_set_m128i(b, a)), _mm256_set_m128i(d, c));
+        [four(a, b, c, d), four(e, f, g, h)]
+    }
+
+    #[inline(always)]
+    fn pick([a, b]: Self::Loaded, at: __m512i) -> __m512 {
+        // SAFETY: for the features see ISA.
+        unsafe { P::widened(_mm512_castsi512_si256(_mm512_permutex2var_epi16(a, at, b))) }
     }
 }
 

@@ -8,8 +8,11 @@
 
 use std::{arch::x86_64::*, ops::Range};
 
-use super::avx512narrow::product as narrow;
-use super::{Bf16, Coming, F16, F32, FIXED_MAX, Isa, avx512, avx512attend, avx512narrow, by_kind, fixed_point};
+use super::{
+    Bf16, Coming, F16, F32, FIXED_MAX, Isa, Param, avx512, avx512attend,
+    avx512narrow::{self, product as narrow},
+    by_kind, fixed_point,
+};
 use crate::matrix::{Acts, Fixed, FixedRow, Float, Matrix};
 
 pub(super) const ISA: Isa = Isa {
@@ -69,22 +72,37 @@ impl Wide for F32 {
     }
 }
 
-impl Wide for F16 {
+/// A 16-bit float.
+pub(super) trait Half: Param {
+    /// Sixteen of them.
+    ///
+    /// # Safety
+    /// For the features see ISA.
+    unsafe fn widened(words: __m256i) -> __m512;
+}
+
+impl Half for F16 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    unsafe fn wide(from: *const u8, at: usize, mask: __mmask16) -> __m512 {
-        // SAFETY: as above.
-        _mm512_cvtph_ps(unsafe { _mm256_maskz_loadu_epi16(mask, from.cast::<i16>().add(at)) })
+    unsafe fn widened(words: __m256i) -> __m512 {
+        _mm512_cvtph_ps(words)
     }
 }
 
-impl Wide for Bf16 {
+impl Half for Bf16 {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn widened(words: __m256i) -> __m512 {
+        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16))
+    }
+}
+
+impl<P: Half> Wide for P {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     unsafe fn wide(from: *const u8, at: usize, mask: __mmask16) -> __m512 {
         // SAFETY: as above.
-        let half = unsafe { _mm256_maskz_loadu_epi16(mask, from.cast::<i16>().add(at)) };
-        _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))
+        unsafe { P::widened(_mm256_maskz_loadu_epi16(mask, from.cast::<i16>().add(at))) }
     }
 }
 
