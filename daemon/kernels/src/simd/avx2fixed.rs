@@ -8,7 +8,7 @@
 
 use std::{arch::x86_64::*, array::from_fn, mem::MaybeUninit, ops::Range};
 
-use super::{Bf16, Coming, F16, F32, FIXED_MAX, Isa, Param, avx2, avx2attend, avx512, fixed_point};
+use super::{Bf16, Coming, F16, F32, FIXED_MAX, Isa, Param, avx2, avx2attend, avx2narrow, avx512, fixed_point};
 use crate::matrix::{Acts, Fixed, FixedRow, Float, Format, Matrix};
 
 pub(super) const ISA: Isa = Isa {
@@ -35,11 +35,15 @@ pub(super) const WITH_AVX512: Isa = Isa {
 
 /// Rows of many tokens' tiles: each vector of activations that is loaded serves as many products, and there are registers for their sums.
 const ROWS: usize = 8;
+/// The same for few tokens, whose sums stay in registers.
+const ROWS_OF_FEW: usize = 4;
+/// Rows whose scales are asked for at once.
+pub(super) const SIDES: usize = 16;
 const PLANES_MAX: usize = 4;
 /// Tokens whose activations stay in the second cache while all rows pass: CPUs share it between two threads.
 const TOKENS_NEAR: usize = 16;
 /// Groups whose scales are one vector.
-const CHUNK: usize = 8;
+pub(super) const CHUNK: usize = 8;
 /// Of a row's codes in one chunk, as vectors of 16-bit numbers; groups have at most 128 columns.
 const WIDE: usize = CHUNK * 128 / 16;
 
@@ -61,30 +65,47 @@ fn rows(w: &Matrix<'_>, range: Range<usize>, x: &Acts<'_>, tokens: &[u32], out: 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn sides<const R: usize>(params: Float, w: &Matrix<'_>, row: usize, groups: usize, first: usize, count: usize) -> [[__m256; R]; 2] {
-    // SAFETY: the caller's promise.
+    let at = row * groups + first;
+    // SAFETY: the caller's promise; what is read of rows further on is masked.
     unsafe {
+        if at + (R - 1) * groups + CHUNK > w.rows * groups {
+            return last_sides(params, w, at, groups, count);
+        }
         match params {
-            Float::F32 => sides_of::<F32, R>(w, row, groups, first, count),
-            Float::F16 => sides_of::<F16, R>(w, row, groups, first, count),
-            Float::Bf16 => sides_of::<Bf16, R>(w, row, groups, first, count),
+            Float::F32 => sides_of::<F32, R>(w, at, groups, count),
+            Float::F16 => sides_of::<F16, R>(w, at, groups, count),
+            Float::Bf16 => sides_of::<Bf16, R>(w, at, groups, count),
         }
     }
 }
 
-/// Chosen once for all rows: narrow ones take no longer than to choose.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn sides_of<P: Param, const R: usize>(w: &Matrix<'_>, row: usize, groups: usize, first: usize, count: usize) -> [[__m256; R]; 2] {
-    let inside = count == CHUNK || (row + R - 1) * groups + first + CHUNK <= w.rows * groups;
+unsafe fn sides_of<P: Param, const R: usize>(w: &Matrix<'_>, at: usize, groups: usize, count: usize) -> [[__m256; R]; 2] {
+    let mut all = [[_mm256_setzero_ps(); R]; 2];
+    for (side, all) in [w.scales, w.biases].iter().zip(&mut all) {
+        for (r, of_row) in all.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            *of_row = _mm256_and_ps(unsafe { avx2::wide::<P>(side.as_ptr().add((at + r * groups) * P::BYTES)) }, lanes(count));
+        }
+    }
+    all
+}
+
+/// Where the eight that are read would not all lie in the matrix.
+#[cold]
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn last_sides<const R: usize>(params: Float, w: &Matrix<'_>, at: usize, groups: usize, count: usize) -> [[__m256; R]; 2] {
     [w.scales, w.biases].map(|side| {
         from_fn(|r| {
-            let at = (row + r) * groups + first;
-            // SAFETY: the caller's promise; what is read of rows further on is masked.
+            let at = at + r * groups;
+            // SAFETY: the caller's promise.
             unsafe {
-                if inside {
-                    _mm256_and_ps(avx2::wide::<P>(side.as_ptr().add(at * P::BYTES)), lanes(count))
-                } else {
-                    some::<P>(side.as_ptr(), at, count)
+                match params {
+                    Float::F32 => some::<F32>(side.as_ptr(), at, count),
+                    Float::F16 => some::<F16>(side.as_ptr(), at, count),
+                    Float::Bf16 => some::<Bf16>(side.as_ptr(), at, count),
                 }
             }
         })
@@ -94,18 +115,21 @@ unsafe fn sides_of<P: Param, const R: usize>(w: &Matrix<'_>, row: usize, groups:
 /// All bits of the first `count` lanes.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn lanes(count: usize) -> __m256 {
+pub(super) fn lanes(count: usize) -> __m256 {
     _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)))
 }
 
 /// `count` numbers, which must be readable with all before them, and zeros.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn some<P: Param>(from: *const u8, at: usize, count: usize) -> __m256 {
+pub(super) unsafe fn some<P: Param>(from: *const u8, at: usize, count: usize) -> __m256 {
     // SAFETY: the caller's promise.
     unsafe {
         if count == CHUNK {
             return avx2::wide::<P>(from.add(at * P::BYTES));
+        }
+        if count == 0 {
+            return _mm256_setzero_ps();
         }
         if at + count < CHUNK {
             let mut few = [0.0; CHUNK];
@@ -121,25 +145,25 @@ unsafe fn some<P: Param>(from: *const u8, at: usize, count: usize) -> __m256 {
 }
 
 /// How rows are cut, by the bits of a code and the columns of a group.
-struct Cut<const BITS: usize, const GROUP: usize>;
+pub(super) struct Cut<const BITS: usize, const GROUP: usize>;
 
 impl<const BITS: usize, const GROUP: usize> Cut<BITS, GROUP> {
-    const PLANES: usize = 16 / BITS;
+    pub(super) const PLANES: usize = 16 / BITS;
     /// Codes in 32 bytes.
     const COLUMNS: usize = 256 / BITS;
     /// What has sums of its own: a group, of so many blocks, or two that share one.
-    const BLOCKS: usize = if Self::SHARED { 1 } else { GROUP / Self::COLUMNS };
-    const SHARED: bool = GROUP < Self::COLUMNS;
+    pub(super) const BLOCKS: usize = if Self::SHARED { 1 } else { GROUP / Self::COLUMNS };
+    pub(super) const SHARED: bool = GROUP < Self::COLUMNS;
 
     /// Of a chunk of so many groups.
-    fn steps(groups: usize) -> usize {
+    pub(super) fn steps(groups: usize) -> usize {
         if Self::SHARED { groups.div_ceil(2) } else { groups }
     }
 
     /// The block at `from`, of which `left` bytes are left of the row: where two groups share one, it may be half.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn block(from: *const u8, left: usize) -> __m256i {
+    pub(super) unsafe fn block(from: *const u8, left: usize) -> __m256i {
         // SAFETY: the caller's promise.
         unsafe {
             if Self::SHARED && left < 32 { _mm256_zextsi128_si256(_mm_loadu_si128(from.cast())) } else { _mm256_loadu_si256(from.cast()) }
@@ -149,7 +173,7 @@ impl<const BITS: usize, const GROUP: usize> Cut<BITS, GROUP> {
     /// The codes of one plane.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn plane(codes: __m256i, plane: usize) -> __m256i {
+    pub(super) fn plane(codes: __m256i, plane: usize) -> __m256i {
         let mask = _mm256_set1_epi16((1 << BITS) - 1);
         match plane * BITS {
             0 => _mm256_and_si256(codes, mask),
@@ -200,38 +224,92 @@ unsafe fn product<const BITS: usize, const GROUP: usize>(
 ) {
     let coming = Coming::new(w, range.end);
     for (tile, near) in tokens.chunks(TOKENS_NEAR).enumerate() {
-        let mut row = range.start;
-        while row < range.end {
-            let to = &mut out[tile * TOKENS_NEAR * range.len() + row - range.start..];
-            let (left, height) = (range.end - row, range.len());
-            // SAFETY: `fixed_point` checked the lengths.
-            row += unsafe {
-                match *near {
-                    [a] if left >= 4 => few::<BITS, GROUP, 4, 1>(params, &coming, row, x, [a], to, height),
-                    [a] => few::<BITS, GROUP, 1, 1>(params, &coming, row, x, [a], to, height),
-                    [a, b] if left >= 4 => few::<BITS, GROUP, 4, 2>(params, &coming, row, x, [a, b], to, height),
-                    [a, b] => few::<BITS, GROUP, 1, 2>(params, &coming, row, x, [a, b], to, height),
-                    [a, b, c] if left >= 2 => few::<BITS, GROUP, 2, 3>(params, &coming, row, x, [a, b, c], to, height),
-                    [a, b, c] => few::<BITS, GROUP, 1, 3>(params, &coming, row, x, [a, b, c], to, height),
-                    [a, b, c, d] if left >= 2 => few::<BITS, GROUP, 2, 4>(params, &coming, row, x, [a, b, c, d], to, height),
-                    [a, b, c, d] => few::<BITS, GROUP, 1, 4>(params, &coming, row, x, [a, b, c, d], to, height),
-                    _ if left >= ROWS => many::<BITS, GROUP, ROWS>(params, &coming, row, x, near, to, height),
-                    _ => many::<BITS, GROUP, 1>(params, &coming, row, x, near, to, height),
+        let out = &mut out[tile * TOKENS_NEAR * range.len()..];
+        // SAFETY: `fixed_point` checked the lengths.
+        unsafe {
+            match *near {
+                [a] => narrow_column::<BITS, GROUP, 1>(params, &coming, range.clone(), x, [a], out),
+                [a, b] => narrow_column::<BITS, GROUP, 2>(params, &coming, range.clone(), x, [a, b], out),
+                [a, b, c] => column::<BITS, GROUP, 3>(params, &coming, range.clone(), 0, x, [a, b, c], out),
+                [a, b, c, d] => column::<BITS, GROUP, 4>(params, &coming, range.clone(), 0, x, [a, b, c, d], out),
+                _ => {
+                    let (mut row, height) = (range.start, range.len());
+                    while row < range.end {
+                        let out = &mut out[row - range.start..];
+                        row += if range.end - row >= ROWS {
+                            many::<BITS, GROUP, ROWS>(params, &coming, row, x, near, out, height)
+                        } else {
+                            many::<BITS, GROUP, 1>(params, &coming, row, x, near, out, height)
+                        };
+                    }
                 }
+            }
+        }
+    }
+}
+
+/// As `column`; rows of at most CHUNK groups by eights first, which for one and two tokens takes less.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn narrow_column<const BITS: usize, const GROUP: usize, const T: usize>(
+    params: Float,
+    coming: &Coming<'_>,
+    range: Range<usize>,
+    x: &Acts<'_>,
+    tokens: [u32; T],
+    out: &mut [f32],
+) {
+    let eights = if x.cols / GROUP <= CHUNK { range.len() / avx2narrow::ROWS * avx2narrow::ROWS } else { 0 };
+    let (first, height) = (range.start..range.start + eights, range.len());
+    // SAFETY: `fixed_point` checked the lengths.
+    unsafe {
+        if eights > 0 {
+            avx2narrow::column::<BITS, GROUP, T>(params, coming, first, x, tokens, out, height);
+        }
+        column::<BITS, GROUP, T>(params, coming, range, eights, x, tokens, out);
+    }
+}
+
+/// All rows for T tokens, a tile at a time, after the first `done`.
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn column<const BITS: usize, const GROUP: usize, const T: usize>(
+    params: Float,
+    coming: &Coming<'_>,
+    range: Range<usize>,
+    done: usize,
+    x: &Acts<'_>,
+    tokens: [u32; T],
+    out: &mut [f32],
+) {
+    let groups = x.cols / GROUP;
+    let (mut row, height) = (range.start + done, range.len());
+    let (rest, whole) = (groups % CHUNK, groups - groups % CHUNK);
+    // SAFETY: `fixed_point` checked the lengths.
+    unsafe {
+        let last = [x.fixed.scales, x.sums].map(|of| tokens.map(|t| some::<F32>(of.as_ptr().cast(), t as usize * groups + whole, rest)));
+        while row < range.end {
+            let out = &mut out[row - range.start..];
+            row += if range.end - row >= ROWS_OF_FEW {
+                few::<BITS, GROUP, ROWS_OF_FEW, T>(params, coming, row, x, tokens, &last, out, height)
+            } else {
+                few::<BITS, GROUP, 1, T>(params, coming, row, x, tokens, &last, out, height)
             };
         }
     }
 }
 
-/// R rows × T tokens: codes go from memory to registers. The sums are those of `many`, in its order. Gives R.
+/// R rows × T tokens: codes go from memory to registers. `last` are the tokens' scales and sums of what is left after whole chunks. The
+/// sums are those of `many`, in its order. Gives R.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
+#[expect(clippy::too_many_arguments, reason = "a call would cost more than they")]
 unsafe fn few<const BITS: usize, const GROUP: usize, const R: usize, const T: usize>(
     params: Float,
     coming: &Coming<'_>,
     row: usize,
     x: &Acts<'_>,
     tokens: [u32; T],
+    last: &[[__m256; T]; 2],
     out: &mut [f32],
     height: usize,
 ) -> usize {
@@ -240,17 +318,22 @@ unsafe fn few<const BITS: usize, const GROUP: usize, const R: usize, const T: us
     let tokens = tokens.map(|token| token as usize);
     // SAFETY: `fixed_point` checked every length that these pointers are moved within.
     unsafe {
-        let codes: [*const u8; R] = from_fn(|r| w.weight.as_ptr().add((row + r) * bytes));
+        let mut codes = w.weight.as_ptr().add(row * bytes);
         let mut xs: [*const __m256i; T] =
             tokens.map(|token| x.fixed.bytes.as_ptr().add(token * Fixed::row_bytes(w.cols, BITS as u8)).cast());
         let mut ahead = coming.codes::<R>(row);
-        coming.sides(row, R);
+        if row.is_multiple_of(SIDES) {
+            coming.sides(row, SIDES);
+        }
         let mut totals = [[_mm256_setzero_ps(); T]; R];
         let mut at = 0;
         for first in (0..groups).step_by(CHUNK) {
             let here = (groups - first).min(CHUNK);
-            let of_token = |of: &[f32]| tokens.map(|token| some::<F32>(of.as_ptr().cast(), token * groups + first, here));
-            let (x_scales, sums) = (of_token(x.fixed.scales), of_token(x.sums));
+            let [x_scales, sums] = if here < CHUNK {
+                *last
+            } else {
+                [x.fixed.scales, x.sums].map(|of| tokens.map(|token| avx2::load(of.as_ptr().add(token * groups + first))))
+            };
             let mut scales = [[Scales([0.0; CHUNK]); T]; R];
             let [of_rows, biases] = sides::<R>(params, w, row, groups, first, here);
             for r in 0..R {
@@ -263,7 +346,7 @@ unsafe fn few<const BITS: usize, const GROUP: usize, const R: usize, const T: us
                 for r in 0..R {
                     let mut dots = [_mm256_setzero_si256(); T];
                     for b in 0..blocks {
-                        let codes = Cut::<BITS, GROUP>::block(codes[r].add(at + 32 * b), bytes - at);
+                        let codes = Cut::<BITS, GROUP>::block(codes.add(r * bytes + 32 * b), bytes - at);
                         for p in 0..planes {
                             let w = Cut::<BITS, GROUP>::plane(codes, p);
                             for t in 0..T {
@@ -279,6 +362,7 @@ unsafe fn few<const BITS: usize, const GROUP: usize, const R: usize, const T: us
                 }
                 ahead = prefetch_codes::<R>(ahead, at, blocks);
                 at += 32 * blocks;
+                codes = codes.add(32 * blocks);
                 xs = xs.map(|x| x.add(blocks * planes));
             }
         }
@@ -292,7 +376,7 @@ unsafe fn few<const BITS: usize, const GROUP: usize, const R: usize, const T: us
 /// The sums of R vectors' lanes; four together, in `total`'s order.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn put<const R: usize>(totals: [__m256; R], out: &mut [f32]) {
+pub(super) fn put<const R: usize>(totals: [__m256; R], out: &mut [f32]) {
     let (fours, rest) = totals.as_chunks::<4>();
     for (of, [a, b, c, d]) in fours.iter().enumerate() {
         let halves = |a, b| _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
@@ -312,7 +396,7 @@ fn put<const R: usize>(totals: [__m256; R], out: &mut [f32]) {
 /// As many lines as R rows of so many blocks are, two blocks a line; where the next of them are.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn prefetch_codes<const R: usize>(mut ahead: *const u8, at: usize, blocks: usize) -> *const u8 {
+pub(super) fn prefetch_codes<const R: usize>(mut ahead: *const u8, at: usize, blocks: usize) -> *const u8 {
     for b in 0..blocks {
         for _ in 0..if (at / 32 + b).is_multiple_of(2) { R.div_ceil(2) } else { R / 2 } {
             _mm_prefetch::<_MM_HINT_T0>(ahead.cast());

@@ -25,6 +25,8 @@ mod avx2attend;
 #[cfg(target_arch = "x86_64")]
 mod avx2fixed;
 #[cfg(target_arch = "x86_64")]
+mod avx2narrow;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512attend;
