@@ -26,6 +26,7 @@ impl Sides {
 ///
 /// # Safety
 /// `fixed_point` checked the lengths, and the CPU has the features.
+#[expect(clippy::needless_range_loop, reason = "as the inner loops, which index several")]
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn column<const BITS: usize, const GROUP: usize, const T: usize>(
