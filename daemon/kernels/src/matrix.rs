@@ -271,14 +271,19 @@ impl Prepared {
     }
 }
 
-/// Sum in eight fixed lanes: one order whatever the caller.
 pub(crate) fn sum(x: &[f32]) -> f32 {
+    sum_of(x, |value| value)
+}
+
+/// Sum of `f` in eight fixed lanes: one order whatever the caller.
+#[inline(always)]
+pub(crate) fn sum_of(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let (eights, rest) = x.as_chunks::<8>();
     let mut lanes = [0.0f32; 8];
-    for chunk in x.chunks(8) {
-        for (lane, value) in lanes.iter_mut().zip(chunk) {
-            *lane += value;
-        }
+    for eight in eights {
+        lanes.iter_mut().zip(eight).for_each(|(lane, value)| *lane += f(*value));
     }
+    lanes.iter_mut().zip(rest).for_each(|(lane, value)| *lane += f(*value));
     fold(lanes)
 }
 

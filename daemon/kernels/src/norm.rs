@@ -1,5 +1,7 @@
 //! RMSNorm, rotary embedding and the SwiGLU gate: element-wise pieces between the matrix products, in f32.
 
+use crate::matrix;
+
 /// out = x / √(mean(x²) + eps) ⊙ weight
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let scale = rms_scale(x, eps);
@@ -16,13 +18,8 @@ pub fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
 }
 
 fn rms_scale(x: &[f32], eps: f32) -> f32 {
-    let mut lanes = [0.0f32; 8];
-    for chunk in x.chunks(8) {
-        for (lane, value) in lanes.iter_mut().zip(chunk) {
-            *lane += value * value;
-        }
-    }
-    1.0 / (crate::matrix::fold(lanes) / x.len() as f32 + eps).sqrt()
+    let squares = matrix::sum_of(x, |value| value * value);
+    1.0 / (squares / x.len() as f32 + eps).sqrt()
 }
 
 /// Rotary position embedding (RoFormer, arXiv 2104.09864), half-split as in GPT-NeoX: `(x[i], x[i + d/2])` turns by
