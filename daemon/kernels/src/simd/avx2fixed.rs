@@ -35,7 +35,7 @@ pub(super) const WITH_AVX512: Isa = Isa {
 
 /// Rows of many tokens' tiles: each vector of activations that is loaded serves as many products, and there are registers for their sums.
 const ROWS: usize = 8;
-/// The same for few tokens, whose sums stay in registers.
+/// Those of up to four tokens.
 const ROWS_OF_FEW: usize = 4;
 /// Rows whose scales are asked for at once.
 pub(super) const SIDES: usize = 16;
@@ -302,7 +302,7 @@ unsafe fn column<const BITS: usize, const GROUP: usize, const T: usize>(
 /// sums are those of `many`, in its order. Gives R.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-#[expect(clippy::too_many_arguments, reason = "a call would cost more than they")]
+#[expect(clippy::too_many_arguments, reason = "what a tile is of, and what its column has loaded")]
 unsafe fn few<const BITS: usize, const GROUP: usize, const R: usize, const T: usize>(
     params: Float,
     coming: &Coming<'_>,
