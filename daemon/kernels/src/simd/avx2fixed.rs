@@ -119,7 +119,10 @@ pub(super) fn lanes(count: usize) -> __m256 {
     _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)))
 }
 
-/// `count` numbers, which must be readable with all before them, and zeros.
+/// `count` numbers, and zeros.
+///
+/// # Safety
+/// They must be readable, with all before them.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn some<P: Param>(from: *const u8, at: usize, count: usize) -> __m256 {
@@ -161,6 +164,9 @@ impl<const BITS: usize, const GROUP: usize> Cut<BITS, GROUP> {
     }
 
     /// The block at `from`, of which `left` bytes are left of the row: where two groups share one, it may be half.
+    ///
+    /// # Safety
+    /// It must be readable.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) unsafe fn block(from: *const u8, left: usize) -> __m256i {
