@@ -191,6 +191,25 @@ impl<const BITS: usize, const GROUP: usize> Cut<BITS, GROUP> {
     }
 }
 
+/// A step's codes × T tokens' activations. A macro, so that it is compiled as part of each tile.
+macro_rules! dots {
+    ($bits:ident, $group:ident, $t:ident, $codes:expr, $left:expr, $xs:ident) => {{
+        let mut dots = [_mm256_setzero_si256(); $t];
+        for b in 0..Cut::<$bits, $group>::BLOCKS {
+            let codes = Cut::<$bits, $group>::block($codes.add(32 * b), $left);
+            for p in 0..Cut::<$bits, $group>::PLANES {
+                let w = Cut::<$bits, $group>::plane(codes, p);
+                for t in 0..$t {
+                    let x = _mm256_loadu_si256($xs[t].add(b * Cut::<$bits, $group>::PLANES + p));
+                    dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(w, x));
+                }
+            }
+        }
+        dots
+    }};
+}
+pub(super) use dots;
+
 /// Scales of a chunk's groups, where each can be had for all lanes by one load: the units that shuffle have enough to do.
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]
@@ -236,8 +255,8 @@ unsafe fn product<const BITS: usize, const GROUP: usize>(
             match *near {
                 [a] => narrow_column::<BITS, GROUP, 1>(params, &coming, range.clone(), x, [a], out),
                 [a, b] => narrow_column::<BITS, GROUP, 2>(params, &coming, range.clone(), x, [a, b], out),
-                [a, b, c] => column::<BITS, GROUP, 3>(params, &coming, range.clone(), 0, x, [a, b, c], out),
-                [a, b, c, d] => column::<BITS, GROUP, 4>(params, &coming, range.clone(), 0, x, [a, b, c, d], out),
+                [a, b, c] => column::<BITS, GROUP, 3>(params, &coming, range.clone(), x, [a, b, c], out, range.len()),
+                [a, b, c, d] => column::<BITS, GROUP, 4>(params, &coming, range.clone(), x, [a, b, c, d], out, range.len()),
                 _ => {
                     let (mut row, height) = (range.start, range.len());
                     while row < range.end {
@@ -264,31 +283,34 @@ unsafe fn narrow_column<const BITS: usize, const GROUP: usize, const T: usize>(
     tokens: [u32; T],
     out: &mut [f32],
 ) {
-    let eights = if x.cols / GROUP <= CHUNK { range.len() / avx2narrow::ROWS * avx2narrow::ROWS } else { 0 };
-    let (first, height) = (range.start..range.start + eights, range.len());
+    let height = range.len();
+    let eights = if x.cols / GROUP <= CHUNK { height / avx2narrow::ROWS * avx2narrow::ROWS } else { 0 };
+    let between = range.start + eights;
     // SAFETY: `fixed_point` checked the lengths.
     unsafe {
         if eights > 0 {
-            avx2narrow::column::<BITS, GROUP, T>(params, coming, first, x, tokens, out, height);
+            avx2narrow::column::<BITS, GROUP, T>(params, coming, range.start..between, x, tokens, out, height);
         }
-        column::<BITS, GROUP, T>(params, coming, range, eights, x, tokens, out);
+        if eights < height {
+            column::<BITS, GROUP, T>(params, coming, between..range.end, x, tokens, &mut out[eights..], height);
+        }
     }
 }
 
-/// All rows for T tokens, a tile at a time, after the first `done`.
+/// All rows for T tokens, a tile at a time; out[t × height + r].
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn column<const BITS: usize, const GROUP: usize, const T: usize>(
     params: Float,
     coming: &Coming<'_>,
     range: Range<usize>,
-    done: usize,
     x: &Acts<'_>,
     tokens: [u32; T],
     out: &mut [f32],
+    height: usize,
 ) {
     let groups = x.cols / GROUP;
-    let (mut row, height) = (range.start + done, range.len());
+    let mut row = range.start;
     let (rest, whole) = (groups % CHUNK, groups - groups % CHUNK);
     // SAFETY: `fixed_point` checked the lengths.
     unsafe {
@@ -350,17 +372,7 @@ unsafe fn few<const BITS: usize, const GROUP: usize, const R: usize, const T: us
             }
             for step in 0..Cut::<BITS, GROUP>::steps(here) {
                 for r in 0..R {
-                    let mut dots = [_mm256_setzero_si256(); T];
-                    for b in 0..blocks {
-                        let codes = Cut::<BITS, GROUP>::block(codes.add(r * bytes + 32 * b), bytes - at);
-                        for p in 0..planes {
-                            let w = Cut::<BITS, GROUP>::plane(codes, p);
-                            for t in 0..T {
-                                let x = _mm256_loadu_si256(xs[t].add(b * planes + p));
-                                dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(w, x));
-                            }
-                        }
-                    }
+                    let dots = dots!(BITS, GROUP, T, codes.add(r * bytes), bytes - at, xs);
                     for t in 0..T {
                         let scale = scales[r][t].of(step, Cut::<BITS, GROUP>::SHARED);
                         totals[r][t] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[t]), totals[r][t]);

@@ -5,7 +5,7 @@ use std::{arch::x86_64::*, array::from_fn, ops::Range};
 
 use super::{
     Bf16, Coming, F16, F32, Param, avx2,
-    avx2fixed::{CHUNK, Cut, SIDES, lanes, prefetch_codes, put, some},
+    avx2fixed::{CHUNK, Cut, SIDES, dots, lanes, prefetch_codes, put, some},
 };
 use crate::matrix::{Acts, Fixed, Float};
 
@@ -79,17 +79,7 @@ pub(super) unsafe fn column<const BITS: usize, const GROUP: usize, const T: usiz
                 let (mut at, mut xs) = (0, xs);
                 for step in 0..Cut::<BITS, GROUP>::steps(groups) {
                     for r in 0..TILE {
-                        let mut dots = [_mm256_setzero_si256(); T];
-                        for b in 0..blocks {
-                            let codes = Cut::<BITS, GROUP>::block(codes.add(r * bytes + at + 32 * b), bytes - at);
-                            for p in 0..planes {
-                                let w = Cut::<BITS, GROUP>::plane(codes, p);
-                                for t in 0..T {
-                                    let x = _mm256_loadu_si256(xs[t].add(b * planes + p));
-                                    dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(w, x));
-                                }
-                            }
-                        }
+                        let dots = dots!(BITS, GROUP, T, codes.add(r * bytes + at), bytes - at, xs);
                         for t in 0..T {
                             let scale = |group: usize| *scales[t].0.as_ptr().add((tile + r) * groups + group);
                             let scale = if Cut::<BITS, GROUP>::SHARED {
