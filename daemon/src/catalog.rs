@@ -106,14 +106,19 @@ impl Catalog {
         Listing { at: Instant::now(), entries: Arc::new(entries) }
     }
 
-    /// What an empty name or `local` means now.
+    /// The id of what an empty name or `local` means now; a configured name that is nobody's as it is.
     pub(crate) fn default_model(&self, entries: &[Entry]) -> Option<String> {
         let mut usable = entries.iter().filter(|entry| entry.info.is_ok());
-        match (&self.default, usable.next(), usable.next()) {
-            (Some(default), ..) => Some(default.clone()),
-            (None, Some(only), None) => Some(only.model.id.clone()),
-            _ => entries.iter().find(|entry| entry.model.id == BUNDLED).map(|entry| entry.model.id.clone()),
-        }
+        let model = match (&self.default, usable.next(), usable.next()) {
+            (Some(default), ..) => {
+                let path = self.as_path("");
+                let found = named(entries, default).or_else(|| entries.iter().find(|entry| Some(&entry.model.path) == path.as_ref()));
+                return Some(found.map_or_else(|| default.clone(), |entry| entry.model.id.clone()));
+            }
+            (None, Some(only), None) => Some(only),
+            _ => entries.iter().find(|entry| entry.model.id == BUNDLED),
+        };
+        model.map(|entry| entry.model.id.clone())
     }
 
     /// The model a name means: an id (exact, then any case, then its last part, then without `:latest`), or a path.
@@ -158,21 +163,11 @@ impl Catalog {
     }
 
     fn find(&self, entries: &[Entry], name: &str) -> Option<Model> {
-        let default;
-        let name = match name {
-            "" | "local" | "local:latest" => {
-                default = self.default_model(entries)?;
-                &default
-            }
-            name => name,
+        let found = match name {
+            "" | "local" | "local:latest" => named(entries, &self.default_model(entries)?),
+            name => named(entries, name),
         };
-        let find = |name: &str| {
-            let matching =
-                |same: &dyn Fn(&str) -> bool| entries.iter().find(|entry| same(&entry.model.id)).map(|entry| entry.model.clone());
-            let basename = |id: &str| id.rsplit('/').next().is_some_and(|last| last.eq_ignore_ascii_case(name));
-            matching(&|id| id == name).or_else(|| matching(&|id| id.eq_ignore_ascii_case(name))).or_else(|| matching(&basename))
-        };
-        find(name).or_else(|| find(name.strip_suffix(":latest")?))
+        found.map(|entry| entry.model.clone())
     }
 
     /// The folder a name points to: the name itself, or a configured default that is a path.
@@ -220,6 +215,15 @@ impl Catalog {
             Err(error) => Err(flash_engine::Error::Internal(format!("preparing the prompt failed: {error}")).into()),
         }
     }
+}
+
+fn named<'a>(entries: &'a [Entry], name: &str) -> Option<&'a Entry> {
+    let find = |name: &str| {
+        let matching = |same: &dyn Fn(&str) -> bool| entries.iter().find(|entry| same(&entry.model.id));
+        let basename = |id: &str| id.rsplit('/').next().is_some_and(|last| last.eq_ignore_ascii_case(name));
+        matching(&|id| id == name).or_else(|| matching(&|id| id.eq_ignore_ascii_case(name))).or_else(|| matching(&basename))
+    };
+    find(name).or_else(|| find(name.strip_suffix(":latest")?))
 }
 
 fn entry(found: hub::Installed) -> Entry {
@@ -285,6 +289,8 @@ mod tests {
             assert_eq!(catalog.default_model(&entries(ids)).as_deref(), expected, "{configured:?} {ids:?}");
         };
         check(Some("b"), &["a", "b"], Some("b"));
+        check(Some("B:latest"), &["a", "Org/b"], Some("Org/b"));
+        check(Some("c"), &["a", "b"], Some("c"));
         check(None, &["a"], Some("a"));
         check(None, &["a", "!broken"], Some("a"));
         check(None, &["a", "b"], None);

@@ -240,6 +240,8 @@ fn a_model_is_shown_copied_and_deleted() -> Result<()> {
     assert!(home.ctl(&["show", "tiny", "--template"])?.stdout.contains("<|im_start|>"));
     check(&home.ctl(&["cp", "tiny", "copy"])?, 0, &[]);
     check(&home.ctl(&["cp", "tiny", "copy"])?, 64, &["exists already"]);
+    // In another folder too.
+    check(&home.ctl(&["cp", "tiny", "flash-tiny-moe"])?, 64, &["exists already", "choose another name"]);
     check(&home.ctl(&["cp", "tiny", "../x"])?, 64, &["no name for a model"]);
     let answer = |model: &str| home.ctl(&["run", model, "Hello", "-n", "4", "-t", "0"]);
     assert_eq!(answer("copy")?.stdout, answer("tiny")?.stdout);

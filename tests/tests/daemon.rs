@@ -184,6 +184,8 @@ async fn requests_are_refused_before_they_are_accepted() -> Result<()> {
     for (what, request, expected) in cases {
         let status = client.ask(request).await.err().with_context(|| format!("{what} was accepted"))?;
         assert_eq!(code::of(&status), Some(expected), "{what}: {status:?}");
+        let loaded = client.stats().await?.model.is_some();
+        assert!(!loaded || expected == code::INVALID_VALUE, "{what} is worth no load");
     }
     // The rest of the context, however much was asked for.
     let answer = client.ask(greedy(&model, "Hello", 1_000_000)).await?;

@@ -121,6 +121,8 @@ fn bad_bodies_are_answered_and_the_next_request_is_served() -> Result<()> {
     let valid = body(json!({})).to_string();
     let deep = format!("{{\"messages\":{}{}}}", "[".repeat(10_000), "]".repeat(10_000));
     let huge = format!("{{\"messages\":[{{\"role\":\"user\",\"content\":\"{}\"}}]}}", "x".repeat(33 << 20));
+    let tool = |i| json!({"type": "function", "function": {"name": format!("f{i}"), "parameters": {"type": "object"}}});
+    let tools = |count: usize| body(json!({"tools": (0..count).map(tool).collect::<Vec<_>>()}));
     let cases: Vec<(&str, Vec<u8>, u16, &str)> = vec![
         ("nothing", Vec::new(), 400, "invalid_json"),
         ("half an object", valid.as_bytes()[..20].to_vec(), 400, "invalid_json"),
@@ -145,6 +147,9 @@ fn bad_bodies_are_answered_and_the_next_request_is_served() -> Result<()> {
             400,
             "context_length_exceeded",
         ),
+        ("tools of a model that has none", tools(1).to_string().into_bytes(), 422, "chat_template_error"),
+        // As an agent does, which knows what to make of it.
+        ("more of them than the context", tools(500).to_string().into_bytes(), 400, "context_length_exceeded"),
     ];
     for (what, bytes, status, code) in cases {
         let started = Instant::now();

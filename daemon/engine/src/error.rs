@@ -23,6 +23,8 @@ pub enum Error {
     /// What the request asks of a reply's form cannot be enforced.
     #[error("{param}: {reason}")]
     Schema { param: &'static str, reason: String },
+    #[error("tools: {reason}")]
+    NoTools { reason: &'static str },
     /// The tools of a request and what it says of them do not go together.
     #[error("tool_choice: {reason}")]
     Tools { reason: String },

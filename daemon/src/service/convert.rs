@@ -58,6 +58,7 @@ fn engine_status(error: &flash_engine::Error, message: String) -> Status {
         E::Setting { .. } => code::status(code::INVALID_VALUE, message),
         E::Read { .. } | E::File { .. } | E::Tensor { .. } | E::Unsupported { .. } => code::status(code::MODEL_INVALID, message),
         E::Template { .. } => code::with_param(code::status(code::CHAT_TEMPLATE, message), "messages"),
+        E::NoTools { .. } => code::with_param(code::status(code::CHAT_TEMPLATE, message), "tools"),
         E::Schema { param, .. } => code::with_param(code::status(code::SCHEMA_NOT_SUPPORTED, message), param),
         E::Infill => code::with_param(code::status(code::FIM_NOT_SUPPORTED, message), "suffix"),
         E::Tools { .. } => code::with_param(code::status(code::INVALID_VALUE, message), "tool_choice"),
@@ -197,20 +198,29 @@ impl Prompt {
         }
     }
 
-    /// Ids, and how the reply is to be read.
-    pub(super) fn prepare(self, format: Option<&Format>, text: &Text) -> Result<Prepared, flash_engine::Error> {
+    /// Ids, and how the reply is to be read. `context` is the model's, 0 if nobody knows.
+    pub(super) fn prepare(self, format: Option<&Format>, text: &Text, context: usize) -> Result<Prepared, flash_engine::Error> {
         let timed = |tokens, make: &dyn Fn() -> Result<Reply, flash_engine::Error>| {
             let begun = Instant::now();
             Ok(Prepared { tokens, reply: make()?, grammar: begun.elapsed() })
         };
         match self {
             Self::Chat(chat) => {
-                let prompt = text.render(&chat)?;
+                let prompt = match text.render(&chat) {
+                    Err(error @ flash_engine::Error::NoTools { .. }) => return Err(beyond(&chat, text, context).unwrap_or(error)),
+                    prompt => prompt?,
+                };
                 timed(text.encode(&prompt)?, &|| text.reply(&chat, &prompt, format))
             }
             raw => timed(raw.encode(text)?, &|| text.raw_reply(format)),
         }
     }
+}
+
+/// A small model may have neither a way of calling an agent's tools nor room for what the agent says: for the latter agents have words.
+fn beyond(chat: &Chat, text: &Text, context: usize) -> Option<flash_engine::Error> {
+    let prompt = text.tokens_with_tools(chat).ok()?;
+    (prompt >= context && context > 0).then_some(flash_engine::Error::ContextLength { prompt, limit: context })
 }
 
 impl Overrides {
@@ -494,6 +504,7 @@ mod tests {
         let schema = flash_engine::Error::Schema { param: "tools", reason: "x".into() };
         check(schema.into(), code::SCHEMA_NOT_SUPPORTED, tonic::Code::InvalidArgument);
         check(flash_engine::Error::Infill.into(), code::FIM_NOT_SUPPORTED, tonic::Code::InvalidArgument);
+        check(flash_engine::Error::NoTools { reason: "x" }.into(), code::CHAT_TEMPLATE, tonic::Code::InvalidArgument);
         check(flash_engine::Error::Tools { reason: "x".into() }.into(), code::INVALID_VALUE, tonic::Code::InvalidArgument);
         check(flash_engine::Error::Tokenizer { reason: "x".into() }.into(), code::INVALID_VALUE, tonic::Code::InvalidArgument);
         check(flash_engine::Error::EmptyPrompt.into(), code::INVALID_VALUE, tonic::Code::InvalidArgument);

@@ -77,8 +77,14 @@ impl Service {
             let text = daemon.text(&model).await?;
             let sampling = wanted.sampling.over(text.sampling(), text.vocab_size())?;
             let (asked, format, side) = (wanted.prompt, wanted.format, text.clone());
-            let convert::Prepared { tokens, reply, grammar } = daemon.catalog.encode(move || asked.prepare(format.as_ref(), &side)).await?;
+            let context = daemon.context_length(&model).await;
+            let prepared = daemon.catalog.encode(move || asked.prepare(format.as_ref(), &side, context)).await?;
+            let convert::Prepared { tokens, reply, grammar } = prepared;
             daemon.totals.grammar(grammar);
+            // Asked of the engine, this would load the model first.
+            if context > 0 && tokens.len() >= context {
+                return Err(flash_engine::Error::ContextLength { prompt: tokens.len(), limit: context }.into());
+            }
             Ok((wanted.rest.request(tokens, reply, sampling), wanted.keep_alive, model, text))
         };
         let (request, keep_alive, model, text) = prepared.await.map_err(|error: Error| daemon.refused(&error))?;

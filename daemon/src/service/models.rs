@@ -165,6 +165,11 @@ impl Service {
     async fn copy(&self, request: v1::CopyRequest) -> Result<jobs::Events, Error> {
         let source = self.daemon.catalog.locate(&request.model).await?;
         let name = convert::folder_name("name", request.name)?;
+        // In another folder too: only one of two could be asked for.
+        if let Some(other) = self.daemon.catalog.list().await.iter().find(|entry| entry.model.id == name) {
+            let reason = format!("a model of that name exists already, {}; choose another name", other.model.path.display());
+            return Err(Error::Value { param: "name", reason });
+        }
         let path = self.daemon.config.home.join("models").join(&name);
         // The source may be loaded; nobody may change it meanwhile.
         let held = self.reserve(source.clone(), false).await?;

@@ -11,7 +11,7 @@ mod stops;
 mod tests;
 mod tokens;
 
-use std::{fmt, sync::Arc};
+use std::{collections::VecDeque, fmt, sync::Arc};
 
 pub(crate) use formats::{Dialect, THINK};
 use grammar::Guide;
@@ -34,8 +34,8 @@ pub struct Reply {
     /// End after the first call.
     pub(super) single: bool,
     pub(super) rules: Rules,
-    /// Tokens of reasoning at most, and those that close it then.
-    pub(super) budget: Option<(usize, Vec<u32>)>,
+    /// Tokens of reasoning at most, and those that close it then, each time that it begins.
+    pub(super) budget: Option<(usize, VecDeque<Vec<u32>>)>,
 }
 
 /// What holds a reply to a form.
@@ -79,7 +79,7 @@ pub(crate) struct Output {
     guide: Option<Guide>,
     mask: Mask,
     reasoning_tokens: usize,
-    budget: Option<(usize, Vec<u32>)>,
+    budget: Option<(usize, VecDeque<Vec<u32>>)>,
     /// What closes the reasoning, the last token first, once its budget is spent.
     closing: Vec<u32>,
 }
@@ -143,10 +143,12 @@ impl Output {
 
     /// The next token where the model has no choice: its budget for reasoning is spent. Not between the bytes of a character.
     pub(crate) fn forced(&mut self) -> Option<u32> {
-        let spent = |budget: &mut (usize, Vec<u32>)| self.reasoning_tokens >= budget.0;
-        if self.parser.reasons()
+        if let Some((most, closings)) = &mut self.budget
+            && self.closing.is_empty()
+            && self.reasoning_tokens >= *most
+            && self.parser.reasons()
             && self.decoder.held().is_empty()
-            && let Some((_, closing)) = self.budget.take_if(spent)
+            && let Some(closing) = closings.pop_front()
         {
             self.closing = closing.into_iter().rev().collect();
         }

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 
 use super::{
     arch::Arch,
-    chat::{Chat, Choice, Format},
+    chat::{Chat, Choice, Format, Tool},
     files,
     infill::Infill,
     output::{Compiler, Dialect, Reply, Rules, THINK, Thinking},
@@ -138,19 +138,28 @@ impl Text {
         let template = self.tool_template.as_ref().filter(|_| !chat.tools.is_empty()).or(self.template.as_ref());
         let template = template.ok_or_else(|| bad("this model has none; send a prompt without roles instead".into()))?;
         if chat.calls() && !template.shows_tools() {
-            return Err(bad("it does not show tools; use a model that can call them, or leave `tools` out".into()));
+            let reason = "this model's chat template does not show them; use a model that can call tools, or leave them out";
+            return Err(Error::NoTools { reason });
         }
         if chat.calls() && self.dialect.calls.is_none() {
-            return Err(bad("it has a way of calling tools that is not known here; leave `tools` out".into()));
+            return Err(Error::NoTools { reason: "this model has a way of calling them that is not known here; leave them out" });
         }
         template.render(chat).map_err(bad)
+    }
+
+    /// How many tokens `chat` has if its tools are added as JSON, for a model whose template shows none.
+    pub fn tokens_with_tools(&self, chat: &Chat) -> Result<usize, Error> {
+        let tools: Vec<_> = chat.tools.iter().filter(|tool| !tool.hidden).map(Tool::to_json).collect();
+        let plain = self.render(&Chat { tools: Vec::new(), ..chat.clone() })?;
+        Ok(self.encode(&plain)?.len() + self.encode(&Value::Array(tools).to_string())?.len())
     }
 
     /// How the reply to `prompt`, which is `chat` rendered, is to be read, and what holds it to a form. Grammars are compiled here: CPU work.
     pub fn reply(&self, chat: &Chat, prompt: &str, format: Option<&Format>) -> Result<Reply, Error> {
         let mut reply = Reply::new(self.dialect, self.thinking(chat, prompt));
-        if let (true, Some(budget)) = (self.dialect.thinks, chat.kwargs.get("thinking_budget").and_then(Value::as_u64)) {
-            reply.budget = Some((usize::try_from(budget).unwrap_or(usize::MAX), self.encode(&format!("\n{}", THINK.1))?));
+        if let Some(budget) = chat.kwargs.get("thinking_budget").and_then(Value::as_u64) {
+            let closings = self.dialect.closings(chat.calls()).iter().map(|closing| self.encode(closing));
+            reply.budget = Some((usize::try_from(budget).unwrap_or(usize::MAX), closings.collect::<Result<_, _>>()?));
         }
         let tools: Vec<_> = chat.callable().filter(|_| chat.calls()).collect();
         if let (Choice::Required, true) = (chat.choice.mode, tools.is_empty()) {

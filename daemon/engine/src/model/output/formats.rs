@@ -70,6 +70,19 @@ impl Dialect {
         self.calls.is_some_and(|calls| calls.style == Style::Harmony)
     }
 
+    /// What ends the reasoning when its budget is spent, and what does if it begins once more. In Harmony, a model that has tools may
+    /// choose what comes next.
+    pub(crate) fn closings(&self, calls: bool) -> &'static [&'static str] {
+        const MESSAGE: &str = "<|end|><|start|>assistant";
+        const ANSWER: &str = "<|end|><|start|>assistant<|channel|>final<|message|>";
+        match self.harmony() {
+            true if calls => &[MESSAGE, ANSWER],
+            true => &[ANSWER],
+            false if self.thinks => &["\n</think>"],
+            false => &[],
+        }
+    }
+
     pub(crate) fn marks(self) -> impl Iterator<Item = &'static str> {
         let think = [THINK.0, THINK.1].into_iter().filter(move |_| self.thinks);
         let calls = self.calls.into_iter().flat_map(|calls| [calls.open, calls.close].into_iter().chain(calls.marks.iter().copied()));

@@ -41,6 +41,10 @@ pub(crate) struct Parser {
     skips: bool,
     /// Calls that have begun.
     calls: u32,
+    /// Harmony: what the last message with a text was, unless a call has come since, …
+    spoke: Option<Mode>,
+    /// … and whether this one is the same, so that a line's end goes between them.
+    joins: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -77,7 +81,18 @@ impl Parser {
             Thinking::Possible if dialect.thinks => Mode::Start,
             _ => Mode::Content,
         };
-        Self { dialect, schemas, skips: mode == Mode::Reasoning, mode, held: String::new(), pushed: 0, places: Vec::new(), calls: 0 }
+        Self {
+            dialect,
+            schemas,
+            skips: mode == Mode::Reasoning,
+            mode,
+            held: String::new(),
+            pushed: 0,
+            places: Vec::new(),
+            calls: 0,
+            spoke: None,
+            joins: false,
+        }
     }
 
     /// Thinking may begin, and nothing else has.
@@ -353,7 +368,13 @@ impl Parser {
 
     fn message(&mut self, out: &mut Vec<Part>, part: fn(String) -> Part) -> bool {
         let (found, at) = (self.body(), self.told());
-        let text = self.held.drain(..found.map_or_else(|keep| keep, |(at, _)| at)).collect();
+        let text: String = self.held.drain(..found.map_or_else(|keep| keep, |(at, _)| at)).collect();
+        if !text.is_empty() {
+            if std::mem::take(&mut self.joins) {
+                self.tell(at - 1, part("\n".into()), out); // in place of the mark's last byte
+            }
+            self.spoke = Some(self.mode.clone());
+        }
         self.tell(at, part(text), out);
         self.next_message(found.ok().map(|(_, mark)| mark))
     }
@@ -390,6 +411,10 @@ impl Parser {
                 Mode::Content
             }
         };
+        self.joins = self.spoke.as_ref() == Some(&self.mode);
+        if matches!(self.mode, Mode::To { .. }) {
+            self.spoke = None;
+        }
         true
     }
 

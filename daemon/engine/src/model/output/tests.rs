@@ -39,7 +39,9 @@ fn read(template: &str, thinking: Thinking, kept: bool, pieces: &[&str]) -> (Vec
     let text = pieces.concat();
     let places: String = parser.places().map(|place| &text[place]).collect();
     let content: String = parts.iter().map(|part| if let Part::Content(text) = part { text.as_str() } else { "" }).collect();
-    assert_eq!(places, content);
+    // A line's end between two messages stands where the second one's mark ends.
+    let same = |(at, said): (u8, u8)| at == said || (at, said) == (b'>', b'\n');
+    assert!(places.len() == content.len() && places.bytes().zip(content.bytes()).all(same), "{places} {content}");
     (joined(parts), parser.complete())
 }
 
@@ -113,6 +115,9 @@ fn reasoning_and_calls_are_told_from_content() {
     );
     check(HARMONY, No, "<|channel|>commentary to=functions.h<|message|>{}<|call|>", &[content("{}")]);
     check(HARMONY, No, "just text", &[content("just text")]);
+    // Messages of one kind are apart.
+    let says = |text: &str| text.replace('[', "<|end|><|start|>assistant<|channel|>").replace(']', "<|message|>");
+    check(HARMONY, No, &says("<|channel|>analysis]a[analysis][analysis]b[commentary]c[final]d"), &[reasoning("a\nb"), content("c\nd")]);
     check("", No, &f(1), &[content(&f(1))]);
 }
 
@@ -405,6 +410,11 @@ fn grammars_begin_where_they_should() {
     let [Part::Reasoning(thought), Part::Content(answer)] = &said.parts[..] else { panic!("{:?}", said.parts) };
     assert!(says.starts_with(thought.as_str()) && says.ends_with(answer.as_str()) && thought.len() + answer.len() < says.len(), "{said:?}");
     assert_eq!(say(THINKING_CHAT, says, budget(100), None).parts, [reasoning(says)]);
+    // In Harmony the answer follows; a model with tools may also call one, but not think once more.
+    let says = &*format!("<|channel|>analysis<|message|>One, two, three, {}", "four, ".repeat(40)).leak();
+    let said = say(HARMONY_CHAT, says, budget(4), None);
+    let [Part::Reasoning(thought), Part::Content(answer)] = &said.parts[..] else { panic!("{:?}", said.parts) };
+    assert!(thought.starts_with("One, ") && thought.len() < 20 && answer.contains("four, four"), "{said:?}");
     // In XML, where values are typed; and in Harmony, where thinking and calls are messages.
     let text = json!({"type": "object", "properties": {"n": {"type": "integer"}, "s": {"type": "string"}}, "required": ["s"]});
     let mixed = |chat: &mut Chat| chat.tools = vec![tool("f", text.clone())];

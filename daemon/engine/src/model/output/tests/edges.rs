@@ -95,3 +95,38 @@ fn only_tokens_of_the_content_are_listed() {
     let (parts, listed) = follow(&text, Reply::default(), &["e"], &tokens, Finish::Length);
     assert_eq!((parts, listed.as_str()), (vec![content("Onc")], "Once"));
 }
+
+#[test]
+fn reasoning_ends_with_its_budget() {
+    let text = Text::open(&bundled()).unwrap();
+    // The model says the first of `says`, and the next one wherever it is interrupted.
+    let check = |calls: bool, says: &[&str], expected: &[Part]| {
+        let dialect = Dialect::of(HARMONY);
+        let closings = dialect.closings(calls).iter().map(|closing| text.encode(closing).unwrap()).collect();
+        let mut output = Output::new(Reply { dialect, budget: Some((5, closings)), ..tooled(Thinking::No) }, Vec::new());
+        let (mut parts, mut added) = (Vec::new(), Added::default());
+        for says in says {
+            for c in says.chars() {
+                for token in text.encode(&c.to_string()).unwrap() {
+                    parts.extend(output.push(&text, token, None).unwrap().parts);
+                }
+                let mut interrupted = false;
+                while let Some(token) = output.forced() {
+                    parts.extend(output.push(&text, token, None).unwrap().parts);
+                    interrupted = true;
+                }
+                if interrupted {
+                    break;
+                }
+            }
+        }
+        output.end(&mut added, Finish::Stop(None));
+        parts.extend(added.parts);
+        assert_eq!(joined(parts), expected, "{says:?}");
+    };
+    let (thought, again) = ("<|channel|>analysis<|message|>One, two", "<|channel|>analysis<|message|>Three");
+    check(false, &[thought, "Four."], &[reasoning("One, "), content("Four.")]);
+    check(true, &[thought, again, "Four."], &[reasoning("One, "), content("Four.")]);
+    let called = "<|channel|>commentary to=functions.f<|message|>{}<|call|>";
+    check(true, &[thought, called], &[reasoning("One, "), call(0, "f", "{}")]);
+}

@@ -67,7 +67,7 @@ fn stop_strings_win_and_unlike_forms_are_refused() {
     refused(&Chat { tools: Vec::new(), ..chat.clone() }, None, "tool_choice");
     // A template that shows none.
     let plain = Text::open(&bundled()).unwrap();
-    assert!(plain.render(&chat).unwrap_err().to_string().contains("does not show tools"));
+    assert!(plain.render(&chat).unwrap_err().to_string().contains("tools: this model's chat template does not show them"));
     chat.choice.mode = Choice::None;
     plain.render(&chat).unwrap();
 }
