@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::{
     App, body,
-    error::Failure,
+    error::{Code, Failure},
     reply::Collected,
     router::Caller,
     sse::{self, Item},
@@ -81,7 +81,13 @@ impl Call {
         let mut feeds = self.open(requests).await?;
         let mut replies: Vec<_> = (0..feeds.len()).map(|_| Collected::default()).collect();
         while !feeds.over() {
-            let (choice, event) = feeds.next().await?;
+            let (choice, event) = tokio::select! {
+                event = feeds.next() => event?,
+                () = self.app.cut.cancelled() => {
+                    feeds.reason("shutdown");
+                    return Err(Failure::new(Code::Draining, "the gateway is shutting down"));
+                }
+            };
             replies[choice].add(&event);
         }
         Ok(replies)

@@ -31,6 +31,9 @@ pub struct Args {
     /// Listen beyond this machine without a key
     #[arg(long)]
     pub insecure_no_auth: bool,
+    /// Further name by which clients may call a model, * standing for anything in it; may be given several times
+    #[arg(long = "alias", value_name = "NAME=MODEL", value_parser = alias)]
+    pub aliases: Vec<(String, String)>,
     /// Refuse request fields that are not known instead of ignoring them
     #[arg(long)]
     pub strict_fields: bool,
@@ -40,6 +43,13 @@ pub struct Args {
     /// Other servers' routes to answer besides
     #[arg(long, value_name = "SERVER", value_delimiter = ',', default_value = "ollama,lmstudio")]
     pub compat: Vec<Compat>,
+}
+
+fn alias(text: &str) -> Result<(String, String), &'static str> {
+    match text.split_once('=') {
+        Some((name, model)) if !name.is_empty() && !model.is_empty() => Ok((name.to_owned(), model.to_owned())),
+        _ => Err("it is no NAME=MODEL, such as gpt-4o=local or claude-*=flash-tiny-moe"),
+    }
 }
 
 /// Names that clients look for.
@@ -100,6 +110,8 @@ pub struct Config {
     pub hosts: Vec<String>,
     /// Origins accepted beside the local ones; `*` means all.
     pub origins: Vec<String>,
+    /// Names beside the models' own, `*` standing for anything, and whose they are.
+    pub aliases: Vec<(String, String)>,
     pub strict_fields: bool,
     pub reasoning_field: ReasoningField,
     pub compat: Vec<Compat>,
@@ -162,6 +174,7 @@ impl Args {
             keys: self.api_keys.iter().map(|key| digest(key)).collect(),
             hosts,
             origins: self.cors_origins.clone(),
+            aliases: self.aliases.clone(),
             strict_fields: self.strict_fields,
             reasoning_field: self.reasoning_field,
             compat: self.compat.clone(),

@@ -114,10 +114,11 @@ pub(crate) fn key(parts: &Parts, config: &Config, bound: IpAddr) -> Result<(), F
 
 fn exempt(method: &Method, uri: &Uri, bound: IpAddr) -> bool {
     match uri.path() {
+        _ if method == Method::OPTIONS => true,
         "/health" | "/livez" | "/readyz" => true,
-        "/" => method == Method::HEAD,
+        "/" | "/api/hello" => method == Method::HEAD,
         "/metrics" => bound.is_loopback(),
-        _ => method == Method::OPTIONS,
+        _ => false,
     }
 }
 

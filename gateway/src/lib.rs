@@ -93,7 +93,7 @@ pub async fn serve(config: Config, listener: TcpListener, shutdown: impl Future<
     let bound = listener.local_addr()?.ip();
     let timing = config.timing;
     let app = Arc::new(App {
-        upstream: Upstream::new(&config.socket),
+        upstream: Upstream::new(&config.socket, config.aliases.clone()),
         metrics: Metrics::new(),
         drain: CancellationToken::new(),
         cut: CancellationToken::new(),

@@ -50,6 +50,11 @@ struct Kind {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Blocks {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Build {
     version: &'static str,
 }
@@ -147,7 +152,7 @@ fn of_daemon(snapshot: &v1::Snapshot) -> Registry {
     let requests = snapshot.requests.unwrap_or_default();
     registry.register("requests_running", "Requests being computed", ConstGauge::new(u64::from(requests.running)));
     registry.register("requests_waiting", "Requests in the daemon's queue", ConstGauge::new(u64::from(requests.waiting)));
-    registry.register("grammar_seconds", "Time spent on making grammars for replies", ConstCounter::new(requests.grammar_s));
+    registry.register("grammar_compile_seconds", "Time spent on making grammars for replies", ConstCounter::new(requests.grammar_s));
     if let Some(experts) = &snapshot.experts {
         // An expert that was on its way already is no miss of its own.
         registry.register("expert_cache_hits", "Experts found resident", ConstCounter::new(experts.hits));
@@ -171,8 +176,11 @@ fn of_daemon(snapshot: &v1::Snapshot) -> Registry {
         kinds.get_or_create(&Kind { kind }).set(i64::try_from(bytes).unwrap_or(i64::MAX));
     }
     registry.register("memory_bytes", "The daemon's memory by use; process is what the system counts", kinds);
-    registry.register("kv_blocks", "Blocks of keys and values in memory", ConstGauge::new(memory.kv_blocks));
-    registry.register("kv_busy_blocks", "Of those, blocks that running requests hold", ConstGauge::new(memory.kv_busy_blocks));
+    let blocks = Family::<Blocks, Gauge>::default();
+    for (state, count) in [("busy", memory.kv_busy_blocks), ("idle", memory.kv_blocks.saturating_sub(memory.kv_busy_blocks))] {
+        blocks.get_or_create(&Blocks { state }).set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+    registry.register("kv_blocks", "Blocks of keys and values in memory; busy are those of running requests", blocks);
     let level = snapshot.pressure.as_ref().map_or(0, |pressure| pressure.level);
     registry.register("memory_pressure", "0 normal, 1 warn, 2 critical", ConstGauge::new(i64::from(level)));
     registry

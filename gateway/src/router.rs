@@ -161,20 +161,23 @@ async fn envelope(State(app): State<Arc<App>>, route: Option<MatchedPath>, reque
     connection.activity.begin(parts.version == Version::HTTP_2);
     let is_head = parts.method == Method::HEAD;
     let (dialect, path) = (Dialect::of(parts.uri.path(), &parts.headers), parts.uri.path().to_owned());
-    let admitted = guard::host(&parts, &app.config)
-        .and_then(|()| guard::origin(&parts.method, &parts.headers, &app.config))
-        .and_then(|origin| guard::key(&parts, &app.config, connection.bound).map(|()| origin));
-    let (origin, mut response) = match admitted {
-        Err(failure) => (None, refuse(&parts.headers, body, failure).await),
-        Ok(origin) if parts.method == Method::OPTIONS => {
+    let origin = guard::host(&parts, &app.config).and_then(|()| guard::origin(&parts.method, &parts.headers, &app.config));
+    // A page that is welcome may read why its key is not.
+    let (origin, admitted) = match origin {
+        Ok(origin) => (origin, guard::key(&parts, &app.config, connection.bound)),
+        Err(failure) => (None, Err(failure)),
+    };
+    let mut response = match admitted {
+        Err(failure) => refuse(&parts.headers, body, failure).await,
+        Ok(()) if parts.method == Method::OPTIONS => {
             let mut response = axum::http::StatusCode::NO_CONTENT.into_response();
             guard::preflight(&parts.headers, response.headers_mut());
-            (origin, response)
+            response
         }
-        Ok(origin) if app.draining() && parts.method == Method::POST => {
-            (origin, refuse(&parts.headers, body, Failure::new(Code::Draining, "the gateway is shutting down")).await)
+        Ok(()) if app.draining() && parts.method == Method::POST => {
+            refuse(&parts.headers, body, Failure::new(Code::Draining, "the gateway is shutting down")).await
         }
-        Ok(origin) => (origin, next.run(Request::from_parts(parts, body)).await),
+        Ok(()) => next.run(Request::from_parts(parts, body)).await,
     };
     if let Some(failure) = response.extensions_mut().remove::<Failure>().map(|failure| failure.in_words_of(&path)) {
         if dialect == Dialect::Grpc {

@@ -40,11 +40,13 @@ pub(crate) struct Upstream {
     greeted: AtomicBool,
     /// The list as last seen: names are looked up in it, and it stands in while the daemon is slow.
     models: Mutex<Option<Arc<v1::ListResponse>>>,
+    /// Further names of models, and whose they are.
+    aliases: Vec<(String, String)>,
 }
 
 impl Upstream {
-    pub(crate) fn new(socket: &Path) -> Self {
-        Self { channel: flash_proto::socket::connect_lazy(socket), greeted: AtomicBool::new(false), models: Mutex::new(None) }
+    pub(crate) fn new(socket: &Path, aliases: Vec<(String, String)>) -> Self {
+        Self { channel: flash_proto::socket::connect_lazy(socket), greeted: AtomicBool::new(false), models: Mutex::new(None), aliases }
     }
 
     pub(crate) async fn version(&self) -> Result<v1::VersionResponse, Failure> {
@@ -70,7 +72,10 @@ impl Upstream {
     pub(crate) async fn models(&self) -> Result<Arc<v1::ListResponse>, Failure> {
         let fetch = async {
             self.greet().await?;
-            let list = self.short(|channel| async move { ModelsClient::new(channel).list(v1::ListRequest {}).await }).await?;
+            let mut list = self.short(|channel| async move { ModelsClient::new(channel).list(v1::ListRequest {}).await }).await?;
+            for (alias, model) in &self.aliases {
+                models::name(alias, model, &mut list);
+            }
             let list = Arc::new(list);
             *self.models.lock().unwrap_or_else(PoisonError::into_inner) = Some(list.clone());
             Ok(list)
@@ -94,9 +99,10 @@ impl Upstream {
         if models::is_default(requested) {
             return self.greet().await.map(|()| String::new());
         }
-        if let Some(model) = self.known_models().as_ref().and_then(|list| models::resolve(requested, list)) {
+        if let Some(model) = self.known_models().as_ref().and_then(|list| models::exact(requested, list)) {
             return Ok(model.id.clone());
         }
+        // A closer one may have been installed since.
         let list = self.models().await?;
         models::resolve(requested, &list).map(|model| model.id.clone()).ok_or_else(|| models::not_found(requested, &list))
     }

@@ -102,7 +102,7 @@ fn said(top: &mut Object<'_>, unknown: &mut Vec<String>) -> Result<Said, Failure
     if let Some(node) = top.get("thread") {
         thread(&node)?;
     }
-    let Offered { mut tools, deferred } = top.read("tools", |node| offered(&node, unknown))?.unwrap_or_default();
+    let Offered { mut tools, deferred, hosted } = top.read("tools", |node| offered(&node, unknown))?.unwrap_or_default();
     let mut turns = Turns::default();
     if let Some(text) = top.read("system", |node| system(&node, unknown))?.filter(|text| !text.is_empty()) {
         turns.say("system", text);
@@ -111,7 +111,12 @@ fn said(top: &mut Object<'_>, unknown: &mut Vec<String>) -> Result<Said, Failure
     conversation.read(&top.require("messages")?)?;
     let Conversation { turns: Turns { mut messages }, wanted: mut told, .. } = conversation;
     let choice = top.get("tool_choice");
-    let (wanted, single) = choice.as_ref().map(tool_choice).transpose()?.unwrap_or_default();
+    let (mut wanted, single) = choice.as_ref().map(tool_choice).transpose()?.unwrap_or_default();
+    // What only Anthropic's servers run is left out, and so is the wish for it.
+    let nothing_else = wanted.names.is_empty() && tools.list.is_empty() && deferred.is_empty() && !hosted.is_empty();
+    if wanted.mode == Mode::Required && (nothing_else || wanted.names.iter().any(|name| hosted.contains(name))) {
+        wanted = Wanted::mode(Mode::Auto);
+    }
     told.extend(messages.iter().flat_map(|message| &message.tool_calls).map(|call| call.name.clone()));
     told.extend(wanted.names.iter().cloned());
     // Callable without being shown: the prompt before the conversation stays as it was.
@@ -189,21 +194,24 @@ struct Offered {
     tools: Tools,
     /// Those that are offered once the conversation has told of them.
     deferred: Vec<v1::Tool>,
+    /// Names of those that are left out.
+    hosted: Vec<String>,
 }
 
 fn offered(node: &Node<'_>, unknown: &mut Vec<String>) -> Result<Offered, Failure> {
-    let (mut tools, mut deferred) = (Tools::default(), Tools::default());
+    let (mut tools, mut deferred, mut hosted) = (Tools::default(), Tools::default(), Vec::new());
     for node in node.array(TOOLS_MAX)? {
         let mut object = node.object()?;
         let kind = object.read("type", |node| node.text())?.unwrap_or("custom");
         if kind != "custom" {
             tracing::debug!(kind, "left out a tool that Anthropic's servers run");
+            hosted.extend(object.read("name", |node| node.text())?.map(str::to_owned));
             continue;
         }
         let later = object.read("defer_loading", |node| node.flag())?.unwrap_or(false);
         if later { &mut deferred } else { &mut tools }.function(object, "input_schema", unknown)?;
     }
-    Ok(Offered { tools, deferred: deferred.list })
+    Ok(Offered { tools, deferred: deferred.list, hosted })
 }
 
 /// Without the blocks that Claude Code's billing puts first: they differ in every conversation.

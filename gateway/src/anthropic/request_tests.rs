@@ -157,6 +157,11 @@ fn choices_and_formats() {
     check(json!({"type": "any"}), Mode::Required, &[], false);
     check(json!({"type": "tool", "name": "g"}), Mode::Required, &["g"], false);
     check(json!({"type": "none"}), Mode::None, &[], false);
+    // Tools of Anthropic's servers are left out, and so is the wish for one.
+    for choice in [json!({"type": "any"}), json!({"type": "tool", "name": "web_search"})] {
+        let hosted = json!({"tools": [{"type": "web_search_20250305", "name": "web_search"}], "tool_choice": choice});
+        assert_eq!(chat(&with(hosted)).tool_choice, None);
+    }
     let format = json!({"type": "json_schema", "schema": {"z": 1, "a": 2}});
     let wanted = Some(ask::json_schema(r#"{"z":1,"a":2}"#.into(), false));
     assert_eq!(accepted(&with(json!({"output_config": {"format": format}}))).generate.format, wanted);

@@ -85,11 +85,15 @@ impl Tools {
 
     /// Puts the tools from `start` on into a namespace.
     pub(crate) fn enclose(&mut self, start: usize, namespace: &str) {
-        for tool in &mut self.list[start..] {
+        let (before, tools) = self.list.split_at_mut(start);
+        for tool in tools {
             let wire = wire_name(Some(namespace), &tool.name);
-            let custom = self.names.0.remove(&tool.name).is_some_and(|name| name.custom);
             let name = std::mem::replace(&mut tool.name, wire.clone());
-            self.names.0.insert(wire, Name { namespace: Some(namespace.to_owned()), name, custom });
+            // One outside of it that takes text may have the same name.
+            if before.iter().all(|tool| tool.name != name || tool.input.is_none()) {
+                self.names.0.remove(&name);
+            }
+            self.names.0.insert(wire, Name { namespace: Some(namespace.to_owned()), name, custom: tool.input.is_some() });
         }
     }
 
@@ -169,7 +173,14 @@ impl Wanted {
                     }
                 }
                 // None of those that are allowed exists here.
-                Ok(if names.is_empty() && mode == Mode::Auto { Self::mode(Mode::None) } else { Self { mode, names } })
+                match mode {
+                    Mode::Required if names.is_empty() => {
+                        Err(kind
+                            .refuse(Code::UnsupportedValue, "a tool must be called, and none of those that are allowed is offered here"))
+                    }
+                    _ if names.is_empty() => Ok(Self::mode(Mode::None)),
+                    mode => Ok(Self { mode, names }),
+                }
             }
             "auto" => Ok(Self::mode(Mode::Auto)),
             "none" => Ok(Self::mode(Mode::None)),

@@ -218,6 +218,8 @@ fn choices_of_tools_become_modes_and_names() {
     check(json!({"tool_choice": {"type": "function", "function": {"name": "g"}}}), Mode::Required, &["g"], false);
     let allowed = json!({"mode": "required", "tools": [{"type": "function", "function": {"name": "f"}}, {"type": "mcp"}]});
     check(json!({"tool_choice": {"type": "allowed_tools", "allowed_tools": allowed}}), Mode::Required, &["f"], false);
+    let hosted = json!({"tools": [{"function": {"name": "f"}}], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [{"type": "mcp"}]}});
+    assert_eq!(read(&with(hosted)).expect_err("nothing to call").code, Code::UnsupportedValue);
     let legacy = with(json!({"functions": [{"name": "h"}], "function_call": {"name": "h"}}));
     let choice = chat(&legacy).tool_choice.expect("a choice");
     assert_eq!((choice.mode(), choice.names, choice.single, accepted(&legacy).legacy), (Mode::Required, vec!["h".to_owned()], true, true));

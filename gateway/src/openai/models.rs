@@ -41,17 +41,39 @@ pub(crate) fn resolve<'a>(requested: &str, list: &'a v1::ListResponse) -> Option
     }
     let named =
         |wanted: &dyn Fn(&str) -> bool| models.iter().find(|model| wanted(&model.id) || model.aliases.iter().any(|alias| wanted(alias)));
-    let loose = |name: &str| {
-        let name = name.to_lowercase();
-        let name = name.strip_suffix(":latest").unwrap_or(&name);
-        name.rsplit('/').next().unwrap_or(name).to_owned()
-    };
     let wanted = loose(requested);
-    models
-        .iter()
-        .find(|model| model.id == requested)
+    exact(requested, list)
         .or_else(|| named(&|name| name == requested))
+        .or_else(|| named(&|name| requested.len() <= NAME_MAX && matches(name, requested)))
         .or_else(|| named(&|name| loose(name) == wanted))
+}
+
+/// Of names that are compared with patterns.
+const NAME_MAX: usize = 200;
+
+/// Whether a name fits a pattern in which `*` stands for anything.
+fn matches(pattern: &str, name: &str) -> bool {
+    let Some((head, tail)) = pattern.split_once('*') else { return pattern == name };
+    let Some(rest) = name.strip_prefix(head) else { return false };
+    rest.char_indices().map(|(at, _)| at).chain([rest.len()]).any(|at| matches(tail, &rest[at..]))
+}
+
+/// Gives an installed model a further name; one that is not installed has no use for it.
+pub(crate) fn name(alias: &str, model: &str, list: &mut v1::ListResponse) {
+    let Some(id) = resolve(model, list).map(|model| model.id.clone()) else { return };
+    list.models.iter_mut().filter(|model| model.id == id).for_each(|model| model.aliases.push(alias.to_owned()));
+}
+
+/// As [`resolve`], by its very id: whatever else is installed meanwhile, nothing is closer.
+pub(crate) fn exact<'a>(requested: &str, list: &'a v1::ListResponse) -> Option<&'a v1::Model> {
+    list.models.iter().find(|model| model.id == requested)
+}
+
+/// What names that mean one model have in common.
+fn loose(name: &str) -> String {
+    let name = name.to_lowercase();
+    let name = name.strip_suffix(":latest").unwrap_or(&name);
+    name.rsplit('/').next().unwrap_or(name).to_owned()
 }
 
 pub(crate) fn is_default(requested: &str) -> bool {
@@ -74,14 +96,19 @@ fn page(list: &v1::ListResponse, query: &HashMap<String, String>) -> Value {
     let mut models: Vec<_> = list.models.iter().collect();
     models.sort_by_key(|model| model.state() == model::State::NotLoaded);
     let position = |key: &str| query.get(key).and_then(|id| models.iter().position(|model| model.id == *id));
-    let start = position("after_id").or_else(|| position("after")).map_or(0, |at| at + 1);
-    let end = position("before_id").unwrap_or(models.len()).max(start);
+    let after = position("after_id").or_else(|| position("after")).map(|at| at + 1);
+    let before = position("before_id");
+    let (start, end) = (after.unwrap_or(0), before.unwrap_or(models.len()).max(after.unwrap_or(0)));
     let limit = query.get("limit").and_then(|limit| limit.parse().ok()).filter(|&limit| limit > 0).unwrap_or(usize::MAX);
-    let stop = end.min(start.saturating_add(limit));
-    let shown = &models[start..stop];
+    // A page before an id is the last one of what lies there, and more of it is still before that.
+    let (shown, more) = match (after, before) {
+        (None, Some(_)) => (end.saturating_sub(limit)..end, end > limit),
+        _ => (start..end.min(start.saturating_add(limit)), end - start > limit),
+    };
+    let shown = &models[shown];
     json!({
         "object": "list",
-        "has_more": stop < end,
+        "has_more": more,
         "first_id": shown.first().map(|model| &model.id),
         "last_id": shown.last().map(|model| &model.id),
         "data": shown.iter().map(|model| describe(model, list)).collect::<Vec<_>>(),
@@ -165,6 +192,19 @@ mod tests {
         check("mlx-community/Flash-Tiny-MoE", Some("flash-tiny-moe"));
         check("/etc/passwd", None);
         check("gpt-4o", None);
+        let mut list = installed();
+        for (alias, model) in [("gpt-*", "local"), ("gpt-4o", "big-moe"), ("claude-*-4*", "big-moe"), ("o3", "nobody")] {
+            name(alias, model, &mut list);
+        }
+        let check = |requested: &str, wanted: Option<&str>| {
+            assert_eq!(resolve(requested, &list).map(|model| model.id.as_str()), wanted, "{requested}");
+        };
+        check("gpt-5", Some("flash-tiny-moe"));
+        check("gpt-4o", Some("big-moe"));
+        check("claude-sonnet-4-5", Some("big-moe"));
+        check("claude-sonnet", Some("Org/Big-MoE"));
+        check("claude-opus", None);
+        check("o3", None);
     }
 
     #[test]
@@ -182,6 +222,8 @@ mod tests {
         check(&[("limit", "1"), ("after_id", "flash-tiny-moe")], &["Org/Big-MoE"], true);
         check(&[("after", "big-moe")], &[], false);
         check(&[("before_id", "Org/Big-MoE")], &["flash-tiny-moe"], false);
+        check(&[("before_id", "big-moe"), ("limit", "1")], &["Org/Big-MoE"], true);
+        check(&[("before_id", "big-moe"), ("after_id", "flash-tiny-moe"), ("limit", "1")], &["Org/Big-MoE"], false);
         check(&[("limit", "x")], &["flash-tiny-moe", "Org/Big-MoE", "big-moe"], false);
     }
 

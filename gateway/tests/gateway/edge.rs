@@ -142,6 +142,8 @@ async fn keys() {
         ("GET", "/nowhere", vec![], 401),
         ("GET", "/", vec![], 401),
         ("HEAD", "/", vec![], 200),
+        ("HEAD", "/api/hello", vec![], 200),
+        ("OPTIONS", "/", vec![], 204),
         ("GET", "/health", vec![], 200),
         ("GET", "/livez", vec![], 200),
         ("GET", "/readyz", vec![], 200),
@@ -157,6 +159,9 @@ async fn keys() {
             assert_eq!(reply.json()["error"], wanted);
         }
     }
+    // A page that is welcome can read what is wrong.
+    let reply = call(gateway.address, "GET", "/v1/models", &[("Origin", "http://localhost:3000")], b"").await;
+    assert_eq!((reply.status, reply.header("access-control-allow-origin")), (401, Some("http://localhost:3000")));
 }
 
 #[tokio::test]

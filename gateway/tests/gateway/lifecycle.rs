@@ -146,9 +146,9 @@ async fn health_and_metrics_show_the_daemon() {
         "flash_expert_cache_misses_total 10",
         "flash_ssd_read_bytes_total 4096",
         "flash_memory_bytes{kind=\"slab\"} 77",
-        "flash_kv_blocks 9",
-        "flash_kv_busy_blocks 4",
-        "flash_grammar_seconds_total 0.5",
+        "flash_kv_blocks{state=\"busy\"} 4",
+        "flash_kv_blocks{state=\"idle\"} 5",
+        "flash_grammar_compile_seconds_total 0.5",
         "flash_memory_pressure 1",
         "flash_prompt_tokens_total 11",
         "flash_cached_prompt_tokens_total 3",
@@ -204,6 +204,21 @@ async fn a_stop_ends_what_does_not_finish() {
     assert!(rest.contains(r#""code":"draining""#), "{rest}");
     soon("the end of the gateway", gateway.task).await.expect("no panic").expect("no error");
     fake.gone(1).await;
+    // Where nothing has been said yet, by a status.
+    let mut gateway = Gateway::with(&fake, |config| config.timing.drain = Duration::from_millis(20)).await;
+    fake.script([Step::Send(accepted()), Step::Hang]);
+    let mut running = Client::open(gateway.address).await;
+    running.write(&post(&ask(false))).await;
+    soon("the request", async {
+        while fake.requests().len() < 2 {
+            sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await;
+    gateway.stop();
+    assert_eq!(running.reply(false).await.error(), (503, "draining".to_owned()));
+    soon("the end of the gateway", gateway.task).await.expect("no panic").expect("no error");
+    fake.gone(2).await;
 }
 
 #[tokio::test]

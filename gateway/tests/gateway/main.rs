@@ -90,6 +90,7 @@ impl Gateway {
             keys: Vec::new(),
             hosts: vec!["127.0.0.1".into()],
             origins: Vec::new(),
+            aliases: Vec::new(),
             strict_fields: false,
             reasoning_field: ReasoningField::ReasoningContent,
             compat: vec![Compat::Ollama, Compat::Lmstudio],

@@ -70,6 +70,25 @@ fn a_body_of_codexs_is_read_without_a_word() {
 }
 
 #[test]
+fn names_in_a_namespace_are_apart_from_those_outside() {
+    let [custom, function] = ["custom", "function"].map(|kind| json!({"type": kind, "name": "x"}));
+    let within = |tool: &Value| json!({"type": "namespace", "name": "n", "description": "", "tools": [tool]});
+    for (tools, outside, inside) in [
+        (json!([custom, within(&function)]), true, false),
+        (json!([custom, within(&custom)]), true, true),
+        (json!([within(&custom), function]), false, true),
+        (json!([function, within(&custom)]), false, true),
+    ] {
+        let names = accepted(&json!({"input": "go", "tools": tools})).names;
+        assert_eq!(
+            (names.of("x").custom, names.of("n__x").custom, names.of("n__x").namespace.as_deref()),
+            (outside, inside, Some("n")),
+            "{tools}"
+        );
+    }
+}
+
+#[test]
 fn nothing_is_something_to_warm_up_with() {
     for input in [json!(""), json!([]), Value::Null] {
         assert_eq!(said(&accepted(&json!({"input": input}))), [("user", "")]);
