@@ -122,6 +122,17 @@ fn ctrl_c_ends_a_run_with_its_last_line_ended() -> Result<()> {
 }
 
 #[test]
+fn a_run_that_no_chat_can_stand_for_wants_a_prompt() -> Result<()> {
+    let home = Home::new()?;
+    for flags in [&["--raw"][..], &["--no-stream"], &["--suffix", "x"], &["--timeout", "9"]] {
+        let mut run = start(&home, &[&["run", "local"], flags].concat())?;
+        run.expect("there is no prompt")?;
+        assert_eq!(run.process.code()?, Some(2), "{flags:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_chat_that_is_told_to_end_leaves_the_terminal_as_it_was() -> Result<()> {
     let home = Home::new()?;
     let mut chat = start(&home, &["chat", "local"])?;

@@ -20,7 +20,10 @@ use crate::{
 };
 
 pub(crate) fn is_chat(args: &RunArgs) -> bool {
-    args.prompt.is_empty() && args.file.is_empty() && io::stdin().is_terminal()
+    // What a chat knows nothing of is not passed over: it asks for a prompt.
+    let RunArgs { raw, suffix, no_stream, timeout, .. } = args;
+    let once = *raw || *no_stream || suffix.is_some() || timeout.is_some();
+    !once && args.prompt.is_empty() && args.file.is_empty() && io::stdin().is_terminal()
 }
 
 impl From<RunArgs> for ChatArgs {
