@@ -102,7 +102,7 @@ fn said(top: &mut Object<'_>, unknown: &mut Vec<String>) -> Result<Said, Failure
     if let Some(node) = top.get("thread") {
         thread(&node)?;
     }
-    let Offered { mut tools, deferred, hosted } = top.read("tools", |node| offered(&node, unknown))?.unwrap_or_default();
+    let Offered { mut tools, deferred, mut hosted } = top.read("tools", |node| offered(&node, unknown))?.unwrap_or_default();
     let mut turns = Turns::default();
     if let Some(text) = top.read("system", |node| system(&node, unknown))?.filter(|text| !text.is_empty()) {
         turns.say("system", text);
@@ -113,6 +113,7 @@ fn said(top: &mut Object<'_>, unknown: &mut Vec<String>) -> Result<Said, Failure
     let choice = top.get("tool_choice");
     let (mut wanted, single) = choice.as_ref().map(tool_choice).transpose()?.unwrap_or_default();
     // What only Anthropic's servers run is left out, and so is the wish for it.
+    hosted.retain(|name| tools.list.iter().chain(&deferred).all(|tool| tool.name != *name));
     let nothing_else = wanted.names.is_empty() && tools.list.is_empty() && deferred.is_empty() && !hosted.is_empty();
     if wanted.mode == Mode::Required && (nothing_else || wanted.names.iter().any(|name| hosted.contains(name))) {
         wanted = Wanted::mode(Mode::Auto);

@@ -162,6 +162,8 @@ fn choices_and_formats() {
         let hosted = json!({"tools": [{"type": "web_search_20250305", "name": "web_search"}], "tool_choice": choice});
         assert_eq!(chat(&with(hosted)).tool_choice, None);
     }
+    let both = json!({"tools": [{"type": "web_search_20250305", "name": "f"}, tools[0]], "tool_choice": {"type": "tool", "name": "f"}});
+    assert_eq!(chat(&with(both)).tool_choice.expect("a choice").names, ["f"]);
     let format = json!({"type": "json_schema", "schema": {"z": 1, "a": 2}});
     let wanted = Some(ask::json_schema(r#"{"z":1,"a":2}"#.into(), false));
     assert_eq!(accepted(&with(json!({"output_config": {"format": format}}))).generate.format, wanted);
