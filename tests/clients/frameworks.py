@@ -27,6 +27,7 @@ import agents
 import instructor
 import langchain_openai
 import llm
+import ollama
 import openai
 import pydantic
 import pydantic_ai
@@ -178,7 +179,38 @@ def openai_agents_want_a_type():
         is_ada(agents.Runner.run_sync(agents.Agent("who", model=model, output_type=Person), ADA_TEXT).final_output)
 
 
+OLLAMA = ollama.Client(host=sys.argv[1])
+
+
+def ollama_streams():
+    said = [{"role": "user", "content": HELLO}]
+    parts = [part.message.content for part in OLLAMA.chat("scripted", said, stream=True)]
+    assert "".join(parts) == OLLAMA.chat("scripted", said).message.content == OLLAMA.generate("scripted", HELLO).response == "Hello there."
+
+
+def ollama_calls_tools():
+    said = [{"role": "user", "content": READ}]
+    asked = OLLAMA.chat("scripted", said, tools=[read_file]).message
+    (call,) = asked.tool_calls
+    told = {"role": "tool", "tool_name": call.function.name, "content": read_file(**call.function.arguments)}
+    assert OLLAMA.chat("scripted", [*said, asked, told], tools=[read_file]).message.content == "It says hello."
+
+
+def ollama_keeps_a_schema():
+    said = OLLAMA.chat("scripted", [{"role": "user", "content": ADA_TEXT}], format=Person.model_json_schema()).message.content
+    is_ada(Person.model_validate_json(said))
+
+
+def ollama_lists():
+    assert "scripted" in [model.model for model in OLLAMA.list().models]
+    shown = OLLAMA.show("scripted")
+    assert "tools" in shown.capabilities and shown.details.family, shown
+    OLLAMA.chat("scripted", [{"role": "user", "content": HELLO}])
+    assert [model.model for model in OLLAMA.ps().models] == ["scripted"]
+
+
 def errors_are_theirs():
+    assert raises(ollama.ResponseError, lambda: OLLAMA.chat("gpt-9")).status_code == 404
     error = raises(openai.NotFoundError, lambda: langchain(model_kwargs={}).bind(model="gpt-9").invoke("Hi"))
     assert error.code == "model_not_found", error
 
@@ -186,4 +218,4 @@ def errors_are_theirs():
 run([llm_streams, llm_calls_tools, llm_keeps_a_schema, llm_completes, instructor_forces_a_tool, instructor_asks_for_json,
      instructor_speaks_responses, instructor_streams_a_part_at_a_time, langchain_streams, langchain_calls_tools,
      langchain_structures_output, pydantic_ai_calls_tools, pydantic_ai_wants_a_type, openai_agents_call_tools, openai_agents_must_call,
-     openai_agents_want_a_type, errors_are_theirs])
+     openai_agents_want_a_type, ollama_streams, ollama_calls_tools, ollama_keeps_a_schema, ollama_lists, errors_are_theirs])
