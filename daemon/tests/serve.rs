@@ -308,7 +308,7 @@ async fn forms_that_cannot_be_kept_are_refused() {
     check(format(v1::format::Kind::JsonSchema("[".into()), true), code::INVALID_VALUE, "response_format", "not JSON").await;
     check(format(v1::format::Kind::Regex("(".into()), true), code::SCHEMA_NOT_SUPPORTED, "response_format", "").await;
     let tools = v1::generate_request::Prompt::Chat(tools_chat(v1::tool_choice::Mode::Auto));
-    check(v1::GenerateRequest { prompt: Some(tools), ..story(1) }, code::CHAT_TEMPLATE, "messages", "does not show tools").await;
+    check(v1::GenerateRequest { prompt: Some(tools), ..story(1) }, code::CHAT_TEMPLATE, "tools", "does not show them").await;
     let (text, done) = daemon.generate(format(odd, false)).await.expect("accepted").finish().await;
     assert!(done.is_ok() && text.starts_with('{'), "{text}");
     let (text, done) = daemon.generate(format(v1::format::Kind::Regex("[0-9]{3}".into()), true)).await.expect("accepted").finish().await;
