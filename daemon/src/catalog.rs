@@ -108,17 +108,19 @@ impl Catalog {
 
     /// The id of what an empty name or `local` means now; a configured name that is nobody's as it is.
     pub(crate) fn default_model(&self, entries: &[Entry]) -> Option<String> {
+        self.default_entry(entries).map(|entry| entry.model.id.clone()).or_else(|| self.default.clone())
+    }
+
+    fn default_entry<'a>(&self, entries: &'a [Entry]) -> Option<&'a Entry> {
         let mut usable = entries.iter().filter(|entry| entry.info.is_ok());
-        let model = match (&self.default, usable.next(), usable.next()) {
-            (Some(default), ..) => {
-                let path = self.as_path("");
-                let found = named(entries, default).or_else(|| entries.iter().find(|entry| Some(&entry.model.path) == path.as_ref()));
-                return Some(found.map_or_else(|| default.clone(), |entry| entry.model.id.clone()));
-            }
+        match (&self.default, usable.next(), usable.next()) {
+            (Some(default), ..) => named(entries, default).or_else(|| {
+                let path = self.as_path("")?;
+                entries.iter().find(|entry| entry.model.path == path)
+            }),
             (None, Some(only), None) => Some(only),
             _ => entries.iter().find(|entry| entry.model.id == BUNDLED),
-        };
-        model.map(|entry| entry.model.id.clone())
+        }
     }
 
     /// The model a name means: an id (exact, then any case, then its last part, then without `:latest`), or a path.
@@ -164,7 +166,7 @@ impl Catalog {
 
     fn find(&self, entries: &[Entry], name: &str) -> Option<Model> {
         let found = match name {
-            "" | "local" | "local:latest" => named(entries, &self.default_model(entries)?),
+            "" | "local" | "local:latest" => self.default_entry(entries),
             name => named(entries, name),
         };
         found.map(|entry| entry.model.clone())

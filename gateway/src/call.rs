@@ -80,10 +80,11 @@ impl Call {
     pub(crate) async fn collect(&self, requests: Vec<v1::GenerateRequest>) -> Result<Vec<Collected>, Failure> {
         let mut feeds = self.open(requests).await?;
         let mut replies: Vec<_> = (0..feeds.len()).map(|_| Collected::default()).collect();
+        let mut cut = std::pin::pin!(self.app.cut.cancelled());
         while !feeds.over() {
             let (choice, event) = tokio::select! {
                 event = feeds.next() => event?,
-                () = self.app.cut.cancelled() => {
+                () = &mut cut => {
                     feeds.reason("shutdown");
                     return Err(Failure::new(Code::Draining, "the gateway is shutting down"));
                 }

@@ -204,23 +204,32 @@ impl Prompt {
             let begun = Instant::now();
             Ok(Prepared { tokens, reply: make()?, grammar: begun.elapsed() })
         };
+        // The engine would say the same, once it has loaded the model.
+        let fits = |prompt| match context {
+            1.. if prompt >= context => Err(flash_engine::Error::ContextLength { prompt, limit: context }),
+            _ => Ok(()),
+        };
         match self {
             Self::Chat(chat) => {
                 let prompt = match text.render(&chat) {
-                    Err(error @ flash_engine::Error::NoTools { .. }) => return Err(beyond(&chat, text, context).unwrap_or(error)),
+                    Err(error @ flash_engine::Error::NoTools { .. }) => {
+                        // A small model may not have the room for what an agent says either, and for that agents have words.
+                        text.tokens_with_tools(&chat).map_or(Ok(()), fits)?;
+                        return Err(error);
+                    }
                     prompt => prompt?,
                 };
-                timed(text.encode(&prompt)?, &|| text.reply(&chat, &prompt, format))
+                let tokens = text.encode(&prompt)?;
+                fits(tokens.len())?;
+                timed(tokens, &|| text.reply(&chat, &prompt, format))
             }
-            raw => timed(raw.encode(text)?, &|| text.raw_reply(format)),
+            raw => {
+                let tokens = raw.encode(text)?;
+                fits(tokens.len())?;
+                timed(tokens, &|| text.raw_reply(format))
+            }
         }
     }
-}
-
-/// A small model may have neither a way of calling an agent's tools nor room for what the agent says: for the latter agents have words.
-fn beyond(chat: &Chat, text: &Text, context: usize) -> Option<flash_engine::Error> {
-    let prompt = text.tokens_with_tools(chat).ok()?;
-    (prompt >= context && context > 0).then_some(flash_engine::Error::ContextLength { prompt, limit: context })
 }
 
 impl Overrides {

@@ -81,10 +81,6 @@ impl Service {
             let prepared = daemon.catalog.encode(move || asked.prepare(format.as_ref(), &side, context)).await?;
             let convert::Prepared { tokens, reply, grammar } = prepared;
             daemon.totals.grammar(grammar);
-            // Asked of the engine, this would load the model first.
-            if context > 0 && tokens.len() >= context {
-                return Err(flash_engine::Error::ContextLength { prompt: tokens.len(), limit: context }.into());
-            }
             Ok((wanted.rest.request(tokens, reply, sampling), wanted.keep_alive, model, text))
         };
         let (request, keep_alive, model, text) = prepared.await.map_err(|error: Error| daemon.refused(&error))?;

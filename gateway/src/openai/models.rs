@@ -44,7 +44,7 @@ pub(crate) fn resolve<'a>(requested: &str, list: &'a v1::ListResponse) -> Option
     let wanted = loose(requested);
     exact(requested, list)
         .or_else(|| named(&|name| name == requested))
-        .or_else(|| named(&|name| requested.len() <= NAME_MAX && matches(name, requested)))
+        .or_else(|| named(&|name| requested.len() <= NAME_MAX && glob(name, requested)))
         .or_else(|| named(&|name| loose(name) == wanted))
 }
 
@@ -52,10 +52,10 @@ pub(crate) fn resolve<'a>(requested: &str, list: &'a v1::ListResponse) -> Option
 const NAME_MAX: usize = 200;
 
 /// Whether a name fits a pattern in which `*` stands for anything.
-fn matches(pattern: &str, name: &str) -> bool {
+fn glob(pattern: &str, name: &str) -> bool {
     let Some((head, tail)) = pattern.split_once('*') else { return pattern == name };
     let Some(rest) = name.strip_prefix(head) else { return false };
-    rest.char_indices().map(|(at, _)| at).chain([rest.len()]).any(|at| matches(tail, &rest[at..]))
+    rest.char_indices().map(|(at, _)| at).chain([rest.len()]).any(|at| glob(tail, &rest[at..]))
 }
 
 /// Gives an installed model a further name; one that is not installed has no use for it.
@@ -178,33 +178,30 @@ mod tests {
 
     #[test]
     fn names_find_models() {
-        let check = |requested: &str, wanted: Option<&str>| {
-            assert_eq!(resolve(requested, &installed()).map(|model| model.id.as_str()), wanted, "{requested}");
+        let mut list = installed();
+        let check = |list: &v1::ListResponse, requested: &str, wanted: Option<&str>| {
+            assert_eq!(resolve(requested, list).map(|model| model.id.as_str()), wanted, "{requested}");
         };
         for default in ["", "local", "default"] {
-            check(default, Some("flash-tiny-moe"));
+            check(&list, default, Some("flash-tiny-moe"));
         }
-        check("Org/Big-MoE", Some("Org/Big-MoE"));
-        check("big-moe", Some("big-moe"));
-        check("BIG-MOE:latest", Some("Org/Big-MoE"));
-        check("claude-sonnet", Some("Org/Big-MoE"));
-        check("Claude-Sonnet", Some("Org/Big-MoE"));
-        check("mlx-community/Flash-Tiny-MoE", Some("flash-tiny-moe"));
-        check("/etc/passwd", None);
-        check("gpt-4o", None);
-        let mut list = installed();
+        check(&list, "Org/Big-MoE", Some("Org/Big-MoE"));
+        check(&list, "big-moe", Some("big-moe"));
+        check(&list, "BIG-MOE:latest", Some("Org/Big-MoE"));
+        check(&list, "claude-sonnet", Some("Org/Big-MoE"));
+        check(&list, "Claude-Sonnet", Some("Org/Big-MoE"));
+        check(&list, "mlx-community/Flash-Tiny-MoE", Some("flash-tiny-moe"));
+        check(&list, "/etc/passwd", None);
+        check(&list, "gpt-4o", None);
         for (alias, model) in [("gpt-*", "local"), ("gpt-4o", "big-moe"), ("claude-*-4*", "big-moe"), ("o3", "nobody")] {
             name(alias, model, &mut list);
         }
-        let check = |requested: &str, wanted: Option<&str>| {
-            assert_eq!(resolve(requested, &list).map(|model| model.id.as_str()), wanted, "{requested}");
-        };
-        check("gpt-5", Some("flash-tiny-moe"));
-        check("gpt-4o", Some("big-moe"));
-        check("claude-sonnet-4-5", Some("big-moe"));
-        check("claude-sonnet", Some("Org/Big-MoE"));
-        check("claude-opus", None);
-        check("o3", None);
+        check(&list, "gpt-5", Some("flash-tiny-moe"));
+        check(&list, "gpt-4o", Some("big-moe"));
+        check(&list, "claude-sonnet-4-5", Some("big-moe"));
+        check(&list, "claude-sonnet", Some("Org/Big-MoE"));
+        check(&list, "claude-opus", None);
+        check(&list, "o3", None);
     }
 
     #[test]

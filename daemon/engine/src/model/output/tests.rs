@@ -410,7 +410,7 @@ fn grammars_begin_where_they_should() {
     let [Part::Reasoning(thought), Part::Content(answer)] = &said.parts[..] else { panic!("{:?}", said.parts) };
     assert!(says.starts_with(thought.as_str()) && says.ends_with(answer.as_str()) && thought.len() + answer.len() < says.len(), "{said:?}");
     assert_eq!(say(THINKING_CHAT, says, budget(100), None).parts, [reasoning(says)]);
-    // In Harmony the answer follows; a model with tools may also call one, but not think once more.
+    // In Harmony the answer follows.
     let says = &*format!("<|channel|>analysis<|message|>One, two, three, {}", "four, ".repeat(40)).leak();
     let said = say(HARMONY_CHAT, says, budget(4), None);
     let [Part::Reasoning(thought), Part::Content(answer)] = &said.parts[..] else { panic!("{:?}", said.parts) };
