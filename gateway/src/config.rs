@@ -135,7 +135,9 @@ pub struct Timing {
     pub commit: Duration,
     /// Longest time text is held to join it with the next; zero joins nothing.
     pub coalesce: Duration,
+    /// Wait for a model that is being loaded.
     pub load_wait: Duration,
+    /// Wait for requests that come first, those of another model too.
     pub queue_wait: Duration,
     /// What running requests get at shutdown.
     pub drain: Duration,

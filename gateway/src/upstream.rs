@@ -15,7 +15,8 @@ use std::{
 
 use axum::http;
 use flash_proto::v1::{
-    self, admin_client::AdminClient, generate_client::GenerateClient, generate_event::Event, models_client::ModelsClient, progress::Phase,
+    self, admin_client::AdminClient, generate_client::GenerateClient, generate_event::Event, loaded_model::State as Loading,
+    models_client::ModelsClient, progress::Phase,
 };
 use tokio::time::{Instant, timeout};
 use tonic::{Response, Status, Streaming, transport::Channel};
@@ -23,6 +24,7 @@ use tower::Service;
 
 use crate::{
     App,
+    config::Timing,
     error::{self, Code, Failure},
     metrics::Metrics,
     openai::models,
@@ -32,6 +34,8 @@ use crate::{
 const SHORT_CALL: Duration = Duration::from_secs(5);
 /// How long a list of models may be late before the last one stands in for it.
 const LIST_PATIENCE: Duration = Duration::from_millis(40);
+/// How often the daemon is asked why a request has to wait.
+const LOOK: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub(crate) struct Upstream {
@@ -105,6 +109,30 @@ impl Upstream {
         // A closer one may have been installed since.
         let list = self.models().await?;
         models::resolve(requested, &list).map(|model| model.id.clone()).ok_or_else(|| models::not_found(requested, &list))
+    }
+
+    /// Opens a generation. To be loaded, a model has [`Timing::load_wait`]; whoever waits for what comes before it, [`Timing::queue_wait`].
+    async fn generate(&self, request: v1::GenerateRequest, timing: Timing) -> Result<Streaming<v1::GenerateEvent>, Failure> {
+        let model = request.model.clone();
+        let mut client = GenerateClient::new(self.channel.clone());
+        let mut call = std::pin::pin!(client.generate(request));
+        let look = LOOK.min(timing.load_wait).min(timing.queue_wait);
+        let (mut loading, mut queued) = (Duration::ZERO, Duration::ZERO);
+        loop {
+            let since = Instant::now();
+            if let Ok(outcome) = timeout(look, &mut call).await {
+                return outcome.map(Response::into_inner).map_err(|status| self.failed(&status));
+            }
+            let loads = |loaded: &v1::LoadedModel| loaded.state() == Loading::Loading && (model.is_empty() || model == loaded.id);
+            let (waited, most, code) = match self.stats().await {
+                Ok(snapshot) if snapshot.model.as_ref().is_some_and(loads) => (&mut loading, timing.load_wait, Code::ModelLoading),
+                _ => (&mut queued, timing.queue_wait, Code::QueueTimeout),
+            };
+            *waited += since.elapsed();
+            if *waited >= most {
+                return Err(too_late(code));
+            }
+        }
     }
 
     /// How many tokens a conversation is, and how many the context has; needs no place in the daemon's queue.
@@ -183,7 +211,7 @@ fn too_late(code: Code) -> Failure {
     Failure::new(code, "the request waited too long; try again later")
 }
 
-type Opening = Pin<Box<dyn Future<Output = Result<Response<Streaming<v1::GenerateEvent>>, Status>> + Send>>;
+type Opening = Pin<Box<dyn Future<Output = Result<Streaming<v1::GenerateEvent>, Failure>> + Send>>;
 
 enum State {
     Opening(Opening),
@@ -195,8 +223,8 @@ enum State {
 struct Feed {
     app: Arc<App>,
     state: State,
-    /// When patience ends, and with what.
-    deadline: Option<(Instant, Code)>,
+    /// When patience with the queue ends.
+    deadline: Option<Instant>,
     arrived: Instant,
     last_text: Option<Instant>,
     /// Why it was cancelled, should it be dropped before its end.
@@ -211,18 +239,17 @@ impl std::fmt::Debug for Feed {
 
 impl Feed {
     fn open(app: &Arc<App>, request: v1::GenerateRequest, arrived: Instant) -> Self {
-        let mut client = GenerateClient::new(app.upstream.channel.clone());
-        let deadline = Some((arrived + app.config.timing.load_wait, Code::ModelLoading));
-        let state = State::Opening(Box::pin(async move { client.generate(request).await }));
-        Self { app: app.clone(), state, deadline, arrived, last_text: None, reason: "client_gone" }
+        let asked = app.clone();
+        let state = State::Opening(Box::pin(async move { asked.upstream.generate(request, asked.config.timing).await }));
+        Self { app: app.clone(), state, deadline: None, arrived, last_text: None, reason: "client_gone" }
     }
 
     /// The next event; [`Event::Done`] is the last one. May be dropped and called again: nothing is lost.
     async fn next(&mut self) -> Result<Event, Failure> {
         let event = match self.deadline {
-            Some((at, code)) => match tokio::time::timeout_at(at, self.pull()).await {
+            Some(at) => match tokio::time::timeout_at(at, self.pull()).await {
                 Ok(event) => event,
-                Err(_) => Err(too_late(code)),
+                Err(_) => Err(too_late(Code::QueueTimeout)),
             },
             None => self.pull().await,
         };
@@ -241,13 +268,10 @@ impl Feed {
     async fn pull(&mut self) -> Result<Event, Failure> {
         loop {
             let pulled = match &mut self.state {
-                State::Opening(opening) => match opening.await {
-                    Ok(response) => {
-                        self.state = State::Open(Box::new(response.into_inner()));
-                        continue;
-                    }
-                    Err(status) => Err(status),
-                },
+                State::Opening(opening) => {
+                    self.state = State::Open(Box::new(opening.await?));
+                    continue;
+                }
                 State::Open(stream) => stream.message().await,
                 State::Over => Ok(None),
             };
@@ -265,7 +289,7 @@ impl Feed {
     fn account(&mut self, event: &Event) {
         let metrics: &Metrics = &self.app.metrics;
         match event {
-            Event::Accepted(_) => self.deadline = Some((Instant::now() + self.app.config.timing.queue_wait, Code::QueueTimeout)),
+            Event::Accepted(_) => self.deadline = Some(Instant::now() + self.app.config.timing.queue_wait),
             Event::Progress(progress) if progress.phase() == Phase::Queued => {}
             Event::Progress(_) | Event::Prompt(_) | Event::Failed(_) | Event::Routing(_) => self.deadline = None,
             Event::Text(_) | Event::ToolCall(_) => {

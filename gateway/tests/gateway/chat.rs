@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use flash_proto::{code, v1};
+use flash_proto::{
+    code,
+    v1::{self, loaded_model::State},
+};
 use serde_json::{Value, json};
 use tonic::Status;
 
@@ -189,12 +192,24 @@ async fn patience_with_queue_and_loading_ends() {
     fake.script([Step::Send(accepted()), Step::Send(v1::generate_event::Event::Progress(v1::Progress::default())), Step::Hang]);
     assert_eq!(chat(gateway.address, &body(json!({}))).await.error(), (504, "queue_timeout".to_owned()));
     fake.gone(1).await;
-    let gateway = Gateway::with(&fake, |config| config.timing.load_wait = brief).await;
-    fake.script([Step::Hang]);
-    assert_eq!(chat(gateway.address, &body(json!({}))).await.error(), (503, "model_loading".to_owned()));
-    // To greet the daemon may have taken all of the patience, and nothing was asked.
-    if fake.requests().len() > 1 {
-        fake.gone(2).await;
+    // Before the daemon accepts it, a request waits for its model to be loaded, or for what others ask of another one.
+    for (model, state, patient, expected) in [
+        ("flash-tiny-moe", State::Loading, "queue", (503, "model_loading")),
+        ("flash-tiny-moe", State::Busy, "load", (504, "queue_timeout")),
+        ("another", State::Loading, "load", (504, "queue_timeout")),
+    ] {
+        let gateway = Gateway::with(&fake, |config| match patient {
+            "queue" => config.timing.load_wait = brief,
+            _ => config.timing.queue_wait = brief,
+        })
+        .await;
+        let model = v1::LoadedModel { id: model.into(), state: state.into(), ..Default::default() };
+        fake.snapshot(v1::Snapshot { model: Some(model), ..Default::default() });
+        fake.script([Step::Hang]);
+        let reply = chat(gateway.address, &body(json!({"model": "flash-tiny-moe"}))).await;
+        assert_eq!(reply.error(), (expected.0, expected.1.to_owned()));
+        let asked = fake.requests().len();
+        fake.gone(asked).await;
     }
 }
 
