@@ -24,6 +24,7 @@ pub(crate) struct Totals {
     pub(crate) prompt_tokens: AtomicU64,
     pub(crate) completion_tokens: AtomicU64,
     grammar_ns: AtomicU64,
+    pub(crate) relaxed: AtomicU64,
     recent: Mutex<VecDeque<Sample>>,
 }
 
@@ -52,8 +53,9 @@ impl Totals {
         [&self.finished, &self.cancelled, &self.failed].map(|count| count.load(Relaxed)).iter().sum()
     }
 
-    /// A request's grammar has been made.
-    pub(crate) fn grammar(&self, took: Duration) {
+    /// A request's grammar has been made, perhaps a laxer one than asked for.
+    pub(crate) fn grammar(&self, took: Duration, relaxed: bool) {
+        self.relaxed.fetch_add(relaxed.into(), Relaxed);
         self.grammar_ns.fetch_add(took.as_nanos() as u64, Relaxed);
     }
 

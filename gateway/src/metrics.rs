@@ -153,6 +153,8 @@ fn of_daemon(snapshot: &v1::Snapshot) -> Registry {
     registry.register("requests_running", "Requests being computed", ConstGauge::new(u64::from(requests.running)));
     registry.register("requests_waiting", "Requests in the daemon's queue", ConstGauge::new(u64::from(requests.waiting)));
     registry.register("grammar_compile_seconds", "Time spent on making grammars for replies", ConstCounter::new(requests.grammar_s));
+    let laxer = "Replies held to less than their schema, which no grammar can enforce and nobody insisted on";
+    registry.register("schemas_relaxed", laxer, ConstCounter::new(requests.relaxed));
     if let Some(experts) = &snapshot.experts {
         // An expert that was on its way already is no miss of its own.
         registry.register("expert_cache_hits", "Experts found resident", ConstCounter::new(experts.hits));

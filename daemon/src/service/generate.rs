@@ -80,7 +80,7 @@ impl Service {
             let context = daemon.context_length(&model).await;
             let prepared = daemon.catalog.encode(move || asked.prepare(format.as_ref(), &side, context)).await?;
             let convert::Prepared { tokens, reply, grammar } = prepared;
-            daemon.totals.grammar(grammar);
+            daemon.totals.grammar(grammar, reply.relaxed());
             Ok((wanted.rest.request(tokens, reply, sampling), wanted.keep_alive, model, text))
         };
         let (request, keep_alive, model, text) = prepared.await.map_err(|error: Error| daemon.refused(&error))?;

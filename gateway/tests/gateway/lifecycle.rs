@@ -124,7 +124,7 @@ async fn health_and_metrics_show_the_daemon() {
     );
     let mut snapshot = v1::Snapshot {
         model: Some(v1::LoadedModel { id: "m".into(), progress: 0.5, ..Default::default() }),
-        requests: Some(v1::Requests { running: 2, waiting: 3, grammar_s: 0.5, ..Default::default() }),
+        requests: Some(v1::Requests { running: 2, waiting: 3, grammar_s: 0.5, relaxed: 6, ..Default::default() }),
         experts: Some(v1::Experts { hits: 30, misses: 10, bytes_read: 4096, ..Default::default() }),
         memory: Some(v1::Memory { slab_bytes: 77, kv_blocks: 9, kv_busy_blocks: 4, ..Default::default() }),
         pressure: Some(v1::Pressure { level: 1, ..Default::default() }),
@@ -149,6 +149,7 @@ async fn health_and_metrics_show_the_daemon() {
         "flash_kv_blocks{state=\"busy\"} 4",
         "flash_kv_blocks{state=\"idle\"} 5",
         "flash_grammar_compile_seconds_total 0.5",
+        "flash_schemas_relaxed_total 6",
         "flash_memory_pressure 1",
         "flash_prompt_tokens_total 11",
         "flash_cached_prompt_tokens_total 3",

@@ -49,6 +49,13 @@ pub(super) enum Rules {
     Calls(Grammar),
 }
 
+impl Reply {
+    /// Its form is laxer than the one that was asked for: somebody did not insist on what no grammar can enforce.
+    pub fn relaxed(&self) -> bool {
+        matches!(&self.rules, Rules::Whole(grammar) if grammar.relaxed)
+    }
+}
+
 impl fmt::Debug for Reply {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Reply").field("dialect", &self.dialect).field("thinking", &self.thinking).finish_non_exhaustive()

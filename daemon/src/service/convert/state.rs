@@ -133,6 +133,7 @@ pub(in crate::service) fn snapshot(seen: Seen<'_>) -> v1::Snapshot {
             prompt_tokens: totals.prompt_tokens.load(Relaxed),
             completion_tokens: totals.completion_tokens.load(Relaxed),
             grammar_s: totals.grammars().as_secs_f64(),
+            relaxed: totals.relaxed.load(Relaxed),
         }),
         speed: Some(v1::Speed {
             decode_tok_s: speed.decode_tok_s,

@@ -8,11 +8,11 @@ use llguidance::{
     api::TopLevelGrammar,
     toktrie::{ApproximateTokEnv, INVALID_TOKEN, InferenceCapabilities, SimpleVob, TokRxInfo, TokTrie},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     formats::{Calls, Dialect, Style},
-    rules::{self, Form, Part, inline, plainer},
+    rules::{self, Form, Part, inline, plainer, typed},
 };
 use crate::{
     Error, Format, Tool,
@@ -44,6 +44,8 @@ pub(crate) struct Grammar {
     matcher: Matcher,
     /// The request's field that it comes from.
     param: &'static str,
+    /// Laxer than what was asked for, by somebody who does not insist.
+    pub(crate) relaxed: bool,
 }
 
 /// A grammar that follows a reply.
@@ -80,7 +82,7 @@ impl Compiler {
                 let found = kept.remove(at);
                 let copy = found.1.deep_clone();
                 kept.push(found);
-                return Ok(Grammar { matcher: copy, param });
+                return Ok(Grammar { matcher: copy, param, relaxed: false });
             }
         }
         let matcher = self.compiled(lark.to_owned())?;
@@ -89,7 +91,7 @@ impl Compiler {
             kept.remove(0);
         }
         kept.push((lark.to_owned(), matcher.deep_clone()));
-        Ok(Grammar { matcher, param })
+        Ok(Grammar { matcher, param, relaxed: false })
     }
 
     /// Some compile and cannot be followed: a schema that is nothing but itself, an object of too many properties. So it is tried out.
@@ -113,7 +115,6 @@ impl Compiler {
         calls: Option<(&'static Calls, &[&Tool], &ToolChoice)>,
     ) -> Result<Grammar, Error> {
         let (before, thought) = if dialect.harmony() { ("thought? \"<|channel|>final<|message|>\" ", rules::THOUGHT) } else { ("", "") };
-        let lenient = matches!(format, Format::JsonSchema { strict: false, .. });
         let whole = |written: String| match calls {
             None => self.lark(&format!("start: {before}format\nformat: {written}\n{thought}"), FORMAT).map_err(refused),
             Some((style, tools, choice)) => self.with_tools(FORMAT, &|form| {
@@ -124,8 +125,11 @@ impl Compiler {
         };
         match format {
             Format::JsonObject => whole(inline(&json!({"type": "object"}), false)),
-            Format::JsonSchema { schema, .. } => whole(inline(schema, lenient))
-                .or_else(|error| if lenient { whole(inline(&plainer(schema), true)).map_err(|_| error) } else { Err(error) }),
+            Format::JsonSchema { schema, strict } => whole(inline(schema, false)).or_else(|error| {
+                let laxer = laxer(schema).into_iter().filter(|_| !strict && typed(schema));
+                let found = laxer.filter_map(|form| whole(form).ok()).next().ok_or(error)?;
+                Ok(Grammar { relaxed: true, ..found })
+            }),
             Format::Regex(pattern) => whole(format!("/{}/", llguidance::regex_to_lark(pattern, ""))),
             Format::Lark(grammar) if calls.is_none() && !dialect.harmony() => self.lark(grammar, FORMAT).map_err(refused),
             Format::Lark(grammar) => whole(format!("%lark {{\n{grammar}\n}}")),
@@ -189,9 +193,10 @@ impl Compiler {
             let form = inline(schema, false);
             return compiles(&form).map(|()| Some(form)).map_err(refuse);
         }
-        let anything = if schema["type"] == "object" { json!({"type": "object"}) } else { json!({}) };
-        let forms = [inline(schema, true), inline(&plainer(schema), true)];
-        Ok(Some(forms.into_iter().skip(usize::from(plain)).find(|form| compiles(form).is_ok()).unwrap_or_else(|| inline(&anything, true))))
+        let forms = laxer(schema);
+        let last = forms.len() - 1;
+        let found = forms.into_iter().enumerate().skip(usize::from(plain)).find(|(index, form)| *index == last || compiles(form).is_ok());
+        Ok(found.map(|(_, form)| form))
     }
 }
 
@@ -250,6 +255,13 @@ fn try_out(matcher: &mut Matcher) -> Result<(), String> {
         mask(matcher)?;
     }
     Ok(())
+}
+
+/// What may be enforced in a schema's place if nobody insists on it: all of it that llguidance knows, what it can follow more often, and
+/// last its type.
+fn laxer(schema: &Value) -> [String; 3] {
+    let anything = if schema["type"] == "object" { json!({"type": "object"}) } else { json!({}) };
+    [schema, &plainer(schema), &anything].map(|schema| inline(schema, true))
 }
 
 /// A format, with or without tools beside it.

@@ -271,6 +271,22 @@ fn times_ten(digits: u128, times: u32) -> u128 {
     10u128.checked_pow(times).map_or(u128::MAX, |by| digits.saturating_mul(by))
 }
 
+/// Whether all types that it names are JSON's: what has others is no schema, however little is insisted on.
+pub(super) fn typed(schema: &Value) -> bool {
+    const TYPES: [&str; 7] = ["null", "boolean", "integer", "number", "string", "array", "object"];
+    let known = |name: &Value| name.as_str().is_some_and(|name| TYPES.contains(&name));
+    match schema {
+        Value::Object(map) => map.iter().all(|(key, value)| match (key.as_str(), value) {
+            ("type", Value::String(_)) => known(value),
+            ("type", Value::Array(names)) => names.iter().all(known),
+            ("enum" | "const" | "default" | "examples", _) => true,
+            (_, value) => typed(value),
+        }),
+        Value::Array(items) => items.iter().all(typed),
+        _ => true,
+    }
+}
+
 /// A schema without what most often is beyond us, for callers who do not insist.
 pub(super) fn plainer(schema: &Value) -> Value {
     const BEYOND: [&str; 8] =
@@ -281,7 +297,8 @@ pub(super) fn plainer(schema: &Value) -> Value {
         Value::Object(map) => {
             let keep = |(key, value): &(&String, &Value)| {
                 let bound = key.ends_with("inimum") || key.ends_with("aximum");
-                !(BEYOND.contains(&key.as_str()) || bound && value.as_f64().is_some_and(|bound| bound.abs() > BOUND_MAX))
+                let far = *key == "$ref" && value.as_str().is_some_and(|at| !at.starts_with('#'));
+                !(BEYOND.contains(&key.as_str()) || far || bound && value.as_f64().is_some_and(|bound| bound.abs() > BOUND_MAX))
             };
             // Names of properties are no keywords.
             let inner = |(key, value): (&String, &Value)| {

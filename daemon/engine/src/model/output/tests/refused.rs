@@ -29,6 +29,16 @@ fn stop_strings_win_and_unlike_forms_are_refused() {
     refused(&ask("x"), Some(&Format::Lark(format!("start: %json {steps}"))), "multipleOf");
     refused(&ask("x"), Some(&schema(json!({"type": "string", "pattern": "^a{2}{b"}), true)), "^a{2}{b: repetition quantifier");
     refused(&ask("x"), Some(&schema(json!({"type": "sausage"}), false)), "sausage");
+    let relaxed = |schema: Value, expected: bool| {
+        let strict = Format::JsonSchema { schema: schema.clone(), strict: true };
+        assert_eq!(request(&text, &ask("x"), Some(&strict), 1).is_err(), expected, "{schema}");
+        let lenient = Format::JsonSchema { schema: schema.clone(), strict: false };
+        assert_eq!(request(&text, &ask("x"), Some(&lenient), 1).unwrap().reply.relaxed(), expected, "{schema}");
+    };
+    relaxed(json!({"type": "object", "properties": {"type": {"const": "sausage"}}}), false);
+    relaxed(odd.clone(), true);
+    relaxed(json!({"type": "array", "items": {"$ref": "https://example.com/item.json"}}), true);
+    relaxed(json!({"$ref": "#"}), true);
     // What compiles, and has no first token.
     let circle = json!({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}});
     for circle in [json!({"$ref": "#"}), circle] {
