@@ -2,11 +2,15 @@
 //! renamed on the wire does not rename what scripts read.
 
 use flash_proto::v1::{
-    Cache, DoctorResponse, LoadedModel, Model, Prefix, Snapshot, VersionResponse, done::Finish, loaded_model, model, pressure,
+    Accepted, Cache, DoctorResponse, LoadedModel, Model, Prefix, Snapshot, VersionResponse, done::Finish, loaded_model, model, pressure,
 };
 use serde_json::{Value, json};
 
-use crate::{failure::Failure, render, reply::Reply};
+use crate::{
+    failure::Failure,
+    render,
+    reply::{Reply, Said},
+};
 
 pub(crate) fn failure(failure: &Failure) -> Value {
     json!({"error": {"code": failure.code, "message": failure.message, "hint": failure.hint}})
@@ -141,43 +145,91 @@ pub(crate) fn doctor(report: &DoctorResponse) -> Value {
 
 /// The object that the gateway's /v1/chat/completions answers (/v1/completions for a raw prompt), and the cache beside its figures.
 pub(crate) fn completion(reply: &Reply, raw: bool, created: u64, cache_now: Option<&Cache>) -> Value {
-    let accepted = reply.accepted.clone().unwrap_or_default();
-    let done = reply.done.clone().unwrap_or_default();
-    let (usage, timing) = (done.usage.unwrap_or_default(), done.timing.unwrap_or_default());
-    let finish = if done.finish() == Finish::Length { "length" } else { "stop" };
-    let prefill =
-        (timing.prefill_ms > 0.0).then(|| f64::from(usage.prompt_tokens.saturating_sub(usage.cached_tokens)) / timing.prefill_ms * 1000.0);
-    let decode = render::decode_tok_s(usage.completion_tokens, timing.decode_ms);
-    let hit_rate = render::ratio(timing.expert_hits, timing.expert_misses);
-    let (object, choice) = match raw {
-        true => ("text_completion", json!({"index": 0, "text": reply.text, "logprobs": null, "finish_reason": finish})),
+    let (object, key, said) = match raw {
+        true => ("text_completion", "text", json!(reply.text)),
         false => {
             let mut message = json!({"role": "assistant", "content": reply.text});
             if !reply.reasoning.is_empty() {
                 message["reasoning_content"] = json!(reply.reasoning);
             }
-            ("chat.completion", json!({"index": 0, "message": message, "logprobs": null, "finish_reason": finish}))
+            ("chat.completion", "message", message)
         }
     };
+    let choice = json!({"index": 0, key: said, "logprobs": null, "finish_reason": finish(reply)});
+    with_figures(head(object, created, &reply.accepted.clone().unwrap_or_default(), &choice), reply, cache_now)
+}
+
+fn head(object: &str, created: u64, accepted: &Accepted, choice: &Value) -> Value {
     json!({
         "id": format!("flashctl-{created}-{}", std::process::id()), "object": object, "created": created, "model": accepted.model,
         "system_fingerprint": accepted.fingerprint, "choices": [choice],
-        "usage": {
-            "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.prompt_tokens + usage.completion_tokens, "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-        },
-        "x_flash": {
-            "ttft_ms": timing.ttft_ms, "prefill_tok_s": prefill, "decode_tok_s": decode, "queue_ms": timing.queue_ms,
-            "expert_cache_hit_rate": hit_rate, "bytes_from_ssd": timing.ssd_bytes, "expert_cache": cache_now.map(cache),
-            "price": Some(&done.price).filter(|price| !price.is_empty()),
-        },
     })
+}
+
+fn finish(reply: &Reply) -> &'static str {
+    if reply.done.as_ref().is_some_and(|done| done.finish() == Finish::Length) { "length" } else { "stop" }
+}
+
+fn with_figures(mut object: Value, reply: &Reply, cache_now: Option<&Cache>) -> Value {
+    let done = reply.done.clone().unwrap_or_default();
+    let (usage, timing) = (done.usage.unwrap_or_default(), done.timing.unwrap_or_default());
+    let prefill =
+        (timing.prefill_ms > 0.0).then(|| f64::from(usage.prompt_tokens.saturating_sub(usage.cached_tokens)) / timing.prefill_ms * 1000.0);
+    object["usage"] = json!({
+        "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens, "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    });
+    object["x_flash"] = json!({
+        "ttft_ms": timing.ttft_ms, "prefill_tok_s": prefill, "decode_tok_s": render::decode_tok_s(usage.completion_tokens, timing.decode_ms),
+        "queue_ms": timing.queue_ms, "expert_cache_hit_rate": render::ratio(timing.expert_hits, timing.expert_misses),
+        "bytes_from_ssd": timing.ssd_bytes, "expert_cache": cache_now.map(cache),
+        "price": Some(&done.price).filter(|price| !price.is_empty()),
+    });
+    object
+}
+
+/// A reply as it comes: the objects that those routes stream; the last one has the figures, too.
+#[derive(Debug)]
+pub(crate) struct Chunks {
+    raw: bool,
+    created: u64,
+    accepted: Accepted,
+}
+
+impl Chunks {
+    pub(crate) fn new(raw: bool, created: u64) -> Self {
+        Self { raw, created, accepted: Accepted::default() }
+    }
+
+    pub(crate) fn next(&mut self, said: Said<'_>) -> Option<Value> {
+        let delta = match said {
+            Said::Accepted(accepted) => {
+                self.accepted.clone_from(accepted);
+                (!self.raw).then(|| json!({"role": "assistant", "content": ""}))?
+            }
+            Said::Text(text) if self.raw => json!(text),
+            Said::Text(text) => json!({"content": text}),
+            Said::Reasoning(text) => json!({"reasoning_content": text}),
+            Said::Routing(_) => return None,
+        };
+        Some(self.chunk(&delta, None))
+    }
+
+    pub(crate) fn last(&self, reply: &Reply, cache_now: Option<&Cache>) -> Value {
+        let nothing = if self.raw { json!("") } else { json!({}) };
+        with_figures(self.chunk(&nothing, Some(finish(reply))), reply, cache_now)
+    }
+
+    fn chunk(&self, delta: &Value, finish: Option<&str>) -> Value {
+        let (object, key) = if self.raw { ("text_completion", "text") } else { ("chat.completion.chunk", "delta") };
+        head(object, self.created, &self.accepted, &json!({"index": 0, key: delta, "logprobs": null, "finish_reason": finish}))
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use flash_proto::v1::{Accepted, Done, Usage};
+    use flash_proto::v1::{Done, Usage};
 
     use super::*;
 
@@ -203,6 +255,21 @@ mod tests {
         check("/usage/prompt_tokens_details/cached_tokens", json!(2));
         check("/x_flash/expert_cache", Value::Null);
         assert_eq!(completion(&reply, true, 7, None).pointer("/choices/0/text"), Some(&json!("Hi.")));
+        let said = |raw: bool| {
+            let mut chunks = Chunks::new(raw, 7);
+            let accepted = reply.accepted.as_ref().expect("above");
+            let mut said: Vec<_> = [Said::Accepted(accepted), Said::Text("Hi.")].into_iter().filter_map(|said| chunks.next(said)).collect();
+            said.push(chunks.last(&reply, None));
+            assert!(said.iter().all(|chunk| chunk["model"] == "tiny" && chunk["id"] == chat["id"]), "{said:?}");
+            assert_eq!(said.iter().filter(|chunk| chunk.get("usage").is_some()).count(), 1);
+            assert_eq!(said.last().map(|last| (&last["usage"], &last["x_flash"])), Some((&chat["usage"], &chat["x_flash"])));
+            said.into_iter().map(|mut chunk| chunk["choices"][0].take()).collect::<Vec<_>>()
+        };
+        let choice =
+            |key: &str, said: Value, finish: Option<&str>| json!({"index": 0, key: said, "logprobs": null, "finish_reason": finish});
+        let head = choice("delta", json!({"role": "assistant", "content": ""}), None);
+        assert_eq!(said(false), [head, choice("delta", json!({"content": "Hi."}), None), choice("delta", json!({}), Some("length"))]);
+        assert_eq!(said(true), [choice("text", json!("Hi."), None), choice("text", json!(""), Some("length"))]);
     }
 
     #[test]

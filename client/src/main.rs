@@ -76,29 +76,44 @@ fn show(failure: &Failure, json: bool) -> u8 {
     failure.exit
 }
 
-/// clap's own words, for help and for mistakes; `run` without a model also says which there are.
+/// clap's own words, for help and for mistakes, and ours for what to do about those.
 async fn refuse(error: &clap::Error) -> u8 {
-    let first = env::args().skip(1).find(|arg| !arg.starts_with('-'));
-    if error.use_stderr() && env::args().any(|arg| arg == "--json") {
-        let text = error.to_string();
-        let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
-        let command = first.filter(|first| Cli::command().find_subcommand(first).is_some()).unwrap_or_default();
-        return show(&Failure::new(exit::USAGE, "usage", message).or_hint(&command), true);
+    // Of a command without its subcommand, the whole help.
+    if !error.use_stderr() || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        // A closed pipe behind `--help | head` is nobody's error.
+        let _ = error.print();
+        return u8::try_from(error.exit_code()).unwrap_or(exit::USAGE);
     }
-    // A closed pipe behind `--help | head` is nobody's error.
-    let _ = error.print();
-    if error.kind() == ErrorKind::InvalidSubcommand && first.as_deref() == Some("pull") {
-        term::note("hint: flashctl downloads nothing yet; put a checkpoint's folder into ~/.flashd/models, or run it by its path");
-    }
-    if error.kind() == ErrorKind::MissingRequiredArgument && first.is_some_and(|first| first == "run" || first == "tokenize") {
-        if let Ok(Some(daemon)) = connect::running(&Global::default()).await
-            && let Ok(list) = daemon.models().list(flash_proto::v1::ListRequest {}).await
-        {
-            let names: Vec<String> = list.into_inner().models.into_iter().map(|model| model.id).collect();
-            term::note(&format!("hint: installed models: {}", names.join(", ")));
-        } else {
-            term::note("hint: `flashctl models` lists the installed models, `local` is the default one");
+    let first = env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
+    let known = Cli::command().find_subcommand(&first).is_some();
+    let text = error.to_string();
+    let message = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+    let failure = Failure::new(exit::USAGE, "usage", message);
+    let failure = match error.kind() {
+        ErrorKind::InvalidSubcommand if first == "pull" => {
+            failure.hint("flashctl downloads nothing yet; put a checkpoint's folder into ~/.flashd/models, or run it by its path")
         }
+        ErrorKind::MissingRequiredArgument if first == "run" || first == "tokenize" => failure.hint(installed().await),
+        _ => failure.or_hint(if known { &first } else { "" }),
+    };
+    if env::args().any(|arg| arg == "--json") {
+        return show(&failure, true);
     }
-    u8::try_from(error.exit_code()).unwrap_or(exit::USAGE)
+    let styled = term::Paint::stderr().styled(&error.render());
+    // Where it ends by pointing to --help stands the hint.
+    term::note(styled.split("\nFor more information").next().unwrap_or_default().trim_end());
+    if let Some(hint) = &failure.hint {
+        term::note(&format!("\nhint: {hint}"));
+    }
+    failure.exit
+}
+
+async fn installed() -> String {
+    if let Ok(Some(daemon)) = connect::running(&Global::default()).await
+        && let Ok(list) = daemon.models().list(flash_proto::v1::ListRequest {}).await
+    {
+        let names: Vec<String> = list.into_inner().models.into_iter().map(|model| model.id).collect();
+        return format!("installed models: {}", names.join(", "));
+    }
+    "`flashctl models` lists the installed models, `local` is the default one".into()
 }

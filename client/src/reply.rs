@@ -28,6 +28,7 @@ pub(crate) struct Reply {
 /// What a stream says on the way.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Said<'a> {
+    Accepted(&'a Accepted),
     Text(&'a str),
     Reasoning(&'a str),
     /// If the request asked for it.
@@ -127,7 +128,7 @@ pub(crate) async fn receive(
         let event = stream.message().await.map_err(|status| daemon.failure(&status, "answering"))?;
         let Some(event) = event else { return Err(daemon.went_away("answering")) };
         match event.event {
-            Some(Event::Accepted(accepted)) => reply.accepted = Some(accepted),
+            Some(Event::Accepted(accepted)) => sink(Said::Accepted(reply.accepted.insert(accepted)))?,
             Some(Event::Progress(progress)) => line.show(&progress_text(&progress)),
             Some(Event::Text(text)) if text.text.is_empty() => {}
             Some(Event::Text(text)) if text.channel() == Channel::Reasoning => {

@@ -70,6 +70,11 @@ impl Paint {
         if self.on && !text.is_empty() { format!("\x1b[{code}m{text}\x1b[0m") } else { text.into() }
     }
 
+    /// What clap has dressed itself.
+    pub(crate) fn styled(self, text: &clap::builder::StyledStr) -> String {
+        if self.on { text.ansi().to_string() } else { text.to_string() }
+    }
+
     pub(crate) fn dim(self, text: &str) -> String {
         self.wrap("2", text)
     }

@@ -44,6 +44,9 @@ pub(crate) struct RunArgs {
     /// Print the answer when it is complete
     #[arg(long)]
     pub(crate) no_stream: bool,
+    /// With --json: a line for each piece of the answer as it comes, instead of one object
+    #[arg(long, requires = "json", conflicts_with = "no_stream")]
+    pub(crate) stream: bool,
     /// What the answer must be: `json` for any JSON object, or a file with a JSON schema
     #[arg(long, value_name = "json|SCHEMA.json")]
     pub(crate) format: Option<PathBuf>,
@@ -76,6 +79,9 @@ pub(crate) struct ChatArgs {
     /// Go on with the conversation of this name, or begin it
     #[arg(long, value_name = "NAME")]
     pub(crate) session: Option<String>,
+    /// Add a file to the first message; may be repeated
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) file: Vec<PathBuf>,
     /// System prompt
     #[arg(short, long, value_name = "TEXT")]
     pub(crate) system: Option<String>,

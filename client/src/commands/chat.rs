@@ -159,6 +159,7 @@ impl<'a> Chat<'a> {
     async fn begin(args: ChatArgs, global: &'a Global, interrupt: &mut Signal) -> Result<Self, Failure> {
         let (session, saved) = keeping::open(&args)?;
         let format = args.format.as_deref().map(run::format).transpose()?;
+        let files = args.file.iter().map(|path| run::read_file(path)).collect::<Result<_, _>>()?;
         let model = args.model.clone().or_else(|| Some(saved.as_ref()?.model.clone())).unwrap_or_else(|| "local".into());
         let ready = async {
             let daemon = connect::connect(global).await?;
@@ -180,7 +181,7 @@ impl<'a> Chat<'a> {
             show_stats: stats,
             talk: Conversation { system, ..Conversation::default() },
             session,
-            files: Vec::new(),
+            files,
             last: None,
         };
         if let Some(saved) = saved {
@@ -337,7 +338,7 @@ impl<'a> Chat<'a> {
                 thoughts.say(text);
                 Ok(())
             }
-            Said::Routing(_) => Ok(()),
+            Said::Accepted(_) | Said::Routing(_) => Ok(()),
         };
         let received = reply::receive(&daemon, request, self.global, &mut reply, &mut sink);
         let ended = until_interrupt(received, interrupt).await;

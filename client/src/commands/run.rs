@@ -14,7 +14,8 @@ use crate::{
     args::{ChatArgs, Global, RunArgs},
     connect::connect,
     failure::{Failure, exit},
-    json, load, render,
+    json::{self, Chunks},
+    load, render,
     reply::{self, Reply, Said, Thoughts},
     term::{self, Paint},
 };
@@ -29,8 +30,8 @@ pub(crate) fn is_chat(args: &RunArgs) -> bool {
 impl From<RunArgs> for ChatArgs {
     fn from(run: RunArgs) -> Self {
         let RunArgs { model, system, generation, thinking, settings, stats, format, remote, .. } = run;
-        let (resume, session, no_history) = (false, None, false);
-        Self { model: Some(model), resume, session, system, format, generation, thinking, settings, stats, no_history, remote }
+        let (resume, session, no_history, file) = (false, None, false, Vec::new());
+        Self { model: Some(model), resume, session, file, system, format, generation, thinking, settings, stats, no_history, remote }
     }
 }
 
@@ -40,7 +41,7 @@ pub(crate) async fn run(args: RunArgs, global: &Global) -> Result<(), Failure> {
     let outcome = match args.timeout {
         None => answer.await,
         Some(limit) => tokio::time::timeout(limit, answer).await.unwrap_or_else(|_| {
-            let message = format!("no complete answer within {}", render::seconds(limit.as_secs_f64()));
+            let message = format!("no complete answer within {}", render::milliseconds(1e3 * limit.as_secs_f64()));
             Err(Failure::new(exit::TIMEOUT, "timeout", message).hint("a longer --timeout, or fewer tokens with -n"))
         }),
     };
@@ -78,8 +79,10 @@ async fn answer(args: &RunArgs, global: &Global, reply: &mut Reply) -> Result<()
     let mut request = reply::request(&load::name_there(&args.model, global), prompt, &args.generation);
     request.format = format;
     let streaming = streams(args, global);
+    let mut chunks = args.stream.then(|| Chunks::new(args.raw || args.suffix.is_some(), now()));
     let mut thoughts = Thoughts::new(&args.thinking);
     let mut sink = |said: Said<'_>| match said {
+        said if let Some(chunks) = &mut chunks => chunks.next(said).map_or(Ok(()), |chunk| term::print_json(&chunk)),
         Said::Text(text) if streaming => {
             thoughts.close();
             term::print(text)
@@ -92,13 +95,22 @@ async fn answer(args: &RunArgs, global: &Global, reply: &mut Reply) -> Result<()
     };
     reply::receive(&daemon, request, global, reply, &mut sink).await?;
     thoughts.close();
+    if let Some(chunks) = chunks {
+        term::print_json(&chunks.last(reply, loaded.cache.as_ref()))?;
+    }
     finish(args, reply, &loaded, global)
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs())
 }
 
 fn finish(args: &RunArgs, reply: &Reply, loaded: &LoadResponse, global: &Global) -> Result<(), Failure> {
     if global.json {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
-        term::print_json(&json::completion(reply, args.raw || args.suffix.is_some(), now, loaded.cache.as_ref()))?;
+        if !args.stream {
+            term::print_json(&json::completion(reply, args.raw || args.suffix.is_some(), now(), loaded.cache.as_ref()))?;
+        }
     } else {
         if args.no_stream {
             term::print(&reply.text)?;

@@ -3,12 +3,13 @@
 use std::{
     io::{self, IsTerminal},
     os::unix::process::CommandExt,
-    process::Command,
+    process::{Command, ExitStatus, Stdio},
 };
 
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::{
-    process::Child,
+    io::{AsyncBufReadExt, BufReader},
+    process::{Child, ChildStderr},
     signal::unix::{self as signal, SignalKind},
 };
 
@@ -17,7 +18,7 @@ use crate::{
     args::{Global, ServeArgs, Settings},
     connect,
     failure::{Failure, exit},
-    load,
+    load, term,
 };
 
 const GRACE_S: f64 = 30.0;
@@ -66,10 +67,17 @@ async fn serve(
         }
     }
     let mut child = spawn(args, gateway, global)?;
+    let heard = child.stderr.take().map(|stderr| tokio::spawn(listen_in(stderr)));
     let mut stopped_by = None;
     loop {
         let (signal, exit) = tokio::select! {
-            status = child.wait() => return ended(status, stopped_by),
+            status = child.wait() => {
+                let said = match heard {
+                    Some(heard) => heard.await.unwrap_or_default(),
+                    None => Said::default(),
+                };
+                return ended(status, stopped_by, said);
+            }
             _ = interrupt.recv() => (Signal::INT, exit::SIGINT),
             _ = terminate.recv() => (Signal::TERM, exit::SIGTERM),
             () = hung_up(&mut hangup) => (Signal::TERM, exit::SIGHUP),
@@ -106,8 +114,11 @@ fn spawn(args: &ServeArgs, gateway: &std::path::Path, global: &Global) -> Result
     if let Some(key) = &args.api_key {
         command.env("FLASH_API_KEY", key);
     }
+    if global.json {
+        command.stderr(Stdio::piped());
+    }
     let mut command = tokio::process::Command::from(command);
-    let child = command.stdin(std::process::Stdio::null()).kill_on_drop(true).spawn();
+    let child = command.stdin(Stdio::null()).kill_on_drop(true).spawn();
     child.map_err(|error| Failure::new(exit::GENERIC, "gateway_start", format!("cannot start {}: {error}", gateway.display())))
 }
 
@@ -118,12 +129,36 @@ pub(super) fn forward(child: &Child, signal: Signal) {
     }
 }
 
+/// What the gateway said last of why it ends, for a caller that reads JSON.
+#[derive(Default)]
+struct Said {
+    error: String,
+    hint: Option<String>,
+}
+
+/// Passes on what the gateway writes.
+async fn listen_in(stderr: ChildStderr) -> Said {
+    let (mut lines, mut said) = (BufReader::new(stderr).lines(), Said::default());
+    while let Ok(Some(line)) = lines.next_line().await {
+        term::note(&line);
+        if let Some(error) = line.strip_prefix("error: ") {
+            said = Said { error: error.into(), hint: None };
+        } else if let Some(hint) = line.strip_prefix("hint: ") {
+            said.hint = Some(hint.into());
+        }
+    }
+    said
+}
+
 /// The gateway has said why; its exit code is ours. A signal that we passed on is not a failure of its.
-fn ended(status: std::io::Result<std::process::ExitStatus>, stopped_by: Option<u8>) -> Result<(), Failure> {
+fn ended(status: io::Result<ExitStatus>, stopped_by: Option<u8>, said: Said) -> Result<(), Failure> {
     let status = status.map_err(|error| Failure::new(exit::INTERNAL, "gateway", format!("cannot wait for the gateway: {error}")))?;
     match (status.code(), stopped_by) {
         (Some(0), _) => Ok(()),
-        (Some(code), _) => Err(Failure::silent(u8::try_from(code).unwrap_or(exit::GENERIC))),
+        (Some(code), _) => {
+            let code = u8::try_from(code).unwrap_or(exit::GENERIC);
+            Err(Failure { hint: said.hint, ..Failure::new(code, "gateway", said.error) })
+        }
         (None, Some(exit)) => Err(Failure::silent(exit)),
         (None, None) => Err(Failure::new(exit::GENERIC, "gateway", format!("the gateway ended: {status}"))),
     }

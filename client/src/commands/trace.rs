@@ -38,8 +38,8 @@ async fn record(args: TraceRecordArgs, global: &Global) -> Result<(), Failure> {
     let mut request = reply::request(&load::model_name(&args.model), prompt, &args.generation);
     (request.record_routing, request.ignore_eos) = (true, args.ignore_eos);
     let mut sink = |said: Said<'_>| match said {
-        Said::Text(_) | Said::Reasoning(_) => Ok(()),
         Said::Routing(routing) => file.tokens(routing),
+        _ => Ok(()),
     };
     reply::receive(&daemon, request, global, &mut Reply::default(), &mut sink).await?;
     file.finish()?;

@@ -172,7 +172,10 @@ fn help_is_as_written() {
 #[test]
 fn usage_mistakes_exit_2() {
     let home = Home::new();
-    home.run(&["run", "local", "hi", "--expert-cash", "25%"]).expect(2, "", "--expert-cache");
+    let misspelt = home.run(&["run", "local", "hi", "--expert-cash", "25%"]);
+    misspelt.expect(2, "", "--expert-cache");
+    assert!(misspelt.stderr.ends_with("\n\nhint: `flashctl help run` explains what it takes\n"), "{misspelt:?}");
+    home.run(&["rum", "local"]).expect(2, "", "hint: `flashctl help` explains what it takes");
     home.run(&["run"]).expect(2, "", "hint: `flashctl models`");
     home.run(&["run", "local"]).expect(2, "", "there is no prompt");
     home.run_with(&["run", "local"], "").expect(2, "", "hint:");
@@ -180,7 +183,9 @@ fn usage_mistakes_exit_2() {
     home.run(&[]).expect(2, "", "Talk to a model:");
     let told = home.run(&["run", "local", "hi", "-n", "some", "--json"]);
     assert_eq!((told.code, told.json()["error"]["code"].as_str()), (Some(2), Some("usage")), "{told:?}");
-    home.run(&["pull", "a/b"]).expect(2, "", "downloads nothing");
+    home.run(&["pull", "a/b"]).expect(2, "", "hint: flashctl downloads nothing");
+    let pull = home.run(&["--json", "pull", "a/b"]).json();
+    assert!(pull["error"]["hint"].as_str().is_some_and(|hint| hint.starts_with("flashctl downloads nothing")), "{pull}");
     home.run(&["run", "local", "hi", "--think=hard"]).expect(2, "", "low, medium or high");
     home.run(&["bench", "--repeat", "0"]).expect(2, "", "--repeat");
     home.run(&["load", "--ctx", "0"]).expect(2, "", "a number of tokens, or auto");

@@ -16,7 +16,7 @@ use crate::{Home, Ran, send};
 fn serve_runs_the_gateway_and_forwards_signals() {
     let home = Home::new();
     let _daemon = home.daemon();
-    let gateway = "[ \"$4\" = 7 ] && exit 75; trap 'exit 0' TERM INT; echo \"$* key=$FLASH_API_KEY\" >&2; while :; do sleep 0.02; done";
+    let gateway = "[ \"$4\" = 7 ] && { echo 'error: taken'; echo 'hint: another'; } >&2 && exit 75; trap 'exit 0' TERM INT; echo \"$* key=$FLASH_API_KEY\" >&2; while :; do sleep 0.02; done";
     let flashctl = home.install(&[("flash-gateway", gateway)]);
     let serve = ["serve", "--port", "0", "--api-key", "sesame", "--cors-origin", "*"];
     let mut child = home.command(&flashctl, &serve).stderr(Stdio::piped()).spawn().expect("flashctl starts");
@@ -28,6 +28,10 @@ fn serve_runs_the_gateway_and_forwards_signals() {
     assert_eq!(child.wait().expect("flashctl ends").code(), Some(0));
     let busy = home.command(&flashctl, &["serve", "--port", "7"]).output().expect("flashctl runs");
     assert_eq!(busy.status.code(), Some(75), "the gateway's exit code is passed on");
+    assert_eq!(String::from_utf8_lossy(&busy.stderr), "error: taken\nhint: another\n");
+    let busy = Ran::of(home.command(&flashctl, &["serve", "--port", "7", "--json"]).output().expect("flashctl runs"));
+    assert_eq!((busy.code, busy.stderr.as_str()), (Some(75), "error: taken\nhint: another\n"));
+    assert_eq!(busy.json()["error"], serde_json::json!({"code": "gateway", "message": "taken", "hint": "another"}));
     let run =
         |parallel| Ran::of(home.command(&flashctl, &["serve", "--port", "7", "--parallel", parallel]).output().expect("flashctl runs"));
     run("4").expect(64, "", "computes up to 2 requests together, not 4\nhint: `flashctl daemon stop` first");

@@ -28,6 +28,13 @@ fn one_prompt_one_answer() {
     let chat = home.run(&["run", "local", "hi", "--json"]).json();
     assert_eq!(chat["choices"][0]["message"]["content"], "Once upon a time.");
     assert_eq!(chat["usage"]["total_tokens"], 5);
+    let streamed = home.run(&["run", "local", "hi", "--json", "--stream"]);
+    let chunks: Vec<Value> = streamed.stdout.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let text: String = chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!((text.as_str(), streamed.code, streamed.stderr.as_str()), ("Once upon a time.", Some(0), ""));
+    assert!(chunks.len() > 2 && chunks.iter().all(|chunk| chunk["object"] == "chat.completion.chunk" && chunk["model"] == chat["model"]));
+    assert_eq!(chunks.last().expect("several")["usage"], chat["usage"]);
+    home.run(&["run", "local", "hi", "--stream"]).expect(2, "", "--json");
 
     let loads = daemon.seen.load.lock().expect("no panic");
     assert_eq!((loads[0].model.as_str(), loads[0].expert_cache.as_deref()), ("local", Some("25%")));
@@ -88,13 +95,16 @@ fn failures_are_told_with_their_code() {
     home.run(&["run", "local", "refuse"]).expect(75, "", "hint: try again in 7 s");
     home.run(&["run", "local", "fail"]).expect(1, "Once", "layer 3 expert 7: read failed");
     home.run(&["run", "local", "-f", "/nonexistent/file"]).expect(66, "", "/nonexistent/file");
-    home.run(&["run", "local", "forever", "--timeout", "300ms", "--no-stream"]).expect(124, "", "no complete answer within 0.3 s");
+    home.run(&["run", "local", "forever", "--timeout", "300ms", "--no-stream"]).expect(124, "", "no complete answer within 300 ms");
     let late = home.run(&["run", "local", "forever", "--timeout", "2s"]);
     assert!(late.stdout.ends_with("tick ") && late.stderr.starts_with("\nerror: no complete answer"), "{}", late.stderr);
     let ran = home.run(&["run", "local", "refuse", "--json"]);
     let error = &ran.json()["error"];
     assert_eq!((error["code"].as_str(), error["hint"].as_str()), (Some("queue_full"), Some("try again in 7 s")));
     assert_eq!((ran.code, ran.stderr.as_str()), (Some(75), ""));
+    let broken = home.run(&["run", "local", "fail", "--json", "--stream"]);
+    assert_eq!(broken.code, Some(1));
+    assert!(broken.stdout.lines().last().is_some_and(|last| last.starts_with(r#"{"error":{"code":"#)), "{broken:?}");
 }
 
 #[test]
@@ -191,6 +201,23 @@ fn a_chat_keeps_the_conversation_and_never_shortens_it_unasked() {
     assert_eq!(said[2].last().map(String::as_str), Some("/slash"));
     assert_eq!(said[3], ["Be brief.", "two\nlines", answer, "last"], "the oldest turn was dropped, the undone one is gone");
     assert_eq!(requests[3].sampling.as_ref().and_then(|sampling| sampling.temperature), Some(0.5));
+}
+
+#[test]
+fn a_chat_may_begin_with_a_file() {
+    let home = Home::new();
+    let daemon = home.daemon();
+    fs::write(home.path("notes"), "a note\n").expect("written");
+    let notes = home.path("notes").display().to_string();
+    home.run_with(&["chat", "-f", &notes], "What is it?\nAnd now?\n").expect(0, &"Once upon a time.\n".repeat(2), "/40 tokens]");
+    home.run(&["chat", "-f", "nope"]).expect(66, "", "cannot read nope");
+    let requests = daemon.seen.generate.lock().expect("no panic");
+    let last = |prompt: &Option<generate_request::Prompt>| match prompt {
+        Some(generate_request::Prompt::Chat(chat)) => chat.messages.last().map(|message| message.content.clone()),
+        other => panic!("{other:?}"),
+    };
+    let asked: Vec<_> = requests.iter().filter_map(|request| last(&request.prompt)).collect();
+    assert_eq!(asked, ["What is it?\n\na note\n", "And now?"]);
 }
 
 #[test]
