@@ -3,6 +3,7 @@
 
 pub(crate) mod arch;
 pub(crate) mod chat;
+mod encoded;
 pub(crate) mod families;
 mod files;
 pub mod hub;

@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 use super::{
     arch::Arch,
     chat::{Chat, Choice, Format, Tool},
+    encoded::Encoded,
     files,
     infill::Infill,
     output::{Compiler, Dialect, Reply, Rules, THINK, Thinking},
@@ -30,6 +31,7 @@ const TEMPERATURE: f32 = 0.7;
 /// Tokenizer, chat template and defaults of one model.
 pub struct Text {
     tokenizer: Tokenizer,
+    encoded: Encoded,
     template: Option<Template>,
     /// Where a model has one of its own for chats with tools.
     tool_template: Option<Template>,
@@ -93,6 +95,7 @@ impl Text {
         let think_id = tokenizer.id(THINK.0).filter(|_| dialect.thinks);
         Ok(Self {
             tokenizer,
+            encoded: Encoded::default(),
             template,
             tool_template,
             dialect,
@@ -109,12 +112,12 @@ impl Text {
     /// Token ids of a rendered chat: special tokens written in it are recognised and none is added, as transformers does
     /// after a chat template.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
-        self.tokenizer.encode(text, false)
+        self.encoded.get(text, false, || self.tokenizer.encode(text, false))
     }
 
     /// As [`Text::encode`], with what the tokenizer puts around a text that no template has framed (a begin-of-text token).
     pub fn encode_raw(&self, text: &str) -> Result<Vec<u32>, Error> {
-        self.tokenizer.encode(text, true)
+        self.encoded.get(text, true, || self.tokenizer.encode(text, true))
     }
 
     /// The prompt whose reply stands between two texts.
