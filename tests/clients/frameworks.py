@@ -25,6 +25,7 @@ os.environ |= {"OPENAI_AGENTS_DISABLE_TRACING": "1", "LANGSMITH_TRACING": "false
 
 import agents
 import instructor
+import langchain_anthropic
 import langchain_openai
 import llm
 import ollama
@@ -116,17 +117,22 @@ def langchain(**options):
     return langchain_openai.ChatOpenAI(model="scripted", base_url=BASE_URL, api_key=KEY, max_retries=0, **options)
 
 
+def langchains():
+    claude = langchain_anthropic.ChatAnthropic(model="scripted", base_url=sys.argv[1], api_key=KEY, max_retries=0)
+    return [langchain(stream_usage=True), langchain(use_responses_api=True), claude]
+
+
 def langchain_streams():
-    for responses in (False, True):
-        chunks = list(langchain(use_responses_api=responses, stream_usage=True).stream(HELLO))
+    for model in langchains():
+        chunks = list(model.stream(HELLO))
         whole = sum(chunks[1:], chunks[0])
         assert whole.text == "Hello there." and len(chunks) > 2, chunks
         assert whole.usage_metadata["output_tokens"] > 0, whole
 
 
 def langchain_calls_tools():
-    for responses in (False, True):
-        model = langchain(use_responses_api=responses).bind_tools([read_file])
+    for model in langchains():
+        model = model.bind_tools([read_file])
         first = model.invoke(READ)
         assert [(call["name"], call["args"]) for call in first.tool_calls] == [("read_file", {"path": "a b.txt"})], first
         result = {"role": "tool", "tool_call_id": first.tool_calls[0]["id"], "content": "hello"}
@@ -135,8 +141,10 @@ def langchain_calls_tools():
 
 
 def langchain_structures_output():
-    for method, told in [("json_schema", ADA_TEXT), ("json_mode", ADA_TEXT), ("function_calling", ADA)]:
-        is_ada(langchain().with_structured_output(Person, method=method).invoke(told))
+    chat, _, claude = langchains()
+    for model, method, told in [(chat, "json_schema", ADA_TEXT), (chat, "json_mode", ADA_TEXT), (chat, "function_calling", ADA),
+                                (claude, "json_schema", ADA_TEXT), (claude, "function_calling", ADA)]:
+        is_ada(model.with_structured_output(Person, method=method).invoke(told))
 
 
 def pydantic_models():
