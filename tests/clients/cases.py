@@ -5,7 +5,7 @@ import traceback
 
 
 def run(cases, note=""):
-    """Each of them, whatever became of the others; ends the program with 1 if one failed."""
+    """Each of them, whatever became of the others; ends the program with 1 if one failed. The note says what they ran with."""
     failed = 0
     for case in cases:
         try:
@@ -15,7 +15,7 @@ def run(cases, note=""):
             failed += 1
             print(f"FAILED  {case.__name__}{note}")
             traceback.print_exc(file=sys.stdout)
-    print(f"{len(cases) - failed} passed, {failed} failed")
+    print(f"{len(cases) - failed} passed, {failed} failed{note}")
     sys.exit(1 if failed else 0)
 
 

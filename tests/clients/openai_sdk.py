@@ -131,4 +131,4 @@ def wrong_key():
 
 cases = [models, completion, streamed_completion, usage_chunk, stop_string, log_probabilities, equal_seeds, closed_stream, bad_request,
          unknown_model]
-run(cases + ([wrong_key] if KEYED_BASE_URL else []), f" (daemon at {SOCKET})")
+run(cases + ([wrong_key] if KEYED_BASE_URL else []), f" (openai {openai.__version__}, daemon at {SOCKET})")

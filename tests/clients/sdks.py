@@ -204,4 +204,4 @@ def message_errors():
 
 run([chat_tool_round, streamed_chat_tools, forced_chat_tool, chat_schema, several_choices, completions, embeddings_are_refused,
      response_tool_round, streamed_response, stored_response, message_tool_round, message_tool_runner, streamed_message, counted_tokens,
-     one_models_body, message_errors, more_tokens_than_fit, two_at_once, retries_wait_as_told])
+     one_models_body, message_errors, more_tokens_than_fit, two_at_once, retries_wait_as_told], f" (openai {openai.__version__})")
