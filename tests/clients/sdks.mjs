@@ -1,5 +1,6 @@
-// OpenAI's and Anthropic's SDKs for JavaScript and the AI SDK, against a gateway whose model says what it is told (tests/src/scripted.rs).
-// Usage: node sdks.mjs BASE_URL, beside a node_modules folder with them. Exits 1 if anything failed.
+// OpenAI's, Anthropic's and ollama's packages for JavaScript and the AI SDK, against a gateway whose model says what it is told
+// (tests/src/scripted.rs). Usage: node sdks.mjs BASE_URL LONELY_URL, beside a node_modules folder with them; the latter is of a gateway
+// without a daemon. Exits 1 if anything failed.
 
 import assert from "node:assert/strict";
 
@@ -7,14 +8,16 @@ import Anthropic from "@anthropic-ai/sdk";
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateText, Output, stepCountIs, streamText, tool } from "ai";
+import { Ollama } from "ollama";
 import OpenAI from "openai";
 import { zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
 import { z } from "zod";
 
-const base = process.argv[2].replace(/\/$/, "");
+const [base, lonely] = process.argv.slice(2).map((url) => url.replace(/\/$/, ""));
 const options = { apiKey: "not-needed", maxRetries: 0 };
 const openai = new OpenAI({ ...options, baseURL: `${base}/v1` });
 const claude = new Anthropic({ ...options, baseURL: base });
+const ollama = new Ollama({ host: base });
 const chatModel = createOpenAICompatible({ name: "flash", baseURL: `${base}/v1`, includeUsage: true }).chatModel("scripted");
 const responsesModel = createOpenAI({ baseURL: `${base}/v1`, apiKey: "not-needed" })("scripted");
 
@@ -168,6 +171,30 @@ const cases = {
     await assert.rejects(wrong, (error) => error instanceof Anthropic.NotFoundError && error.error.error.type === "not_found_error");
     const much = claude.messages.create({ model, max_tokens: 10, messages: user("word ".repeat(200_000)) });
     await assert.rejects(much, (error) => error instanceof Anthropic.BadRequestError && /prompt is too long: \d+ tokens > \d+ maximum/.test(error.message));
+  },
+
+  async "ollama: tags"() {
+    assert((await ollama.list()).models.some((found) => found.name === model));
+  },
+  async "ollama: chat"() {
+    const messages = user(hello);
+    const parts = await all(await ollama.chat({ model, messages, stream: true }));
+    assert.equal(parts.map((part) => part.message.content).join(""), "Hello there.");
+    assert.deepEqual([parts.length > 2, parts.at(-1).done_reason], [true, "stop"]);
+    assert.equal((await ollama.chat({ model, messages })).message.content, "Hello there.");
+  },
+
+  // Nothing listens at this gateway's socket: 503, and Retry-After says 2 seconds.
+  async "retries wait as told"() {
+    const once = { apiKey: "x", maxRetries: 1 };
+    const clients = [new OpenAI({ ...once, baseURL: `${lonely}/v1` }), new Anthropic({ ...once, baseURL: lonely })];
+    const ask = async (client) => {
+      const start = performance.now();
+      await assert.rejects(client.models.list(), { status: 503 });
+      return performance.now() - start;
+    };
+    const waited = await Promise.all(clients.map(ask));
+    assert(waited.every((milliseconds) => milliseconds >= 1900), String(waited));
   },
 };
 
