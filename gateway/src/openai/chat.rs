@@ -49,6 +49,8 @@ pub(crate) fn read(body: &Value) -> Result<Request, Failure> {
         stop: top.read("stop", ask::stops)?.unwrap_or_default(),
         max_tokens: new_max.or(old_max),
         top_logprobs: top_logprobs(&mut top)?,
+        // As vLLM and llama.cpp spell it: benchmarks ask for so many tokens and no fewer.
+        ignore_eos: top.read("ignore_eos", |node| node.flag())?.unwrap_or(false),
         keep_alive: ask::keep_alive(&mut top)?,
         format,
         ..Default::default()

@@ -22,7 +22,7 @@ fn a_full_body_becomes_a_request() {
         "temperature": 0, "top_p": 0.9, "top_k": -1, "min_p": 0.05, "repetition_penalty": 1.1, "repeat_last_n": 64,
         "frequency_penalty": -0.5, "presence_penalty": 0.5, "seed": -1, "logit_bias": {"5": -100, "7": 1.5}, "stop": ["a", "", "b"],
         "max_tokens": 7, "max_completion_tokens": 5_000_000_000u64, "logprobs": true, "top_logprobs": 3, "stream": true,
-        "stream_options": {"include_usage": true}, "keep_alive": 300, "reasoning_effort": "none", "chat_template_kwargs": {"k": [1]},
+        "stream_options": {"include_usage": true}, "keep_alive": 300, "ignore_eos": true, "reasoning_effort": "none", "chat_template_kwargs": {"k": [1]},
         "n": 3, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "modalities": ["text"], "user": null, "store": false,
     })));
     let sampling = request.generate.sampling.expect("sampling");
@@ -34,7 +34,7 @@ fn a_full_body_becomes_a_request() {
     assert_eq!(sampling.logit_bias, [(5, -100.0), (7, 1.5)].into());
     assert_eq!(request.generate.stop, ["a", "b"]);
     assert_eq!((request.generate.max_tokens, request.generate.top_logprobs), (Some(u32::MAX), Some(3)));
-    assert_eq!(request.generate.keep_alive.as_deref(), Some("300s"));
+    assert_eq!((request.generate.keep_alive.as_deref(), request.generate.ignore_eos), (Some("300s"), true));
     assert!(request.stream && request.include_usage && request.unknown.is_empty() && request.n == 3);
     let Some(Prompt::Chat(chat)) = request.generate.prompt else { panic!("a chat") };
     assert_eq!(chat.template_kwargs_json, r#"{"enable_thinking":false,"reasoning_effort":"none","k":[1]}"#);

@@ -83,6 +83,8 @@ pub(crate) fn read(body: &Value, head: impl FnOnce(&str) -> Head) -> Result<Requ
         max_tokens: Some(max_tokens.unwrap_or(MAX_TOKENS)),
         top_logprobs,
         prompt_logprobs: echo.is_some() && top_logprobs.is_some(),
+        // As vLLM and llama.cpp spell it: benchmarks ask for so many tokens and no fewer.
+        ignore_eos: top.read("ignore_eos", |node| node.flag())?.unwrap_or(false),
         keep_alive: ask::keep_alive(&mut top)?,
         model,
         ..Default::default()

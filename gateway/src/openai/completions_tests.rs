@@ -37,6 +37,7 @@ fn prompts_are_text_or_tokens_one_or_several() {
     assert_eq!(texts(json!({"prompt": [1, 2]})), ["[1, 2]"]);
     assert_eq!(texts(json!({"prompt": [[1], [2, 3]]})), ["[1]", "[2, 3]"]);
     assert_eq!(texts(json!({"prompt": ["a", ""], "suffix": "z"})), ["a…z", "…z"]);
+    assert!(accepted(&json!({"prompt": "a", "ignore_eos": true})).requests[0].ignore_eos);
     let request = accepted(&json!({"prompt": "a", "suffix": "z", "echo": true}));
     assert_eq!(request.style.echoed(0), "a");
     let request = accepted(&json!({"prompt": "a", "logprobs": 2, "best_of": 1, "user": "u", "stop": "x", "suffix": ""}));
