@@ -61,7 +61,7 @@ pub(crate) enum Framing {
 impl Call {
     /// Opens one generation per request; all are of the model that the first one names.
     async fn open(&self, mut requests: Vec<v1::GenerateRequest>) -> Result<Feeds, Failure> {
-        let model = self.app.upstream.resolve(&requests[0].model).await?;
+        let model = self.resolve(&requests[0].model).await?;
         let several = requests.len() > 1;
         let together = u32::try_from(requests.len()).unwrap_or(u32::MAX);
         for (index, request) in requests.iter_mut().enumerate() {
@@ -74,6 +74,19 @@ impl Call {
             };
         }
         Ok(Feeds::open(&self.app, requests, self.arrived))
+    }
+
+    pub(crate) async fn resolve(&self, model: &str) -> Result<String, Failure> {
+        let model = self.app.upstream.resolve(model).await?;
+        self.caller.asks(&model);
+        Ok(model)
+    }
+
+    /// What the default model is, the daemon has just said.
+    fn heard(&self, event: &Event) {
+        if let Event::Accepted(accepted) = event {
+            self.caller.asks(&accepted.model);
+        }
     }
 
     /// Everything that the generations say.
@@ -89,6 +102,7 @@ impl Call {
                     return Err(Failure::new(Code::Draining, "the gateway is shutting down"));
                 }
             };
+            self.heard(&event);
             replies[choice].add(&event);
         }
         Ok(replies)
@@ -110,19 +124,16 @@ impl Call {
             && let Ok(event) = timeout_at(commit, feeds.next()).await
         {
             let event = event?;
+            self.heard(&event.1);
             accepted += usize::from(matches!(event.1, Event::Accepted(_)));
             early.push(event);
         }
-        let model = early.iter().find_map(|(_, event)| match event {
-            Event::Accepted(accepted) => Some(accepted.model.clone()),
-            _ => None,
-        });
         let body = sse::stream(&self.app, feeds, early, write);
         let content_type = match framing {
             Framing::Events => "text/event-stream; charset=utf-8",
             Framing::Lines => "application/x-ndjson",
         };
-        let mut response = answer(body, content_type, model.as_deref().unwrap_or_default());
+        let mut response = answer(body, content_type);
         let headers = response.headers_mut();
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, no-transform"));
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
@@ -131,25 +142,22 @@ impl Call {
 
     /// How many tokens the conversation is, and how many the context has.
     pub(crate) async fn count(&self, model: &str, chat: v1::Chat) -> Result<(u32, u32), Failure> {
-        let model = self.app.upstream.resolve(model).await?;
+        let model = self.resolve(model).await?;
         let request = v1::TokenizeRequest { model, prompt: Some(v1::tokenize_request::Prompt::Chat(chat)) };
-        self.app.upstream.count(request, self.app.config.timing.load_wait).await
+        let counted = self.app.upstream.count(request, self.app.config.timing.load_wait).await?;
+        self.caller.asks(&counted.model);
+        Ok((u32::try_from(counted.ids.len()).unwrap_or(u32::MAX), counted.context_length))
     }
 }
 
-/// One JSON body with the canonical id of the model that answered.
-pub(crate) fn json(body: &impl serde::Serialize, replies: &[Collected]) -> Response {
-    let text = serde_json::to_string(body).expect("plain data is always JSON");
-    answer(Body::from(text), "application/json", replies.first().map_or("", |reply| &reply.accepted.model))
+/// One JSON body.
+pub(crate) fn json(body: &impl serde::Serialize) -> Response {
+    answer(Body::from(serde_json::to_string(body).expect("plain data is always JSON")), "application/json")
 }
 
-/// A 200 with the canonical id of the model, if it is known by now.
-fn answer(body: Body, content_type: &'static str, model: &str) -> Response {
+fn answer(body: Body, content_type: &'static str) -> Response {
     let mut response = Response::new(body);
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
-    if let Some(model) = HeaderValue::from_str(model).ok().filter(|model| !model.is_empty()) {
-        response.headers_mut().insert("x-flash-model", model);
-    }
     response
 }
 

@@ -7,7 +7,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     pin::Pin,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll},
@@ -55,6 +55,16 @@ pub(crate) struct Caller {
     pub(crate) request_id: String,
     /// The daemon's fairness key: a digest of the presented key, or the address.
     pub(crate) client: String,
+    /// The canonical id of the model that is asked, as soon as it is known: a header of the answer.
+    model: Arc<OnceLock<HeaderValue>>,
+}
+
+impl Caller {
+    pub(crate) fn asks(&self, model: &str) {
+        if let Some(model) = HeaderValue::from_str(model).ok().filter(|model| !model.is_empty()) {
+            let _ = self.model.set(model);
+        }
+    }
 }
 
 pub(crate) fn router(app: Arc<App>) -> Router {
@@ -148,7 +158,8 @@ async fn envelope(State(app): State<Arc<App>>, route: Option<MatchedPath>, reque
     let request_id = request_id(&parts.headers);
     let client = guard::credentials(&parts.headers).next();
     let client = client.map_or_else(|| connection.peer.ip().to_string(), |key| format!("key-{:.8}", hex(&digest(key))));
-    parts.extensions.insert(Caller { request_id: request_id.clone(), client });
+    let model = Arc::new(OnceLock::new());
+    parts.extensions.insert(Caller { request_id: request_id.clone(), client, model: model.clone() });
     let mut account = Account {
         app: app.clone(),
         connection: connection.clone(),
@@ -195,6 +206,9 @@ async fn envelope(State(app): State<Arc<App>>, route: Option<MatchedPath>, reque
     }
     if app.draining() {
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    if let Some(model) = model.get() {
+        headers.insert("x-flash-model", model.clone());
     }
     headers.insert("openai-processing-ms", u64::try_from(arrived.elapsed().as_millis()).unwrap_or(u64::MAX).into());
     let id = HeaderValue::from_str(&request_id).expect("an id is plain ASCII");

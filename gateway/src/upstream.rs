@@ -135,14 +135,11 @@ impl Upstream {
         }
     }
 
-    /// How many tokens a conversation is, and how many the context has; needs no place in the daemon's queue.
-    pub(crate) async fn count(&self, request: v1::TokenizeRequest, patience: Duration) -> Result<(u32, u32), Failure> {
+    /// A conversation's tokens; needs no place in the daemon's queue.
+    pub(crate) async fn count(&self, request: v1::TokenizeRequest, patience: Duration) -> Result<v1::TokenizeResponse, Failure> {
         let mut client = GenerateClient::new(self.channel.clone());
         match timeout(patience, client.tokenize(request)).await {
-            Ok(Ok(response)) => {
-                let found = response.get_ref();
-                Ok((u32::try_from(found.ids.len()).unwrap_or(u32::MAX), found.context_length))
-            }
+            Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(self.failed(&status)),
             Err(_) => Err(too_late(Code::ModelLoading)),
         }

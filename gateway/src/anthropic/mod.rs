@@ -23,7 +23,7 @@ pub(crate) async fn messages(Asked { call, body }: Asked) -> Result<Response, Fa
         return call.stream(vec![generate], Framing::Events, move |item, out| events.write(item, out)).await;
     }
     let replies = call.collect(vec![generate]).await?;
-    Ok(call::json(&style.message(&replies[0]), &replies))
+    Ok(call::json(&style.message(&replies[0])))
 }
 
 /// `POST /v1/messages/count_tokens`; asked in bursts, so it stays out of the queue.

@@ -124,7 +124,7 @@ async fn answer(call: &Call, request: Request, chat: bool) -> Result<Response, F
         }
         Task::Generate => {
             let replies = call.collect(vec![generate]).await?;
-            Ok(call::json(&style.whole(&replies[0]), &replies))
+            Ok(call::json(&style.whole(&replies[0])))
         }
         Task::Load => {
             let model = call.app.upstream.resolve(&generate.model).await?;

@@ -54,7 +54,7 @@ pub(crate) async fn chat(Asked { call, body }: Asked) -> Result<Response, Failur
         return call.stream(requests, Framing::Events, writer(move |choice, event, out| chunks.event(choice, event, out))).await;
     }
     let replies = call.collect(requests).await?;
-    Ok(chunks::completion(style, &replies, |body| call::json(body, &replies)))
+    Ok(chunks::completion(style, &replies, |body| call::json(body)))
 }
 
 /// `POST /v1/completions`.
@@ -66,7 +66,7 @@ pub(crate) async fn completions(Asked { call, body }: Asked) -> Result<Response,
         return call.stream(requests, Framing::Events, writer(move |choice, event, out| chunks.event(choice, event, out))).await;
     }
     let replies = call.collect(requests).await?;
-    Ok(call::json(&style.completion(&replies), &replies))
+    Ok(call::json(&style.completion(&replies)))
 }
 
 /// `POST /v1/embeddings`: no model that can be loaded here makes any.
@@ -74,6 +74,6 @@ pub(crate) async fn embeddings(Asked { call, body }: Asked) -> Result<Response, 
     let mut top = Node::root(&body).object()?;
     let model = top.read("model", |node| node.text())?.unwrap_or_default();
     top.require("input")?;
-    call.app.upstream.resolve(model).await?;
+    call.resolve(model).await?;
     Err(Failure::at(Code::EmbeddingsNotSupported, "model", "The model answers in text and makes no embeddings."))
 }

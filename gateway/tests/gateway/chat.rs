@@ -208,6 +208,7 @@ async fn patience_with_queue_and_loading_ends() {
         fake.script([Step::Hang]);
         let reply = chat(gateway.address, &body(json!({"model": "flash-tiny-moe"}))).await;
         assert_eq!(reply.error(), (expected.0, expected.1.to_owned()));
+        assert_eq!(reply.header("x-flash-model"), Some("flash-tiny-moe"), "whatever became of it");
         let asked = fake.requests().len();
         fake.gone(asked).await;
     }

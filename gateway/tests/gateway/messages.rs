@@ -138,6 +138,9 @@ async fn counting_does_not_wait_for_generations() {
     }
     assert_eq!(soon("all counts", counting.join_all()).await, vec![json!({"input_tokens": 2}); 24]);
     assert_eq!(fake.counted().len(), 24);
+    let ask = json!({"model": "FLASH-tiny-moe", "messages": [{"role": "user", "content": "x"}]});
+    let counted = post(gateway.address, "/v1/messages/count_tokens", &ask).await;
+    assert_eq!((counted.json(), counted.header("x-flash-model")), (json!({"input_tokens": 1}), Some("flash-tiny-moe")));
 }
 
 #[tokio::test]

@@ -92,7 +92,7 @@ pub(crate) async fn create(Asked { call, body }: Asked) -> Result<Response, Fail
     }
     let replies = call.collect(vec![generate]).await?;
     let response = style.response(&replies[0]);
-    let answer = call::json(&response, &replies);
+    let answer = call::json(&response);
     keep(response, style.said(&replies[0]));
     Ok(answer)
 }
