@@ -58,12 +58,8 @@ pub(crate) fn read(body: &Value, head: impl FnOnce(&str) -> Head) -> Result<Requ
     if let Some(node) = top.get("echo")
         && node.flag()?
     {
-        let text = |prompt: &Prompt| match prompt {
-            Prompt::Text(text) => Some(text.clone()),
-            _ => top_logprobs.map(|_| String::new()),
-        };
-        let texts: Option<Vec<_>> = prompts.iter().map(text).collect();
-        echo = Some(texts.ok_or_else(|| node.refuse(Code::UnsupportedValue, "token ids are repeated as text only with 'logprobs'"))?);
+        let text = |prompt: &Prompt| if let Prompt::Text(text) = prompt { text.clone() } else { String::new() };
+        echo = Some(prompts.iter().map(text).collect::<Vec<_>>());
     }
     let max_tokens = top.get("max_tokens");
     let prompt_only = echo.is_some() && max_tokens.as_ref().is_some_and(|node| node.value.as_u64() == Some(0));
@@ -76,13 +72,16 @@ pub(crate) fn read(body: &Value, head: impl FnOnce(&str) -> Head) -> Result<Requ
             };
         }
     }
+    // The texts of ids come with their log-probabilities, wanted or not.
+    let ids = prompts.iter().any(|prompt| matches!(prompt, Prompt::Tokens(_)));
+    let told = top_logprobs.or((echo.is_some() && ids).then_some(0));
     let options = top.read("stream_options", |node| super::chat::stream_options(&node, &mut unknown))?;
     let generate = v1::GenerateRequest {
         sampling: Some(ask::sampling(&mut top)?),
         stop: top.read("stop", ask::stops)?.unwrap_or_default(),
         max_tokens: Some(max_tokens.unwrap_or(MAX_TOKENS)),
-        top_logprobs,
-        prompt_logprobs: echo.is_some() && top_logprobs.is_some(),
+        top_logprobs: told,
+        prompt_logprobs: echo.is_some() && told.is_some(),
         // As vLLM and llama.cpp spell it: benchmarks ask for so many tokens and no fewer.
         ignore_eos: top.read("ignore_eos", |node| node.flag())?.unwrap_or(false),
         keep_alive: ask::keep_alive(&mut top)?,
@@ -259,7 +258,7 @@ impl Chunks {
             Event::Prompt(prompt) => {
                 let logprobs = style.logprobs.then(|| legacy(&prompt.tokens, &mut self.choices[choice].0));
                 let text = if style.echoed(choice).is_empty() { style.beginning(choice, &prompt.tokens) } else { String::new() };
-                Some(style.choice(choice, &text, logprobs, None))
+                (style.logprobs || !text.is_empty()).then(|| style.choice(choice, &text, logprobs, None))
             }
             Event::Text(_) if style.prompt_only => None,
             Event::Text(text) => (!text.text.is_empty() || !text.logprobs.is_empty()).then(|| {
