@@ -98,7 +98,8 @@ impl Catalog {
     }
 
     async fn scan(&self) -> Listing {
-        let roots = self.roots.clone();
+        // The default model is one of them, wherever it lies.
+        let roots: Vec<_> = self.roots.iter().cloned().chain(self.as_path("")).collect();
         let entries = spawn_blocking(move || hub::installed(&roots).into_iter().map(entry).collect()).await.unwrap_or_else(|error| {
             tracing::error!(%error, "looking for models failed");
             Vec::new()
@@ -298,5 +299,17 @@ mod tests {
         check(None, &["a", "b"], None);
         check(None, &["a", "flash-tiny-moe"], Some("flash-tiny-moe"));
         check(None, &[], None);
+    }
+
+    #[tokio::test]
+    async fn a_default_that_is_a_path_is_listed_wherever_it_lies() {
+        let home = tempfile::tempdir().expect("a temporary directory");
+        let far = home.path().join("far");
+        std::fs::create_dir(&far).expect("a folder");
+        ["config.json", "model.safetensors"].map(|file| std::fs::write(far.join(file), "{}").expect("written"));
+        let catalog = Arc::new(Catalog::new(Vec::new(), Some(far.display().to_string())));
+        let listed = catalog.list().await;
+        assert_eq!(listed.iter().map(|entry| entry.model.id.as_str()).collect::<Vec<_>>(), ["far"]);
+        assert_eq!(catalog.default_model(&listed).as_deref(), Some("far"));
     }
 }
