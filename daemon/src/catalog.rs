@@ -306,7 +306,9 @@ mod tests {
         let home = tempfile::tempdir().expect("a temporary directory");
         let far = home.path().join("far");
         std::fs::create_dir(&far).expect("a folder");
-        ["config.json", "model.safetensors"].map(|file| std::fs::write(far.join(file), "{}").expect("written"));
+        for file in ["config.json", "model.safetensors"] {
+            std::fs::write(far.join(file), "{}").expect("written");
+        }
         let catalog = Arc::new(Catalog::new(Vec::new(), Some(far.display().to_string())));
         let listed = catalog.list().await;
         assert_eq!(listed.iter().map(|entry| entry.model.id.as_str()).collect::<Vec<_>>(), ["far"]);

@@ -309,6 +309,11 @@ async fn forms_that_cannot_be_kept_are_refused() {
     check(format(v1::format::Kind::Regex("(".into()), true), code::SCHEMA_NOT_SUPPORTED, "response_format", "").await;
     let tools = v1::generate_request::Prompt::Chat(tools_chat(v1::tool_choice::Mode::Auto));
     check(v1::GenerateRequest { prompt: Some(tools), ..story(1) }, code::CHAT_TEMPLATE, "tools", "does not show them").await;
+    let message = |role: &str| v1::Message { role: role.into(), content: "{".into(), ..Default::default() };
+    let begun = v1::Chat { messages: vec![message("user"), message("assistant")], continue_final_message: true, ..Default::default() };
+    let prompt = Some(v1::generate_request::Prompt::Chat(begun));
+    let begun = v1::GenerateRequest { prompt, ..format(v1::format::Kind::JsonObject(true), false) };
+    check(begun, code::INVALID_VALUE, "response_format", "goes on from a message").await;
     let (text, done) = daemon.generate(format(odd, false)).await.expect("accepted").finish().await;
     assert!(done.is_ok() && text.starts_with('{'), "{text}");
     let (text, done) = daemon.generate(format(v1::format::Kind::Regex("[0-9]{3}".into()), true)).await.expect("accepted").finish().await;

@@ -107,12 +107,21 @@ fn decode(coding: Coding, bytes: Bytes) -> Result<Vec<u8>, Failure> {
     let decoded = match coding {
         Coding::Identity => Ok(bytes.into()),
         Coding::Gzip => bounded(&mut flate2::read::MultiGzDecoder::new(&*bytes)),
-        Coding::Zstd => {
-            ruzstd::decoding::StreamingDecoder::new(&*bytes).map_err(io::Error::other).and_then(|mut reader| bounded(&mut reader))
-        }
+        Coding::Zstd => frames(&bytes),
     };
     let decoded = decoded.map_err(broken)?;
     if decoded.len() as u64 > DECODED_MAX { Err(too_large()) } else { Ok(decoded) }
+}
+
+/// One frame after the other.
+fn frames(mut bytes: &[u8]) -> io::Result<Vec<u8>> {
+    let mut decoded = Vec::new();
+    while !bytes.is_empty() && decoded.len() as u64 <= DECODED_MAX {
+        let left = DECODED_MAX + 1 - decoded.len() as u64;
+        let frame = ruzstd::decoding::StreamingDecoder::new(&mut bytes).map_err(io::Error::other)?;
+        frame.take(left).read_to_end(&mut decoded)?;
+    }
+    Ok(decoded)
 }
 
 /// Reads what a refused client is still sending: closing on it would reset the connection and lose the refusal.
@@ -151,6 +160,8 @@ mod tests {
         let bomb = vec![b' '; usize::try_from(DECODED_MAX).expect("64 MiB") + 1];
         check(Coding::Gzip, gzip(b"{}"), Ok(2));
         check(Coding::Zstd, zstd(b"{}"), Ok(2));
+        check(Coding::Zstd, [zstd(b"{"), zstd(b"}"), zstd(b" ")].concat(), Ok(3));
+        check(Coding::Zstd, [zstd(b"{}"), b"x".to_vec()].concat(), Err(Code::InvalidJson));
         check(Coding::Gzip, gzip(&bomb), Err(Code::RequestTooLarge));
         check(Coding::Zstd, zstd(&bomb), Err(Code::RequestTooLarge));
         check(Coding::Gzip, b"{}".to_vec(), Err(Code::InvalidJson));

@@ -128,6 +128,10 @@ impl Call {
             accepted += usize::from(matches!(event.1, Event::Accepted(_)));
             early.push(event);
         }
+        if let Some(list) = self.app.upstream.known_models().filter(|_| accepted == 0) {
+            // Too late to hear of it: nobody but the default model has no name by now.
+            self.caller.asks(&list.default_model);
+        }
         let body = sse::stream(&self.app, feeds, early, write);
         let content_type = match framing {
             Framing::Events => "text/event-stream; charset=utf-8",

@@ -86,7 +86,7 @@ pub(crate) fn preflight(asked: &HeaderMap, answer: &mut HeaderMap) {
 
 /// On every answer to a welcome origin.
 pub(crate) fn cors(origin: HeaderValue, answer: &mut HeaderMap) {
-    let exposed = HeaderValue::from_static("x-request-id, x-flash-model, openai-processing-ms, retry-after");
+    let exposed = HeaderValue::from_static("x-request-id, request-id, x-flash-model, openai-processing-ms, retry-after, x-should-retry");
     answer.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
     answer.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, exposed);
 }

@@ -20,11 +20,35 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Value, Failure> {
     if depth(bytes) > DEPTH_MAX {
         return Err(invalid(format!("it is nested more than {DEPTH_MAX} levels deep")));
     }
-    let mut reader = serde_json::Deserializer::from_str(text);
-    // serde_json's own limit would refuse the 128th level; the depth is known to be bounded here.
-    reader.disable_recursion_limit();
-    let value = serde::Deserialize::deserialize(&mut reader).and_then(|value| reader.end().map(|()| value));
+    let read = |text: &str| {
+        let mut reader = serde_json::Deserializer::from_str(text);
+        // serde_json's own limit would refuse the 128th level; the depth is known to be bounded here.
+        reader.disable_recursion_limit();
+        serde::Deserialize::deserialize(&mut reader).and_then(|value| reader.end().map(|()| value))
+    };
+    let value = read(text).or_else(|error| mended(text).map_or(Err(error), |mended| read(&mended)));
     value.map_err(|error| invalid(error.to_string()))
+}
+
+/// With U+FFFD for each half of a UTF-16 pair that is alone, if there are any: clients in JavaScript cut texts between the two, and
+/// what they have cut once they send with every turn.
+fn mended(text: &str) -> Option<String> {
+    let unit = |at: usize| text.get(at..at + 6)?.strip_prefix("\\u").and_then(|hex| u16::from_str_radix(hex, 16).ok());
+    let (mut mended, mut rest, mut at) = (String::new(), 0, 0);
+    while let Some(next) = text[at..].find('\\') {
+        at += next;
+        at += match (unit(at), unit(at + 6)) {
+            (Some(0xd800..=0xdbff), Some(0xdc00..=0xdfff)) => 12,
+            (Some(0xd800..=0xdfff), _) => {
+                mended.extend([&text[rest..at], "\\ufffd"]);
+                rest = at + 6;
+                6
+            }
+            // The backslash and what it escapes, which may be several bytes in what is no JSON.
+            _ => 1 + text[at + 1..].chars().next().map_or(0, char::len_utf8),
+        };
+    }
+    (rest > 0).then(|| mended + &text[rest..])
 }
 
 /// Deepest nesting of brackets outside strings.
@@ -221,7 +245,12 @@ mod tests {
         check(b"{} x", Err("trailing characters"));
         check(b"{\"a\": \"\xff\"}", Err("byte 7 is not UTF-8"));
         check(b"{\"a\": 1e999}", Err("number out of range"));
-        check(b"{\"a\": \"\\ud800\"}", Err("hex escape"));
+        check(
+            br#"{"a": "\ud83d\ude00 \ud800 \udc00\ud800\ud83d\ude00\\ud800"}"#,
+            Ok(json!({"a": "😀 \u{fffd} \u{fffd}\u{fffd}😀\\ud800"})),
+        );
+        check(br#"{"a": "\ud800"#, Err("EOF"));
+        check("{\"a\": \"\\é\\ud800\"}".as_bytes(), Err("escape"));
         assert!(parse(&nested(128)).is_ok());
         check(&nested(129), Err("128 levels"));
         check(&nested(10_000), Err("128 levels"));

@@ -94,7 +94,8 @@ impl Upstream {
         }
     }
 
-    fn known_models(&self) -> Option<Arc<v1::ListResponse>> {
+    /// As last seen, without asking.
+    pub(crate) fn known_models(&self) -> Option<Arc<v1::ListResponse>> {
         self.models.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 

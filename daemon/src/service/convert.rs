@@ -155,10 +155,14 @@ pub(super) fn generate(request: v1::GenerateRequest) -> Result<Wanted, Error> {
     if let Some(n) = request.top_logprobs.filter(|n| *n > TOP_LOGPROBS_MAX) {
         return Err(bad("top_logprobs", format!("is {n}; at most {TOP_LOGPROBS_MAX} are allowed")));
     }
+    let format = request.format.map_or(Ok(None), |format| chat::format("response_format", format))?;
+    if format.is_some() && matches!(&prompt, Prompt::Chat(chat) if chat.continue_final) {
+        return Err(bad("response_format", "is of a whole reply, and this one goes on from a message: leave out one of the two"));
+    }
     Ok(Wanted {
         model: request.model,
         prompt,
-        format: request.format.map_or(Ok(None), |format| chat::format("response_format", format))?,
+        format,
         sampling: Overrides(request.sampling.unwrap_or_default()),
         keep_alive: request.keep_alive.as_deref().map(keep_alive).transpose()?,
         rest: Rest {

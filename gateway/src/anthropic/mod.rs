@@ -15,9 +15,10 @@ use crate::{
 
 /// `POST /v1/messages`.
 pub(crate) async fn messages(Asked { call, body }: Asked) -> Result<Response, Failure> {
-    let request::Request { generate, stream, thinking, unknown } = request::read(&body)?;
+    let request::Request { generate, stream, thinking, prompt_only, unknown } = request::read(&body)?;
     call.app.note_unknown(&unknown)?;
-    let style = Style { id: unique_id(), model: call::shown(&generate.model), request_id: call.caller.request_id.clone(), thinking };
+    let (model, request_id) = (call::shown(&generate.model), call.caller.request_id.clone());
+    let style = Style { id: unique_id(), model, request_id, thinking, prompt_only };
     if stream {
         let mut events = Events::new(style);
         return call.stream(vec![generate], Framing::Events, move |item, out| events.write(item, out)).await;

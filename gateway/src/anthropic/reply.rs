@@ -21,6 +21,8 @@ pub(crate) struct Style {
     pub(crate) request_id: String,
     /// Whether thinking is shown.
     pub(crate) thinking: bool,
+    /// Nothing was asked for but to read the prompt.
+    pub(crate) prompt_only: bool,
 }
 
 impl Style {
@@ -48,8 +50,19 @@ impl Style {
                 Some(json!({"type": "tool_use", "id": self.call_id(calls - 1), "name": name, "input": input}))
             }
         };
-        let content = reply.pieces.iter().filter_map(block).collect();
-        self.head(content, reply.done.as_ref(), &usage(&reply.usage()))
+        let content = reply.pieces.iter().filter(|_| !self.prompt_only).filter_map(block).collect();
+        let done = reply.done.as_ref().map(|done| self.told(done));
+        self.head(content, done.as_ref(), &usage(&done.as_ref().and_then(|done| done.usage).unwrap_or_default()))
+    }
+
+    /// The end, as if nothing had been generated if nothing was to be.
+    fn told(&self, done: &v1::Done) -> v1::Done {
+        let mut done = done.clone();
+        if self.prompt_only {
+            done.set_finish(Finish::Length);
+            done.usage.iter_mut().for_each(|usage| usage.completion_tokens = 0);
+        }
+        done
     }
 }
 
@@ -111,6 +124,7 @@ impl Events {
                 event("ping", json!({}), out);
                 self.started = true;
             }
+            Event::Text(_) | Event::ToolCall(_) if self.style.prompt_only => {}
             Event::Text(text) if text.text.is_empty() => {}
             Event::Text(text) if text.channel() == Channel::Reasoning => {
                 if self.style.thinking {
@@ -135,7 +149,8 @@ impl Events {
             }
             Event::Done(done) => {
                 self.close(out);
-                let (reason, stop) = stopped(done);
+                let done = self.style.told(done);
+                let (reason, stop) = stopped(&done);
                 let delta = json!({"stop_reason": reason, "stop_sequence": stop});
                 event("message_delta", json!({"delta": delta, "usage": usage(&done.usage.unwrap_or_default())}), out);
                 event("message_stop", json!({}), out);

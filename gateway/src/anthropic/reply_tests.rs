@@ -4,7 +4,7 @@ use super::*;
 use crate::error::{Code, Failure};
 
 fn style(thinking: bool) -> Style {
-    Style { id: "1".into(), model: "m".into(), request_id: "req_1".into(), thinking }
+    Style { id: "1".into(), model: "m".into(), request_id: "req_1".into(), thinking, prompt_only: false }
 }
 
 fn said(channel: Channel, text: &str) -> Event {
@@ -148,4 +148,21 @@ fn heartbeats_and_failures_have_names() {
     writer.write(Item::Failed(&Failure::new(Code::Engine, "broken")), &mut out);
     let body = r#"{"type":"error","error":{"type":"api_error","message":"broken"},"request_id":"req_1"}"#;
     assert_eq!(out, format!("event: error\ndata: {body}\n\n"));
+}
+
+#[test]
+fn a_prompt_may_only_be_read() {
+    let events = [start(), said(Channel::Content, "x"), part(0, "f", "{}"), done(Finish::Stop, None)];
+    let style = || Style { prompt_only: true, ..style(true) };
+    let mut reply = Collected::default();
+    events.iter().for_each(|event| _ = reply.add(event));
+    let message = style().message(&reply);
+    assert_eq!((&message["content"], &message["stop_reason"]), (&json!([]), &json!("max_tokens")));
+    let usage = json!({"input_tokens": 8, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 3, "output_tokens": 0});
+    assert_eq!(message["usage"], usage);
+    let (mut writer, mut out) = (Events::new(style()), String::new());
+    events.iter().for_each(|event| writer.write(Item::Event(0, event), &mut out));
+    let names: Vec<_> = out.lines().filter_map(|line| line.strip_prefix("event: ")).collect();
+    assert_eq!(names, ["message_start", "ping", "message_delta", "message_stop"]);
+    assert!(out.contains(&format!(r#""stop_reason":"max_tokens","stop_sequence":null}},"usage":{usage}"#)), "{out}");
 }

@@ -28,6 +28,8 @@ pub(crate) struct Request {
     pub(crate) stream: bool,
     /// Whether the client wants to see thinking blocks.
     pub(crate) thinking: bool,
+    /// The prompt is only to be read, for later requests: the token that is generated with it is left out.
+    pub(crate) prompt_only: bool,
     pub(crate) unknown: Vec<String>,
 }
 
@@ -52,20 +54,22 @@ pub(crate) fn read(body: &Value) -> Result<Request, Failure> {
         seed: top.read("seed", ask::seed)?,
         ..Default::default()
     };
+    let prompt_only = body["max_tokens"].as_u64() == Some(0);
+    let max_tokens = top.get("max_tokens").filter(|_| !prompt_only).map(ask::tokens).transpose()?;
     let generate = v1::GenerateRequest {
         model,
         prompt: Some(Prompt::Chat(chat)),
         sampling: Some(sampling),
         stop: top.read("stop_sequences", ask::stops)?.unwrap_or_default(),
-        max_tokens: Some(top.read("max_tokens", ask::tokens)?.unwrap_or(MAX_TOKENS)),
+        max_tokens: Some(if prompt_only { 1 } else { max_tokens.unwrap_or(MAX_TOKENS) }),
         keep_alive: ask::keep_alive(&mut top)?,
         format,
-        cache_prompt: marked(body),
+        cache_prompt: prompt_only || marked(body),
         ..Default::default()
     };
     let stream = top.read("stream", |node| node.flag())?.unwrap_or(false);
     top.finish(&mut unknown);
-    Ok(Request { generate, stream, thinking, unknown })
+    Ok(Request { generate, stream, thinking, prompt_only, unknown })
 }
 
 pub(crate) fn counted(body: &Value) -> Result<Counted, Failure> {

@@ -42,6 +42,8 @@ fn a_body_of_claude_codes_is_read_without_a_word() {
     assert_eq!(chat.template_kwargs_json, r#"{"enable_thinking":true,"reasoning_effort":"medium"}"#);
     assert_eq!((chat.tools[0].name.as_str(), chat.tools[0].parameters_json.as_str()), ("Read", r#"{"type":"object"}"#));
     assert_eq!(accepted(&json!({"messages": [{"role": "user", "content": "hi"}]})).generate.max_tokens, Some(4096));
+    let read_only = accepted(&with(json!({"max_tokens": 0})));
+    assert_eq!((read_only.prompt_only, read_only.generate.max_tokens, read_only.generate.cache_prompt), (true, Some(1), true));
 }
 
 #[test]
@@ -208,7 +210,7 @@ fn refusals_name_the_field() {
     let seen = json!([{"role": "user", "content": [image]}, {"role": "user", "content": "and?"}]);
     assert_eq!(chat(&with(json!({"messages": seen}))).messages[0].content, "[image omitted]");
     check(with(json!({"messages": [{"role": "user", "content": [image]}]})), UnsupportedModality, Some("messages[0].content[0]"));
-    check(with(json!({"max_tokens": 0})), InvalidValue, Some("max_tokens"));
+    check(with(json!({"max_tokens": -2})), InvalidValue, Some("max_tokens"));
     check(with(json!({"temperature": 3})), InvalidValue, Some("temperature"));
     check(with(json!({"tools": [{"input_schema": {}}]})), MissingParameter, Some("tools[0].name"));
     check(with(json!({"tool_choice": {"type": "any"}})), InvalidValue, Some("tool_choice"));

@@ -75,6 +75,9 @@ pub(crate) fn repetition(node: Node<'_>) -> Result<f32, Failure> {
 }
 
 pub(crate) fn seed(node: Node<'_>) -> Result<u64, Failure> {
+    if let Some(seed) = node.value.as_i64() {
+        return Ok(seed.cast_unsigned());
+    }
     match node.value.as_f64() {
         // Else different ones would become one.
         Some(seed) if !(I64_MIN..-I64_MIN).contains(&seed) => Err(node.refuse(Code::InvalidValue, "must be an integer of 64 bits")),
@@ -141,6 +144,8 @@ impl Variables {
     /// How hard to think; `none` is not at all.
     pub(crate) fn effort(&mut self, node: &Node<'_>) -> Result<(), Failure> {
         let effort = match node.text()? {
+            // The template knows its own.
+            "default" => return Ok(()),
             // Anthropic's word for the most.
             "max" => "xhigh",
             known @ ("none" | "minimal" | "low" | "medium" | "high" | "xhigh") => known,
@@ -200,7 +205,8 @@ pub(crate) fn format(node: &Node<'_>, unknown: &mut Vec<String>) -> Result<Optio
     let kind = object.require("type")?;
     let format = match kind.text()? {
         "text" => None,
-        "json_object" => Some(json_object()),
+        // A schema beside it is how llama.cpp and others have it.
+        "json_object" => Some(object.read("schema", schema)?.map_or_else(json_object, |text| json_schema(text, false))),
         "json_schema" => {
             let flat = ["name", "schema"].iter().any(|key| node.value.get(key).is_some());
             let mut inner = if flat { node.object()? } else { object.require("json_schema")?.object()? };

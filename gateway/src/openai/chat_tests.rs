@@ -49,6 +49,23 @@ fn an_empty_body_takes_every_default() {
 }
 
 #[test]
+fn a_schema_may_stand_beside_json_object() {
+    let format = |format: Value| accepted(&with(json!({"response_format": format}))).generate.format;
+    assert_eq!(format(json!({"type": "json_object"})), Some(ask::json_object()));
+    let schema = json!({"type": "object", "required": ["a"]});
+    assert_eq!(format(json!({"type": "json_object", "schema": schema})), Some(ask::json_schema(schema.to_string(), false)));
+}
+
+#[test]
+fn seeds_are_of_64_bits() {
+    let seed = |seed: Value| read(&with(json!({"seed": seed}))).ok().and_then(|request| request.generate.sampling?.seed);
+    assert_eq!(
+        [seed(json!(i64::MAX)), seed(json!(i64::MIN)), seed(json!(u64::MAX)), seed(json!(7.0))],
+        [Some(i64::MAX as u64), Some(1 << 63), None, Some(7)]
+    );
+}
+
+#[test]
 fn messages_are_read_leniently() {
     let check = |messages: Value, wanted: &[(&str, &str)], continues: bool| {
         let Some(Prompt::Chat(chat)) = accepted(&json!({"messages": messages})).generate.prompt else { panic!("a chat") };

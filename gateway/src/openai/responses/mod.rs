@@ -32,8 +32,7 @@ use crate::{
 };
 
 fn read(call: &Call, body: &Value) -> Result<Request, Failure> {
-    let earlier = |id: &str| find(&call.app, &call.caller, id).map(|stored| stored.messages());
-    let request = request::read(body, earlier)?;
+    let request = request::read(body, &|id| find(&call.app, &call.caller, id))?;
     call.app.note_unknown(&request.unknown)?;
     Ok(request)
 }
@@ -69,7 +68,7 @@ pub(crate) async fn create(Asked { call, body }: Asked) -> Result<Response, Fail
         id: unique_id(),
         created: call::now(),
         model: call::shown(&generate.model),
-        logprobs: generate.top_logprobs.is_some_and(|count| count > 0),
+        logprobs: generate.top_logprobs.is_some(),
         names,
         echo,
     };

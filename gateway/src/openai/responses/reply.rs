@@ -100,7 +100,7 @@ impl Style {
             "max_output_tokens": echo.max_output_tokens, "model": self.model, "output": output,
             "parallel_tool_calls": echo.parallel_tool_calls, "previous_response_id": echo.previous_response_id,
             "reasoning": echo.reasoning, "store": false, "temperature": echo.temperature, "text": echo.text,
-            "tool_choice": echo.tool_choice, "tools": echo.tools, "top_p": echo.top_p, "truncation": echo.truncation,
+            "tool_choice": echo.tool_choice, "tools": echo.tools, "top_logprobs": echo.top_logprobs, "top_p": echo.top_p, "truncation": echo.truncation,
             "usage": usage, "user": echo.user, "metadata": echo.metadata,
         })
     }

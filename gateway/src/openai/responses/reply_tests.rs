@@ -6,7 +6,7 @@ use super::{super::request, *};
 use crate::error::Code;
 
 fn style(body: &Value) -> Style {
-    let request = request::read(body, |_| None).expect("a request");
+    let request = request::read(body, &|_| None).expect("a request");
     Style { id: "1".into(), created: 7, model: "m".into(), logprobs: false, names: request.names, echo: request.echo }
 }
 
@@ -120,7 +120,7 @@ fn a_stream_has_the_recorded_order() {
         keys.join(" "),
         concat!(
             "id object created_at status background error incomplete_details instructions max_output_tokens model output parallel_tool_calls ",
-            "previous_response_id reasoning store temperature text tool_choice tools top_p truncation usage user metadata"
+            "previous_response_id reasoning store temperature text tool_choice tools top_logprobs top_p truncation usage user metadata"
         )
     );
     assert_eq!(events[0]["response"]["text"], json!({"format": {"type": "text"}}));

@@ -1,8 +1,12 @@
 //! `/v1/responses`, the request: JSON → [`v1::GenerateRequest`], and what the response repeats of it. Pure but for the
 //! conversation of an earlier response, which the caller looks up.
 
+use std::sync::Arc;
+
 use flash_proto::v1::{self, generate_request::Prompt, tool_choice::Mode};
 use serde_json::{Value, json};
+
+use super::store::Stored;
 
 use crate::{
     ask::{
@@ -14,6 +18,9 @@ use crate::{
     json::{Node, Object},
     openai::chat::content,
 };
+
+/// What clients name in `include` to be told log-probabilities.
+const LOGPROBS: &str = "message.output_text.logprobs";
 
 /// One request, read and checked; `generate.model` is still what the client wrote.
 #[derive(Debug)]
@@ -41,6 +48,7 @@ pub(crate) struct Echo {
     pub(crate) text: Value,
     pub(crate) tool_choice: Value,
     pub(crate) tools: Value,
+    pub(crate) top_logprobs: Value,
     pub(crate) top_p: Value,
     pub(crate) truncation: Value,
     pub(crate) user: Value,
@@ -66,6 +74,7 @@ impl Echo {
             text,
             tool_choice: or("tool_choice", "auto".into()),
             tools: or("tools", json!([])),
+            top_logprobs: or("top_logprobs", json!(0)),
             top_p: or("top_p", json!(1.0)),
             truncation: or("truncation", "disabled".into()),
             user: or("user", Value::Null),
@@ -74,8 +83,10 @@ impl Echo {
     }
 }
 
-/// `earlier` finds the conversation of a response that is kept.
-pub(crate) fn read(body: &Value, earlier: impl FnOnce(&str) -> Option<Vec<v1::Message>>) -> Result<Request, Failure> {
+/// Finds a response that is kept, by its id.
+pub(crate) type Earlier<'a> = &'a dyn Fn(&str) -> Option<Arc<Stored>>;
+
+pub(crate) fn read(body: &Value, earlier: Earlier<'_>) -> Result<Request, Failure> {
     let mut unknown = Vec::new();
     let mut top = Node::root(body).object()?;
     let model = top.read("model", |node| node.text())?.unwrap_or_default().to_owned();
@@ -86,14 +97,14 @@ pub(crate) fn read(body: &Value, earlier: impl FnOnce(&str) -> Option<Vec<v1::Me
     let wanted = choice.as_ref().map(Wanted::openai).transpose()?.unwrap_or_default();
     let forced = wanted.mode == Mode::Required;
     let tool_choice = tools.choice(wanted, single, choice.as_ref())?;
-    let messages = match top.get("previous_response_id") {
-        None => Vec::new(),
-        Some(node) => earlier(node.text()?).ok_or_else(|| {
+    let messages = match top.read("previous_response_id", |node| node.text())? {
+        None | Some("") => Vec::new(),
+        Some(id) => earlier(id).map(|stored| stored.messages()).ok_or_else(|| {
             let message = "The previous response is not kept here (any more); send the whole conversation as input.";
             Failure::at(Code::PreviousResponseNotFound, "previous_response_id", message)
         })?,
     };
-    let mut messages = input(&mut top, Turns { messages }, &mut unknown)?;
+    let mut messages = input(&mut top, Turns { messages }, earlier, &mut unknown)?;
     turns::name_results(&mut messages);
     let kept = top.read("store", |node| node.flag())?.unwrap_or(true).then(|| messages.clone());
     if let Some(text) = top.read("instructions", |node| content(&node, &mut unknown))?.filter(|text| !text.is_empty()) {
@@ -115,14 +126,26 @@ pub(crate) fn read(body: &Value, earlier: impl FnOnce(&str) -> Option<Vec<v1::Me
         prompt: Some(Prompt::Chat(chat)),
         sampling: Some(ask::sampling(&mut top)?),
         max_tokens: top.read("max_output_tokens", ask::tokens)?,
-        top_logprobs: top.read("top_logprobs", |node| node.int(0..=20).map(ask::clamped))?.filter(|count| *count > 0),
+        top_logprobs: top
+            .read("top_logprobs", |node| node.int(0..=20).map(ask::clamped))?
+            .filter(|count| *count > 0)
+            .or(body["include"].as_array().is_some_and(|include| include.contains(&LOGPROBS.into())).then_some(0)),
         keep_alive: ask::keep_alive(&mut top)?,
         format,
         ..Default::default()
     };
     let stream = top.read("stream", |node| node.flag())?.unwrap_or(false);
     let truncates = top.read("truncation", |node| node.text())? == Some("auto");
-    top.ignore(&["user", "metadata", "include", "prompt_cache_key", "prompt_cache_retention", "client_metadata", "service_tier"]);
+    top.ignore(&[
+        "user",
+        "metadata",
+        "include",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prompt_cache_options",
+        "client_metadata",
+        "service_tier",
+    ]);
     top.ignore(&["safety_identifier", "stream_options", "max_tool_calls"]);
     top.finish(&mut unknown);
     Ok(Request { generate, stream, truncates, kept, echo: Echo::of(body), names: tools.names, unknown })
@@ -188,12 +211,20 @@ fn text(node: &Node<'_>, unknown: &mut Vec<String>) -> Result<Option<v1::Format>
     Ok(format)
 }
 
-fn input(top: &mut Object<'_>, mut turns: Turns, unknown: &mut Vec<String>) -> Result<Vec<v1::Message>, Failure> {
+fn input(top: &mut Object<'_>, mut turns: Turns, earlier: Earlier<'_>, unknown: &mut Vec<String>) -> Result<Vec<v1::Message>, Failure> {
     match top.get("input") {
         None => {}
         Some(node) if node.value.is_array() => {
             for node in node.array(MESSAGES_MAX)? {
-                item(&node, &mut turns, unknown)?;
+                match referred(&node)? {
+                    None => item(&node, &mut turns, unknown)?,
+                    Some(id) => {
+                        let found = id.split('_').nth(1).and_then(|of| earlier(&format!("resp_{of}"))?.item(id));
+                        let gone = "names an item that is not kept here (any more); with 'store': false clients send the items themselves";
+                        let found = found.ok_or_else(|| node.refuse(Code::InvalidValue, gone))?;
+                        item(&Node { value: &found, path: node.path }, &mut turns, unknown)?;
+                    }
+                }
             }
         }
         Some(node) if node.value.is_string() => turns.say("user", node.text()?.to_owned()),
@@ -204,6 +235,14 @@ fn input(top: &mut Object<'_>, mut turns: Turns, unknown: &mut Vec<String>) -> R
         turns.say("user", String::new());
     }
     Ok(turns.messages)
+}
+
+/// The id of an item that stands for one said before.
+fn referred<'a>(node: &Node<'a>) -> Result<Option<&'a str>, Failure> {
+    let mut item = node.object()?;
+    let (kind, id) = (item.read("type", |node| node.text())?, item.read("id", |node| node.text())?);
+    let nothing_else = kind.is_none() && item.get("role").is_none();
+    Ok(id.filter(|_| kind == Some("item_reference") || nothing_else))
 }
 
 fn item(node: &Node<'_>, turns: &mut Turns, unknown: &mut Vec<String>) -> Result<(), Failure> {

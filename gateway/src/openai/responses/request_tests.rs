@@ -4,8 +4,8 @@ use super::*;
 
 /// Whatever else stands in its places is refused or read, and never a panic.
 fn accepted(body: &Value) -> Request {
-    crate::json::mutate(body, |body| drop(read(body, |_| None)));
-    read(body, |_| None).unwrap_or_else(|failure| panic!("{body}: {failure:?}"))
+    crate::json::mutate(body, |body| drop(read(body, &|_| None)));
+    read(body, &|_| None).unwrap_or_else(|failure| panic!("{body}: {failure:?}"))
 }
 
 fn chat(request: &Request) -> &v1::Chat {
@@ -39,7 +39,7 @@ fn a_body_of_codexs_is_read_without_a_word() {
             {"type": "custom_tool_call", "call_id": "2", "name": "apply_patch", "input": "x\ny"},
             {"type": "function_call_output", "call_id": "1", "output": "one"},
             {"type": "custom_tool_call_output", "call_id": "2", "output": [{"type": "input_text", "text": "two"}, {"type": "input_image", "image_url": ""}]},
-            {"type": "web_search_call", "id": "ws", "status": "completed"}, {"type": "item_reference", "id": "x"},
+            {"type": "web_search_call", "id": "ws", "status": "completed"},
         ],
     }));
     assert!(request.unknown.is_empty() && request.stream && request.kept.is_none(), "{:?}", request.unknown);
@@ -100,18 +100,45 @@ fn nothing_is_something_to_warm_up_with() {
 #[test]
 fn a_conversation_goes_on_where_it_was() {
     let earlier = v1::Message { role: "assistant".into(), content: "before".into(), ..Default::default() };
+    let response = json!({"id": "resp_1", "output": [
+        {"id": "rs_1_0", "type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"id": "msg_1_1", "type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "before"}]},
+    ]});
+    let asked =
+        json!([{"id": "msg_1_in_0", "type": "message", "role": "user", "content": "first"}, {"type": "item_reference", "id": "x_1_in_1"}]);
+    let stored = Arc::new(Stored::new("c".into(), &response, vec![earlier], &asked.to_string()));
+    let find = |id: &str| (id == "resp_1").then(|| stored.clone());
     let body = json!({"previous_response_id": "resp_1", "input": "and?", "instructions": "i"});
-    let request = read(&body, |id| (id == "resp_1").then(|| vec![earlier.clone()])).expect("a request");
+    let request = read(&body, &find).expect("a request");
     assert_eq!(said(&request), [("system", "i"), ("assistant", "before"), ("user", "and?")]);
     assert_eq!(request.kept.map(|kept| kept.len()), Some(2));
-    let failure = read(&body, |_| None).expect_err("a refusal");
+    let failure = read(&body, &|_| None).expect_err("a refusal");
     assert_eq!((failure.code, failure.param.as_deref()), (Code::PreviousResponseNotFound, Some("previous_response_id")));
+    assert_eq!(said(&accepted(&json!({"previous_response_id": "", "input": "x"}))), [("user", "x")]);
+    // The AI SDK sends what is kept by its ids.
+    let refer = |id: &str| json!({"input": [{"type": "item_reference", "id": "msg_1_in_0"}, {"id": "rs_1_0"}, {"type": "item_reference", "id": id}]});
+    let request = read(&refer("msg_1_1"), &find).expect("a request");
+    assert_eq!(said(&request), [("user", "first"), ("assistant", "before")]);
+    assert_eq!(chat(&request).messages[1].reasoning.as_deref(), Some("hm"));
+    for gone in ["msg_1_2", "msg_2_1", "x_1_in_1", "x", ""] {
+        let failure = read(&refer(gone), &find).expect_err(gone);
+        assert_eq!((failure.code, failure.param.as_deref()), (Code::InvalidValue, Some("input[2]")), "{gone}");
+    }
+}
+
+#[test]
+fn logprobs_may_be_asked_for_in_two_ways() {
+    let asked = |body: Value| (accepted(&body).generate.top_logprobs, accepted(&body).echo.top_logprobs);
+    assert_eq!(asked(json!({"input": "x"})), (None, json!(0)));
+    assert_eq!(asked(json!({"input": "x", "top_logprobs": 2})), (Some(2), json!(2)));
+    let include = json!(["reasoning.encrypted_content", "message.output_text.logprobs"]);
+    assert_eq!(asked(json!({"input": "x", "top_logprobs": 0, "include": include})), (Some(0), json!(0)));
 }
 
 #[test]
 fn refusals_name_the_field() {
     let check = |body: Value, code: Code, param: &str| {
-        let failure = read(&body, |_| None).expect_err("a refusal");
+        let failure = read(&body, &|_| None).expect_err("a refusal");
         assert_eq!((failure.code, failure.param.as_deref()), (code, Some(param)), "{body}: {}", failure.message);
     };
     use Code::{InvalidValue, MissingParameter, UnsupportedModality, UnsupportedValue};

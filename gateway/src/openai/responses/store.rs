@@ -41,6 +41,14 @@ impl Stored {
         v1::Chat::decode(&*self.messages).expect("it was encoded above").messages
     }
 
+    /// One of what it was asked with and answered.
+    pub(crate) fn item(&self, id: &str) -> Option<Value> {
+        let response: Value = serde_json::from_str(&self.response).ok()?;
+        let input: Value = serde_json::from_str(&self.input).ok()?;
+        let items = [&response["output"], &input].into_iter().filter_map(Value::as_array).flatten();
+        items.filter(|item| item["type"] != "item_reference").find(|item| item["id"] == id).cloned()
+    }
+
     fn bytes(&self) -> usize {
         size_of::<Self>() + self.client.len() + self.id.len() + self.response.len() + self.input.len() + self.messages.len()
     }

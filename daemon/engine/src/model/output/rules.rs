@@ -194,7 +194,7 @@ fn quoted(text: &str) -> String {
 pub(super) fn inline(schema: &Value, lenient: bool) -> String {
     let mut schema = match schema {
         Value::Bool(true) => json!({}),
-        schema => schema.clone(),
+        schema => without(schema, &says_nothing),
     };
     if let Some(schema) = schema.as_object_mut() {
         schema.insert("x-guidance".into(), json!({"whitespace_pattern": "[ \\n]", "lenient": lenient}));
@@ -293,27 +293,41 @@ pub(super) fn plainer(schema: &Value) -> Value {
         ["pattern", "format", "patternProperties", "minProperties", "maxProperties", "multipleOf", "propertyNames", "not"];
     /// Integers up to here are what they are in every reader of JSON.
     const BOUND_MAX: f64 = 9_007_199_254_740_991.0;
+    without(schema, &|key, value| {
+        let bound = key.ends_with("inimum") || key.ends_with("aximum");
+        let far = key == "$ref" && value.as_str().is_some_and(|at| !at.starts_with('#'));
+        BEYOND.contains(&key) || far || bound && value.as_f64().is_some_and(|bound| bound.abs() > BOUND_MAX)
+    })
+}
+
+/// Keywords that llguidance does not know, where they allow everything: so do those that zod writes of every record.
+fn says_nothing(key: &str, value: &Value) -> bool {
+    match key {
+        "propertyNames" => [json!(true), json!({}), json!({"type": "string"})].contains(value),
+        "dependentRequired" | "dependentSchemas" => *value == json!({}),
+        "uniqueItems" => *value == json!(false),
+        _ => false,
+    }
+}
+
+/// A schema without some of its keywords.
+fn without(schema: &Value, left_out: &dyn Fn(&str, &Value) -> bool) -> Value {
     match schema {
         Value::Object(map) => {
-            let keep = |(key, value): &(&String, &Value)| {
-                let bound = key.ends_with("inimum") || key.ends_with("aximum");
-                let far = *key == "$ref" && value.as_str().is_some_and(|at| !at.starts_with('#'));
-                !(BEYOND.contains(&key.as_str()) || far || bound && value.as_f64().is_some_and(|bound| bound.abs() > BOUND_MAX))
-            };
             // Names of properties are no keywords.
             let inner = |(key, value): (&String, &Value)| {
                 let value = match (key.as_str(), value) {
                     ("properties" | "$defs" | "definitions", Value::Object(named)) => {
-                        named.iter().map(|(name, value)| (name.clone(), plainer(value))).collect::<Map<_, _>>().into()
+                        named.iter().map(|(name, value)| (name.clone(), without(value, left_out))).collect::<Map<_, _>>().into()
                     }
                     ("enum" | "const" | "default" | "examples", value) => value.clone(),
-                    (_, value) => plainer(value),
+                    (_, value) => without(value, left_out),
                 };
                 (key.clone(), value)
             };
-            map.iter().filter(keep).map(inner).collect::<Map<_, _>>().into()
+            map.iter().filter(|(key, value)| !left_out(key, value)).map(inner).collect::<Map<_, _>>().into()
         }
-        Value::Array(items) => items.iter().map(plainer).collect(),
+        Value::Array(items) => items.iter().map(|item| without(item, left_out)).collect(),
         other => other.clone(),
     }
 }

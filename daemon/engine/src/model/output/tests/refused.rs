@@ -37,6 +37,9 @@ fn stop_strings_win_and_unlike_forms_are_refused() {
     };
     relaxed(json!({"type": "object", "properties": {"type": {"const": "sausage"}}}), false);
     relaxed(odd.clone(), true);
+    // As zod writes a record.
+    let record = json!({"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "number"}});
+    relaxed(json!({"type": "array", "uniqueItems": false, "items": {"allOf": [record]}}), false);
     relaxed(json!({"type": "array", "items": {"$ref": "https://example.com/item.json"}}), true);
     relaxed(json!({"$ref": "#"}), true);
     // What compiles, and has no first token.
