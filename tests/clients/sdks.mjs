@@ -207,6 +207,14 @@ for (const [name, ai] of [["openai-compatible", chatModel], ["responses", respon
       assert.equal(await answer.finishReason, "stop");
       assert((await answer.usage).outputTokens > 0);
     },
+    // OpenAI's provider sends what was answered by its ids, not as it is.
+    async [of("second turn")]() {
+      const ask = (messages) => generateText({ model: ai, messages, maxRetries: 0 });
+      const { response } = await ask(user(thought));
+      const [whole, cut] = [await ask([...user(thought), ...response.messages, ...user(hello)]), await ask([...user(thought), ...user(hello)])];
+      assert.equal(whole.text, "Hello there.");
+      assert(whole.usage.inputTokens > cut.usage.inputTokens, `${whole.usage.inputTokens} tokens, ${cut.usage.inputTokens} without the answer`);
+    },
     async [of("reasoning")]() {
       const ask = { model: ai, prompt: thought, maxRetries: 0, providerOptions: { openai: { reasoningSummary: "auto", forceReasoning: true } } };
       const answer = await generateText(ask);
