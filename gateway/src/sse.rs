@@ -84,11 +84,15 @@ struct Pump<W> {
 impl<W: FnMut(Item<'_>, &mut String)> Pump<W> {
     async fn run(mut self, early: Vec<(usize, Event)>) {
         let mut out = String::new();
+        // A client that waits already hears at once that it is not forgotten.
+        let mut heartbeat = Instant::now();
+        if early.iter().any(|(_, event)| matches!(event, Event::Accepted(_))) {
+            heartbeat += self.app.config.timing.heartbeat;
+        }
         for (choice, event) in early {
             (self.write)(Item::Event(choice, &event), &mut out);
         }
         let mut over = self.feeds.over();
-        let mut heartbeat = Instant::now() + self.app.config.timing.heartbeat;
         while self.send(&mut out).await && !over {
             let flush = self.joiners.iter().filter_map(Joiner::flush_at).min();
             tokio::select! {

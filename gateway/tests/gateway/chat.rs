@@ -172,7 +172,8 @@ async fn a_long_wait_is_committed_and_kept_alive() {
     open.send(true).expect("the fake waits");
     let rest = client.until("[DONE]").await;
     assert!(rest.contains(r#""delta":{"role":"assistant","content":""}"#) && rest.contains(r#"{"content":"x"}"#), "{rest}");
-    // What fails after the 200 fails in the stream.
+    // What fails after the 200 fails in the stream; the first sign of life comes with it, however long the next one takes.
+    let gateway = Gateway::with(&fake, |config| config.timing.commit = brief).await;
     let (open, gate) = tokio::sync::watch::channel(false);
     fake.script([Step::Wait(gate), Step::Refuse(Status::unavailable("gone"))]);
     let mut client = Client::open(gateway.address).await;
