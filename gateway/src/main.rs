@@ -1,7 +1,7 @@
 //! The `flash-gateway` command: arguments, log, signals, exit code. Everything else is in the library.
 
 use std::{
-    io::{IsTerminal, Write},
+    io::{ErrorKind, IsTerminal, Write},
     process::ExitCode,
 };
 
@@ -19,10 +19,25 @@ fn main() -> ExitCode {
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            note(&format!("flash-gateway: {error:#}"));
+            let (what, hint) = told(&error);
+            note(&format!("error: {what}\nhint: {hint}"));
             ExitCode::from(error.downcast_ref::<Error>().map_or(70, Error::exit_code))
         }
     }
+}
+
+/// What is wrong and what to do, which a message may say itself, after a semicolon.
+fn told(error: &anyhow::Error) -> (String, String) {
+    let text = format!("{error:#}");
+    if let Some((what, hint)) = text.rsplit_once("; ") {
+        return (what.into(), hint.into());
+    }
+    let hint = match error.downcast_ref() {
+        Some(Error::Listen { source, .. }) if source.kind() == ErrorKind::PermissionDenied => "choose a --port of 1024 or more",
+        Some(Error::Host { .. } | Error::Listen { .. }) => "--host takes an address of this machine, such as 127.0.0.1 or 0.0.0.0",
+        _ => "FLASH_LOG=debug has it tell more",
+    };
+    (text, hint.into())
 }
 
 /// Nobody is told if it cannot be shown.

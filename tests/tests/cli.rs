@@ -183,6 +183,39 @@ fn serving_starts_what_it_needs() -> Result<()> {
     Ok(())
 }
 
+/// In the gateway's own words, which this takes apart.
+#[test]
+fn serving_says_in_json_why_it_cannot() -> Result<()> {
+    let home = home()?;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let port = taken.local_addr()?.port().to_string();
+    let busy = home.ctl(&["serve", "--port", &port, "--json"])?;
+    check(&busy, 75, &["in use by"]);
+    let error = serde_json::from_str::<Value>(&busy.stdout)?["error"].clone();
+    let has = |field: &str, part: &str| error[field].as_str().is_some_and(|text| text.contains(part));
+    assert!(has("message", &format!("127.0.0.1:{port} is in use by")) && has("hint", "another --port"), "{busy:?}");
+    Ok(())
+}
+
+/// Its own was killed, and somebody has started another one since.
+#[cfg(target_os = "linux")]
+#[test]
+fn serving_stops_no_daemon_but_its_own() -> Result<()> {
+    let home = home()?;
+    let mut command = home.command("flashctl");
+    command.args(["serve", "--port", "0"]);
+    let mut process = Process::spawn(command, &home.path().join("serve.stderr"))?;
+    wait_until("the gateway listens", || process.errors().contains("listening on http://"))?;
+    rustix::process::kill_process(home.listener().context("a daemon")?, Signal::KILL)?;
+    wait_until("it is gone", || home.listener().is_none())?;
+    check(&home.ctl(&["daemon", "start"])?, 0, &[]);
+    let other = home.listener().context("another daemon")?;
+    process.signal(Signal::TERM)?;
+    assert_eq!(process.code()?, Some(0), "{}", process.errors());
+    assert_eq!(home.listener(), Some(other));
+    Ok(())
+}
+
 /// Many at once, none running before: one daemon, and all are answered.
 #[cfg(target_os = "linux")]
 #[test]

@@ -30,7 +30,9 @@ pub(crate) async fn run(args: ServeArgs, global: &Global) -> Result<(), Failure>
     let signals = (listen(SignalKind::interrupt())?, terminations()?, hangups()?);
     let daemon = connect::connect_or_start(global, parallel.as_slice()).await?;
     let outcome = serve(&args, &gateway, &daemon, global, signals).await;
-    if daemon.started {
+    // Ours may have been killed, and another one started since.
+    let is_ours = |now: &connect::Daemon| now.version.pid == daemon.version.pid;
+    if daemon.started && connect::find(global).await?.as_ref().is_some_and(is_ours) {
         daemon::stop(GRACE_S, global).await?;
     }
     outcome
@@ -73,8 +75,8 @@ async fn serve(
         let (signal, exit) = tokio::select! {
             status = child.wait() => {
                 let said = match heard {
-                    Some(heard) => heard.await.unwrap_or_default(),
-                    None => Said::default(),
+                    Some(heard) => Some(heard.await.unwrap_or_default()),
+                    None => None,
                 };
                 return ended(status, stopped_by, said);
             }
@@ -150,14 +152,21 @@ async fn listen_in(stderr: ChildStderr) -> Said {
     said
 }
 
-/// The gateway has said why; its exit code is ours. A signal that we passed on is not a failure of its.
-fn ended(status: io::Result<ExitStatus>, stopped_by: Option<u8>, said: Said) -> Result<(), Failure> {
+/// The gateway has said why, on our stderr unless it was listened to; its exit code is ours. A signal that we passed on is not a failure of
+/// its.
+fn ended(status: io::Result<ExitStatus>, stopped_by: Option<u8>, said: Option<Said>) -> Result<(), Failure> {
     let status = status.map_err(|error| Failure::new(exit::INTERNAL, "gateway", format!("cannot wait for the gateway: {error}")))?;
     match (status.code(), stopped_by) {
         (Some(0), _) => Ok(()),
         (Some(code), _) => {
             let code = u8::try_from(code).unwrap_or(exit::GENERIC);
-            Err(Failure { hint: said.hint, ..Failure::new(code, "gateway", said.error) })
+            Err(match said {
+                None => Failure::silent(code),
+                Some(Said { error, .. }) if error.is_empty() => {
+                    Failure::new(code, "gateway", format!("the gateway ended: {status}")).hint("standard error has what it wrote")
+                }
+                Some(Said { error, hint }) => Failure { hint, ..Failure::new(code, "gateway", error) },
+            })
         }
         (None, Some(exit)) => Err(Failure::silent(exit)),
         (None, None) => Err(Failure::new(exit::GENERIC, "gateway", format!("the gateway ended: {status}"))),

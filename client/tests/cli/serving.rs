@@ -32,6 +32,10 @@ fn serve_runs_the_gateway_and_forwards_signals() {
     let busy = Ran::of(home.command(&flashctl, &["serve", "--port", "7", "--json"]).output().expect("flashctl runs"));
     assert_eq!((busy.code, busy.stderr.as_str()), (Some(75), "error: taken\nhint: another\n"));
     assert_eq!(busy.json()["error"], serde_json::json!({"code": "gateway", "message": "taken", "hint": "another"}));
+    let mute = home.install(&[("flash-gateway", "echo 'of its log' >&2; exit 70")]);
+    let mute = Ran::of(home.command(&mute, &["serve", "--json"]).output().expect("flashctl runs"));
+    assert!(mute.json()["error"]["message"].as_str().is_some_and(|text| text.contains("exit status: 70")), "{mute:?}");
+    home.install(&[("flash-gateway", gateway)]);
     let run =
         |parallel| Ran::of(home.command(&flashctl, &["serve", "--port", "7", "--parallel", parallel]).output().expect("flashctl runs"));
     run("4").expect(64, "", "computes up to 2 requests together, not 4\nhint: `flashctl daemon stop` first");

@@ -238,9 +238,21 @@ async fn the_command_says_where_it_listens_and_stops_when_told() {
     let port = address.port().to_string();
     let busy = soon("the refusal", command(&["--port", &port]).output()).await.expect("output");
     assert_eq!(busy.status.code(), Some(75));
-    assert!(String::from_utf8_lossy(&busy.stderr).contains(&address.to_string()), "{busy:?}");
+    // What flashctl listens for.
+    let said = |output: &std::process::Output| {
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        let (error, hint) = text.strip_prefix("error: ").and_then(|rest| rest.trim_end().split_once("\nhint: ")).expect(&text);
+        (error.to_owned(), hint.to_owned())
+    };
+    let (error, hint) = said(&busy);
+    assert!(error.starts_with(&format!("{address} is in use by ")) && hint.contains("another --port"), "{busy:?}");
     let open = soon("the refusal", command(&["--host", "0.0.0.0", "--port", "0"]).output()).await.expect("output");
     assert_eq!(open.status.code(), Some(78));
+    assert!(said(&open).1.contains("--insecure-no-auth"), "{open:?}");
+    // An address for documentation, which no machine has.
+    let elsewhere =
+        soon("the refusal", command(&["--host", "192.0.2.1", "--port", "0", "--insecure-no-auth"]).output()).await.expect("output");
+    assert!(said(&elsewhere).1.contains("--host"), "{elsewhere:?}");
     let kill = Command::new("kill").args(["-TERM", &child.id().expect("a pid").to_string()]).status().await.expect("kill");
     assert!(kill.success());
     assert_eq!(soon("the end", child.wait()).await.expect("a status").code(), Some(0));
