@@ -11,7 +11,7 @@ use crate::failure::{Failure, exit};
 
 /// Replaces `path` in one step, 0600 in folders of 0700; what was there stays if this fails.
 pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
-    replace(path, bytes).map_err(|error| Failure::new(exit::CANNOT_CREATE, "output", format!("cannot write {}: {error}", path.display())))
+    replace(path, bytes).map_err(|error| Failure::new(exit::CANNOT_CREATE, "file", format!("cannot write {}: {error}", path.display())))
 }
 
 fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {

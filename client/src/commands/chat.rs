@@ -208,7 +208,7 @@ impl<'a> Chat<'a> {
         listed.into_iter().filter(|model| model.problem.is_empty()).map(|model| model.id).collect()
     }
 
-    /// Only a failure to write ends the chat; anything else is said, and the next line may do better.
+    /// Only a failure to write to standard output ends the chat; anything else is said, and the next line may do better.
     async fn obey(&mut self, input: Input, interrupt: &mut Signal) -> Result<(), Failure> {
         let outcome = match input {
             Input::Nothing | Input::Exit | Input::Open(_) => Ok(()),

@@ -89,7 +89,7 @@ impl<'a> Recording<'a> {
 }
 
 fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
-    Failure::new(exit::CANNOT_CREATE, "output", format!("cannot write {}: {error}", path.display()))
+    Failure::new(exit::CANNOT_CREATE, "file", format!("cannot write {}: {error}", path.display()))
 }
 
 /// The whole path of a file that the daemon is to read. It would say the same, but from its own folder and after having been started.

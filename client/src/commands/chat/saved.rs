@@ -128,7 +128,7 @@ impl Folder {
     /// A file of a new name, which nobody else gets: `base-2`, or the number after the highest one.
     fn claim(&self, base: &str) -> Result<String, Failure> {
         let cannot = |path: &Path, error: std::io::Error| {
-            Failure::new(exit::CANNOT_CREATE, "output", format!("cannot create {}: {error}", path.display()))
+            Failure::new(exit::CANNOT_CREATE, "file", format!("cannot create {}: {error}", path.display()))
         };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.0).map_err(|error| cannot(&self.0, error))?;
         let number = |name: &str| name.strip_prefix(base)?.strip_prefix('-')?.parse::<u32>().ok();
@@ -179,10 +179,15 @@ impl Session {
             other => (self.folder.claim(other.as_deref().filter(|name| !is_unnamed(name)).unwrap_or(UNNAMED))?, true),
         };
         let path = self.folder.path(&name);
-        files::write_private(&path, &text)?;
+        let written = files::write_private(&path, &text);
         if is_new {
+            if written.is_err() {
+                // Empty, it is no conversation and would keep its name from others.
+                let _ = fs::remove_file(&path);
+            }
             self.folder.prune();
         }
+        written?;
         (self.name, self.stamp) = (Some(name), Stamp::of(&path));
         Ok(())
     }
@@ -267,6 +272,15 @@ mod tests {
         assert_eq!((again.generation.temperature, again.talk.turns[0].user.as_str()), (Some(0.5), "two"));
         let mode = fs::metadata(folder.path("chat-1")).expect("a file").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn what_cannot_be_written_takes_no_name() {
+        let (_dir, folder) = folder();
+        // Where the draft would be.
+        fs::create_dir_all(folder.0.join(format!(".chat-1.json.{}", std::process::id()))).expect("a folder in the way");
+        assert_eq!(folder.unnamed().write(&saved("one")).expect_err("no draft").code, "file");
+        assert!(folder.named("chat-1").expect("a free name").1.is_none());
     }
 
     #[test]
