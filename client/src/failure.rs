@@ -54,7 +54,7 @@ impl Failure {
             return self;
         }
         let hint = match self.exit {
-            exit::USAGE | exit::BAD_DATA => format!("`{}` explains what it takes", format!("flashctl help {command}").trim_end()),
+            exit::USAGE | exit::BAD_DATA => explained(command),
             exit::NO_INPUT => "check the path, and that you may read it".into(),
             exit::CANNOT_CREATE => "check that the folder is there, that you may write in it, and that its disk has room".into(),
             exit::CONFIG => "correct it where it is set: a flag, a FLASH_* variable, or flash.toml".into(),
@@ -112,6 +112,11 @@ impl Failure {
         };
         Self::new(exit, code, format!("the daemon answered {:?}: {}", status.code(), status.message())).hint(hint)
     }
+}
+
+/// Where to read what `command` takes.
+pub(crate) fn explained(command: &str) -> String {
+    format!("`{}` explains what it takes", format!("flashctl help {command}").trim_end())
 }
 
 /// tonic reports a broken connection as a status of its own making, with the transport's error as its source.

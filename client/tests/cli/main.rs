@@ -183,7 +183,7 @@ fn usage_mistakes_exit_2() {
     home.run(&[]).expect(2, "", "Talk to a model:");
     let told = home.run(&["run", "local", "hi", "-n", "some", "--json"]);
     assert_eq!((told.code, told.json()["error"]["code"].as_str()), (Some(2), Some("usage")), "{told:?}");
-    home.run(&["pull", "a/b"]).expect(2, "", "hint: flashctl downloads nothing");
+    home.run(&["pull", "a/b"]).expect(2, "", &format!("into {}, or run it by its path", home.path("home/models").display()));
     let pull = home.run(&["--json", "pull", "a/b"]).json();
     assert!(pull["error"]["hint"].as_str().is_some_and(|hint| hint.starts_with("flashctl downloads nothing")), "{pull}");
     home.run(&["run", "local", "hi", "--think=hard"]).expect(2, "", "low, medium or high");
@@ -192,6 +192,21 @@ fn usage_mistakes_exit_2() {
     assert_eq!(told.json()["error"]["hint"], "`flashctl help run` explains what it takes");
     let _daemon = home.daemon();
     home.run(&["run"]).expect(2, "", "hint: installed models: tiny, broken");
+    home.run(&["run", "local", "hi", "--stream"]).expect(2, "", "hint: `flashctl help run` explains");
+    home.run(&["daemon", "logs", "-n", "-1"]).expect(2, "", "hint: `flashctl help daemon logs` explains");
+    home.run(&["daemon"]).expect(2, "", "Usage: flashctl daemon");
+    for (args, message, hint) in [
+        (&["--json", "run"][..], "the following required arguments were not provided: <MODEL>", "installed models: tiny, broken"),
+        (&["cp", "--json"], "the following required arguments were not provided: <MODEL> <NAME>", "installed models: tiny, broken"),
+        (&["daemon", "--json"], "'flashctl daemon' requires a subcommand", "`flashctl help daemon` explains what it takes"),
+        (&["--json", "daemon"], "`flashctl daemon` takes a subcommand", "`flashctl help daemon` explains what it takes"),
+        (&["--json", "cache"], "`flashctl cache` takes a subcommand", "`flashctl help cache` explains what it takes"),
+    ] {
+        let refused = home.run(args);
+        let error = refused.json()["error"].clone();
+        let begins = error["message"].as_str().is_some_and(|said| said.starts_with(message));
+        assert!(begins && error["hint"] == hint && refused.code == Some(2) && refused.stderr.is_empty(), "{args:?}: {refused:?}");
+    }
 }
 
 #[test]

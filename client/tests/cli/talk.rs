@@ -138,9 +138,20 @@ fn a_reader_that_pauses_loses_nothing() {
 fn a_full_disk_is_an_error() {
     let home = Home::new();
     let _daemon = home.daemon();
+    for args in [&["run", "local", "hi"][..], &["models", "--json"], &["--help"], &["help", "run"], &["--version"]] {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
+        let output = home.flashctl(args).stdout(full).output().expect("flashctl runs");
+        Ran::of(output).expect(73, "", "cannot write the output");
+    }
     let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
-    let output = home.flashctl(&["run", "local", "hi"]).stdout(full).output().expect("flashctl runs");
-    Ran::of(output).expect(73, "", "cannot write the output");
+    let output = home.flashctl(&["show", "nope", "--json"]).stdout(full).output().expect("flashctl runs");
+    Ran::of(output).expect(1, "", "no model named `nope`");
+    for args in [&["--help"][..], &["models", "--json"]] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let output = home.flashctl(args).stdout(writer).output().expect("flashctl runs");
+        Ran::of(output).expect(0, "", "");
+    }
 }
 
 #[test]
@@ -258,6 +269,19 @@ fn a_conversation_goes_on_where_it_was_left() {
     let said: Vec<&str> = chat.messages.iter().map(|message| message.content.as_str()).collect();
     assert_eq!(said, ["Be brief.", "one", "Once upon a time.", "two"]);
     assert_eq!(requests[2].sampling.as_ref().and_then(|sampling| sampling.temperature), Some(0.5));
+}
+
+#[test]
+fn a_chat_outlives_files_that_cannot_be_written() {
+    let home = Home::new();
+    let daemon = home.daemon();
+    fs::write(home.path("home"), "in the way of its folder").expect("written");
+    let ran = home.run_with(&["chat"], "one\n/save pip\n/edit\ntwo\n");
+    ran.expect(0, &"Once upon a time.\n".repeat(2), "cannot write");
+    assert!(ran.stderr.contains("sessions/pip.json") && ran.stderr.contains("message-"), "{ran:?}");
+    let requests = daemon.seen.generate.lock().expect("no panic");
+    let Some(generate_request::Prompt::Chat(chat)) = &requests[1].prompt else { panic!("a chat") };
+    assert_eq!(chat.messages.len(), 3, "what was said before is still there");
 }
 
 #[test]
