@@ -172,6 +172,9 @@ impl Config {
 
     /// Whether every setting in this file can be one, whatever the environment would put in its place.
     pub fn check(path: &Path, env: &dyn Fn(&str) -> Option<OsString>) -> Result<(), Error> {
+        if !path.exists() {
+            return Err(Error::NoFile { path: path.into() });
+        }
         let env = |name: &str| env(name).filter(|_| !name.starts_with("FLASH_"));
         Self::settle(RawConfig::default(), path.into(), (PathBuf::from("."), "default"), &env).map(|_| ())
     }

@@ -10,6 +10,8 @@ pub enum Error {
     Setting { name: &'static str, value: String, origin: String, wants: &'static str },
     #[error("{path}: {reason}")]
     ConfigFile { path: PathBuf, reason: String },
+    #[error("there is no file {path}; --check-config alone checks the settings that a start would have")]
+    NoFile { path: PathBuf },
     #[error(transparent)]
     Socket(#[from] flash_proto::socket::Error),
     #[error("cannot {what} {path}: {source}")]

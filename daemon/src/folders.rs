@@ -4,6 +4,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use flash_engine::{Progress, Tell};
@@ -55,6 +56,11 @@ impl Drop for Draft {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
+}
+
+/// When a checkpoint was last changed, as listings say it.
+pub(crate) fn modified(folder: &Path) -> SystemTime {
+    fs::metadata(folder.join("config.json")).and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
 /// The files of a checkpoint's folder and their lengths; links are what they point to, as in Hugging Face's cache.

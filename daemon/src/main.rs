@@ -21,7 +21,7 @@ const LOG_BYTES_MAX: u64 = 16 << 20;
 struct Args {
     #[command(flatten)]
     config: RawConfig,
-    /// Say whether the settings in FILE, else those that a start would have, are good (exit 78 if not), and do nothing else
+    /// Say whether the settings in FILE, else those that a start would have, are good (exit 78 if not, 66 if there is no FILE), and do nothing else
     #[arg(long, value_name = "FILE")]
     check_config: Option<Option<std::path::PathBuf>>,
 }
@@ -109,6 +109,7 @@ fn log_to(config: &Config) -> Result<(), Error> {
 /// sysexits, as flashctl documents them.
 fn exit_code(error: &Error) -> u8 {
     match error {
+        Error::NoFile { .. } => 66,
         Error::Socket(socket::Error::InUse { .. }) => 75,
         Error::Socket(socket::Error::Io { .. }) | Error::Create { .. } => 73,
         Error::Socket(socket::Error::NotOurs { .. }) => 77,

@@ -3,7 +3,7 @@
 
 use std::{pin::Pin, sync::Arc, time::Instant};
 
-use flash_engine::{Tell, synth};
+use flash_engine::{ModelInfo, Tell, synth};
 use flash_proto::v1;
 use tokio::sync::oneshot;
 use tokio_stream::{Stream, StreamExt, wrappers::ReceiverStream};
@@ -66,8 +66,10 @@ impl v1::models_server::Models for Service {
         let mut models: Vec<_> = entries.iter().map(|entry| convert::model(entry, &default_model, &state)).collect();
         // One that was loaded by its path lies outside of the folders that were searched.
         if let Some((model, ready)) = state.ready().filter(|(model, _)| entries.iter().all(|entry| entry.model.path != model.path)) {
-            let disk_bytes = folders::bytes(&model.path);
-            models.push(v1::Model { disk_bytes, ..convert::loaded_model(model, &ready.info, &state) });
+            let (modified, disk_bytes) = (folders::modified(&model.path), folders::bytes(&model.path));
+            let entry = Entry { model: model.clone(), modified, info: Ok(ModelInfo::clone(&ready.info)), disk_bytes };
+            // A name that it shares with the default model is not it.
+            models.push(convert::model(&entry, "", &state));
         }
         Ok(Response::new(v1::ListResponse { models, default_model }))
     }
@@ -157,7 +159,7 @@ impl Service {
         let (info, disk_bytes) = described?;
         let entries = daemon.catalog.list().await;
         let listed = entries.iter().find(|entry| entry.model.path == model.path).cloned();
-        let entry = listed.unwrap_or(Entry { modified: std::time::SystemTime::UNIX_EPOCH, info: Ok(info), model, disk_bytes });
+        let entry = listed.unwrap_or_else(|| Entry { modified: folders::modified(&model.path), info: Ok(info), model, disk_bytes });
         let default_model = daemon.catalog.default_model(&entries).unwrap_or_default();
         Ok(convert::shown(convert::model(&entry, &default_model, &daemon.worker.state()), &text))
     }
