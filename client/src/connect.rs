@@ -4,6 +4,7 @@
 use std::{
     env,
     ffi::OsString,
+    fs,
     os::unix::process::CommandExt,
     path::{Path, PathBuf, absolute},
     process::{Child, Command, Stdio},
@@ -290,9 +291,21 @@ fn spawn(socket: &Path, settings: &[(&str, String)]) -> Result<(Child, PathBuf, 
     let second = file.try_clone().map_err(|error| cannot("open the log", &log, error))?;
     let mut command = Command::new(&program);
     command.stdin(Stdio::null()).stdout(file).stderr(second).current_dir("/").process_group(0);
-    command.env("FLASH_SOCKET", socket).envs(absolute_settings()).envs(settings.iter().cloned());
+    command.envs(absolute_settings()).envs(settings.iter().cloned());
+    if !is_default(socket) {
+        command.env("FLASH_SOCKET", socket);
+    }
     let child = command.spawn().map_err(|error| cannot("start", &program, error))?;
     Ok((child, log, from))
+}
+
+/// flashd listens there without being told. It would say of a setting that it was told.
+fn is_default(path: &Path) -> bool {
+    let told = env::var_os("FLASH_SOCKET").is_some_and(|told| !told.is_empty());
+    // Which we do not go by.
+    let file = socket::home().ok().and_then(|home| fs::read_to_string(home.join("flash.toml")).ok());
+    let in_file = file.and_then(|text| text.parse::<toml_edit::DocumentMut>().ok()).is_some_and(|file| file.contains_key("socket"));
+    !told && !in_file && socket::default_path().is_ok_and(|default| default == path)
 }
 
 /// What flashd says of the settings in `file`, else of those that it would start with.

@@ -25,6 +25,11 @@ pub(crate) async fn run(command: ConfigCommand, global: &Global) -> Result<(), F
         ConfigCommand::Path if global.json => term::print_json(&json!({"path": path.display().to_string()})),
         ConfigCommand::Path => term::println(&path.display().to_string()),
         ConfigCommand::Get { name } => get(name, global).await,
+        ConfigCommand::Set { name, .. } if name == "socket" => {
+            let failure =
+                Failure::new(exit::BAD_DATA, "config", "socket in flash.toml is for the daemon only; its clients would not find it");
+            Err(failure.hint("set FLASH_SOCKET, which both read, or use the default"))
+        }
         ConfigCommand::Set { name, value } => {
             change(&path, |document| {
                 document[&name.replace('-', "_")] = Item::Value(read_value(&value));
