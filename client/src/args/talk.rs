@@ -198,9 +198,11 @@ impl Settings {
         [&mut self.expert_cache, &mut self.memory, &mut self.ctx, &mut self.keep_alive]
     }
 
-    /// Has the daemon take back what these have set.
-    pub(crate) fn undone(mut self) -> Self {
-        self.each().into_iter().flatten().for_each(|value| *value = "default".into());
+    /// `begun`, and has the daemon take back what else these have set.
+    pub(crate) fn back_to(mut self, begun: &Self) -> Self {
+        for (value, begun) in self.each().into_iter().zip(begun.clone().each()) {
+            *value = begun.take().or(value.take().map(|_| "default".into()));
+        }
         self
     }
 

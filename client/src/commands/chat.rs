@@ -135,6 +135,8 @@ struct Chat<'a> {
     format: Option<Format>,
     show_stats: bool,
     talk: Conversation,
+    /// As the command line has it, to which /reset goes back.
+    begun: (Generation, Thinking, Option<Format>, Settings),
     /// Where the conversation is kept; absent: nowhere.
     session: Option<Session>,
     /// Contents of files that go with the next message.
@@ -169,6 +171,7 @@ impl<'a> Chat<'a> {
         let Ended::Whole(ready) = until_interrupt(ready, interrupt).await else { return Err(Failure::silent(exit::SIGINT)) };
         let (daemon, loaded) = ready?;
         let ChatArgs { system, generation, thinking, settings, stats, .. } = args;
+        let begun = (generation.clone(), thinking.clone(), format.clone(), settings.clone());
         let mut chat = Self {
             global,
             daemon: Some(daemon),
@@ -180,6 +183,7 @@ impl<'a> Chat<'a> {
             format,
             show_stats: stats,
             talk: Conversation { system, ..Conversation::default() },
+            begun,
             session,
             files,
             last: None,
@@ -237,9 +241,9 @@ impl<'a> Chat<'a> {
             Input::Show(what) => self.show(what).await,
             Input::Help => term::println(&slash::help()),
             Input::Wrong(why) => self.tell(&why),
-            Input::Reset if self.settings != Settings::default() => {
+            Input::Reset if self.settings != self.begun.3 => {
                 self.change(Input::Reset)?;
-                self.reload(self.model.clone(), self.settings.clone().undone(), interrupt).await
+                self.reload(self.model.clone(), self.settings.clone().back_to(&self.begun.3), interrupt).await
             }
             other => self.change(other),
         };
@@ -262,9 +266,12 @@ impl<'a> Chat<'a> {
         let outcome = match input {
             Input::Reset => {
                 self.files.clear();
-                (self.talk, self.generation) = (Conversation::default(), Generation::default());
+                self.talk = Conversation::default();
+                (self.generation, self.thinking, self.format, _) = self.begun.clone();
                 let kept = self.part();
-                self.tell(&format!("the conversation, the system prompt and the parameters are as new{kept}"))
+                self.tell(&format!(
+                    "the conversation and the system prompt are forgotten, the parameters are as this chat began with{kept}"
+                ))
             }
             Input::Drop(turns) => {
                 let dropped = self.talk.drop_oldest(turns);

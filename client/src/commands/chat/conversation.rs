@@ -81,18 +81,30 @@ pub(super) fn set(generation: &mut Generation, settings: &mut Settings, name: &s
         };
         Ok(false)
     }
+    // As the daemon has them, which would refuse every message from then on.
+    fn within(target: &mut Option<f32>, (name, value): (&str, &str), inside: fn(f32) -> bool, wants: &str) -> Result<bool, String> {
+        let mut number = None;
+        to(&mut number, name, value)?;
+        if number.is_some_and(|number| !inside(number)) {
+            return Err(format!("`{value}` is no value for {name}: it must be {wants}"));
+        }
+        *target = number;
+        Ok(false)
+    }
     fn asked(target: &mut Option<String>, value: &str) -> Result<bool, String> {
         *target = Some(value.into());
         Ok(true)
     }
+    let given = (name, value);
+    let penalty = |value: f32| (-2.0..=2.0).contains(&value);
     match name.replace('-', "_").as_str() {
-        "temperature" => to(&mut generation.temperature, name, value),
-        "top_p" => to(&mut generation.top_p, name, value),
+        "temperature" => within(&mut generation.temperature, given, |t| (0.0..=2.0).contains(&t), "from 0 to 2"),
+        "top_p" => within(&mut generation.top_p, given, |p| p > 0.0 && p <= 1.0, "above 0 and at most 1"),
         "top_k" => to(&mut generation.top_k, name, value),
-        "min_p" => to(&mut generation.min_p, name, value),
-        "repeat_penalty" => to(&mut generation.repeat_penalty, name, value),
-        "frequency_penalty" => to(&mut generation.frequency_penalty, name, value),
-        "presence_penalty" => to(&mut generation.presence_penalty, name, value),
+        "min_p" => within(&mut generation.min_p, given, |p| (0.0..1.0).contains(&p), "at least 0 and below 1"),
+        "repeat_penalty" => within(&mut generation.repeat_penalty, given, |r| r > 0.0 && r <= 2.0, "above 0 and at most 2"),
+        "frequency_penalty" => within(&mut generation.frequency_penalty, given, penalty, "from -2 to 2"),
+        "presence_penalty" => within(&mut generation.presence_penalty, given, penalty, "from -2 to 2"),
         "seed" => to(&mut generation.seed, name, value),
         "max_tokens" => to(&mut generation.max_tokens, name, value),
         "stop" => {
@@ -187,6 +199,17 @@ mod tests {
         check("seed", "-1", Err("no value for seed"));
         check("seed", "default", Ok(false));
         check("temprature", "1", Err("no parameter"));
+        for (name, value, wants) in [
+            ("temperature", "9", "from 0 to 2"),
+            ("temperature", "NaN", "from 0 to 2"),
+            ("top-p", "0", "above 0 and at most 1"),
+            ("min_p", "1", "at least 0 and below 1"),
+            ("repeat_penalty", "0", "above 0 and at most 2"),
+            ("frequency_penalty", "-2.1", "from -2 to 2"),
+            ("presence_penalty", "3", "from -2 to 2"),
+        ] {
+            check(name, value, Err(wants));
+        }
         assert_eq!((generation.temperature, generation.top_k, generation.seed), (Some(0.5), Some(40), None));
         let listed = parameters(&generation, &settings);
         for line in listed.lines() {

@@ -4,7 +4,7 @@
 pub(super) const COMMANDS: &[(&str, &str, &str)] = &[
     ("/help", "", "this list (also /?)"),
     ("/clear", "", "forget the conversation"),
-    ("/reset", "", "forget the conversation, the system prompt and what was /set"),
+    ("/reset", "", "forget the conversation, the system prompt and what /set, /think and /format have changed"),
     ("/drop", "[N]", "forget the oldest turn, or the N oldest"),
     ("/undo", "", "forget the last turn"),
     ("/retry", "", "answer the last message again"),
