@@ -115,18 +115,19 @@ pub(crate) struct Remote {
 impl Remote {
     /// The global options with where to ask.
     pub(crate) fn aim(&self, global: Global) -> Result<Global, Failure> {
-        match self.host.as_deref() {
-            Some(_) if global.socket.is_some() => {
-                Err(Failure::new(exit::USAGE, "usage", "--host and --socket are two places").hint("leave one of them out"))
-            }
-            Some(host) if host.starts_with("unix:") => Ok(Global { socket: Some(host["unix:".len()..].into()), ..global }),
-            Some(host) => {
-                let url = Url::read(host, "--host").map_err(|failure| Failure { exit: exit::USAGE, ..failure })?;
-                Ok(Global { gateway: Some(url), ..global })
-            }
-            None if global.socket.is_some() => Ok(global),
-            None => Ok(Global { gateway: Url::from_environment()?, ..global }),
+        if self.host.is_some() && global.socket.is_some() {
+            return Err(Failure::new(exit::USAGE, "usage", "--host and --socket are two places").hint("leave one of them out"));
         }
+        let (given, from) = match &self.host {
+            Some(host) => (Some(host.clone()), "--host"),
+            None => (Url::environment().filter(|_| global.socket.is_none()), "FLASH_HOST"),
+        };
+        let Some(host) = given else { return Ok(global) };
+        if let Some(path) = host.trim().strip_prefix("unix:") {
+            return Ok(Global { socket: Some(path.into()), ..global });
+        }
+        let usage = |failure| if self.host.is_some() { Failure { exit: exit::USAGE, ..failure } } else { failure };
+        Ok(Global { gateway: Some(Url::read(&host, from).map_err(usage)?), ..global })
     }
 }
 

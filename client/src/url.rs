@@ -31,9 +31,13 @@ impl fmt::Display for Url {
 
 impl Url {
     /// `FLASH_HOST`, if it is set.
+    pub(crate) fn environment() -> Option<String> {
+        env::var("FLASH_HOST").ok().filter(|text| !text.trim().is_empty())
+    }
+
+    /// As an address.
     pub(crate) fn from_environment() -> Result<Option<Self>, Failure> {
-        let set = env::var("FLASH_HOST").ok().filter(|text| !text.trim().is_empty());
-        set.map(|text| Self::read(&text, "FLASH_HOST")).transpose()
+        Self::environment().map(|text| Self::read(&text, "FLASH_HOST")).transpose()
     }
 
     /// `HOST`, `HOST:PORT`, `:PORT`, or a URL; `from` is whose value it is.

@@ -222,6 +222,30 @@ fn settings_say_where_they_come_from() -> Result<()> {
     assert_eq!(setting("lookahead")?, ("off".into(), "FLASH_LOOKAHEAD".into()));
     let (value, origin) = setting("io")?;
     assert!(value == "buffered" && origin.ends_with("flash.toml"), "{value} from {origin}");
+    // flashctl has started this daemon where it looks for one itself.
+    let unset = |args: &[&str]| {
+        let mut command = home.command("flashctl");
+        command.args(args).env_remove("FLASH_SOCKET");
+        finish(command, None)
+    };
+    check(&unset(&["daemon", "stop"])?, 0, &[]);
+    let socket = json(&unset(&["config", "get", "socket", "--json"])?)?;
+    assert_eq!((&socket["value"], &socket["origin"]), (&home.socket().display().to_string().into(), &"default".into()));
+    check(&unset(&["daemon", "stop"])?, 0, &[]);
+    fs::write(home.path().join("flash.toml"), "socket = '/elsewhere'\n")?;
+    assert_eq!(unset(&["config", "get", "socket"])?.stdout, format!("{}\n", home.socket().display()), "clients do not look into the file");
+    // What a service is installed with.
+    let mut command = home.command("flashctl");
+    command.args(["service", "install", "--manager", "systemd", "--daemon-only", "--dry-run"]).env("FLASH_API_KEY", "sesame");
+    let names: Vec<_> = report["settings"].as_array().into_iter().flatten().filter_map(|setting| setting["name"].as_str()).collect();
+    for name in &names {
+        command.env(format!("FLASH_{}", name.to_ascii_uppercase()), "/given");
+    }
+    let unit = finish(command, None)?;
+    for name in &names {
+        let line = format!("Environment=\"FLASH_{}=/given\"", name.to_ascii_uppercase());
+        assert!(unit.stdout.contains(&line) && !unit.stdout.contains("sesame"), "{line} is not in {unit:?}");
+    }
     let storage =
         report["checks"].as_array().into_iter().flatten().find(|check| check["name"] == "storage").context("what the disk does")?;
     assert!(storage["finding"].as_str().is_some_and(|finding| finding.contains("GB/s")), "{storage}");
@@ -250,6 +274,16 @@ fn a_model_is_shown_copied_and_deleted() -> Result<()> {
     check(&home.ctl(&["rm", "copy", "--yes"])?, 0, &[]);
     assert!(!home.models().join("copy").exists() && home.models().join("tiny").exists());
     check(&answer("copy")?, 1, &["copy"]);
+    // One in no folder that is searched.
+    let elsewhere = home.path().join("elsewhere/other");
+    TinyModel::generate(Spec::default()).write(&elsewhere)?;
+    let (path, changed) = (elsewhere.display().to_string(), fs::metadata(elsewhere.join("config.json"))?.modified()?);
+    let changed = changed.duration_since(std::time::SystemTime::UNIX_EPOCH)?.as_secs();
+    check(&home.ctl(&["load", &path])?, 0, &[]);
+    let listed = json(&home.ctl(&["models", "--json"])?)?;
+    let listed = listed["models"].as_array().into_iter().flatten().find(|model| model["path"] == *path).context("it is listed")?;
+    assert_eq!((&listed["modified"], &listed["state"]), (&changed.into(), &"ready".into()));
+    assert_eq!(json(&home.ctl(&["show", &path, "--json"])?)?["modified"], changed);
     // The bundled model lies in the checkout.
     check(&home.ctl(&["rm", "flash-tiny-moe", "--yes"])?, 64, &["no folder of flashd's own"]);
     assert!(bundled_model().join("config.json").exists());
@@ -268,5 +302,8 @@ fn settings_that_cannot_be_are_not_written() -> Result<()> {
     assert_eq!(home.ctl(&["config", "get", "expert_cache"])?.stdout, "25%\n");
     assert_eq!(json(&home.ctl(&["config", "get", "ctx", "--json"])?)?["value"], "2048");
     check(&home.ctl(&["config", "set", "ctx", "1024"])?, 0, &["flashctl daemon restart"]);
+    let mut command = home.command("flashd");
+    command.args(["--check-config", "/nonexistent/flash.toml"]);
+    check(&finish(command, None)?, 66, &["/nonexistent/flash.toml"]);
     Ok(())
 }

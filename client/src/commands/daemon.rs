@@ -44,6 +44,10 @@ pub(crate) async fn run(command: DaemonCommand, global: &Global) -> Result<(), F
                 Err(Failure::silent(exit::UNAVAILABLE))
             }
         },
+        DaemonCommand::Logs { .. } if global.json => {
+            let failure = Failure::new(exit::USAGE, "usage", "the daemon's log has no --json");
+            Err(failure.hint("`flashctl config set log_format json` has the daemon write it as JSON, from its next start on"))
+        }
         DaemonCommand::Logs { follow, lines } => logs(&log_of(global).await?, follow, lines).await,
     }
 }

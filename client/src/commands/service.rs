@@ -22,8 +22,32 @@ use crate::{
 /// Beyond the 30 s that the programs give running requests.
 const STOP_TIMEOUT_S: u32 = 40;
 
-/// The settings of this shell that the service keeps; a key would lie readable in the file.
-const KEPT: [&str; 4] = ["FLASH_HOME", "FLASH_SOCKET", "FLASH_MODELS", "FLASH_LOG"];
+/// The settings of this shell that the service keeps: all but FLASH_API_KEY, which would lie readable in the file. A test holds them against
+/// the daemon's.
+const KEPT: [&str; 22] = [
+    "FLASH_HOME",
+    "FLASH_SOCKET",
+    "FLASH_MODEL",
+    "FLASH_MODELS",
+    "FLASH_EXPERT_CACHE",
+    "FLASH_MEMORY",
+    "FLASH_CTX",
+    "FLASH_PARALLEL",
+    "FLASH_QUEUE",
+    "FLASH_THREADS",
+    "FLASH_KERNELS",
+    "FLASH_LOADERS",
+    "FLASH_IO",
+    "FLASH_POLICY",
+    "FLASH_LOOKAHEAD",
+    "FLASH_PREFIX_CACHE",
+    "FLASH_DISK_CACHE",
+    "FLASH_DISK_CACHE_WRITES",
+    "FLASH_KEEP_ALIVE",
+    "FLASH_WARM_START",
+    "FLASH_LOG",
+    "FLASH_LOG_FORMAT",
+];
 
 /// One program to keep running.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

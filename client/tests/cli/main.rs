@@ -267,6 +267,8 @@ fn a_daemon_that_was_started_by_hand_has_no_file_for_its_log() {
     fs::create_dir_all(home.path("home/log")).expect("a folder");
     fs::write(home.path("home/log/flashd.log"), "of another daemon\n").expect("written");
     home.run(&["daemon", "logs"]).expect(0, "of another daemon\n", "");
+    let refused = home.run(&["daemon", "logs", "--json"]);
+    assert_eq!((refused.code, refused.json()["error"]["code"].as_str()), (Some(2), Some("usage")), "{refused:?}");
     let _daemon = home.daemon();
     home.run(&["daemon", "logs"]).expect(66, "", "writes its log on standard error, where it was started\nhint: `flashctl daemon restart`");
     assert!(home.run(&["daemon", "status"]).stdout.ends_with("log on standard error, where it was started\n"));

@@ -115,9 +115,15 @@ fn doctor_says_what_is_wrong() {
     let ran = Ran::of(home.command(&flashctl, &["doctor"]).output().expect("flashctl runs"));
     assert_eq!(ran.code, Some(1), "{ran:?}");
     assert!(ran.stdout.contains("BAD  flash-gateway: flash-gateway is neither beside flashctl nor on PATH\n     fix: "), "{ran:?}");
-    assert!(ran.stdout.contains("memory    auto   default"), "{ran:?}");
+    assert!(ran.stdout.contains("memory    auto   default") && ran.stdout.contains("ok   config: "), "{ran:?}");
     let report = Ran::of(home.command(&flashctl, &["doctor", "--json"]).output().expect("flashctl runs")).json();
     assert_eq!((&report["ok"], &report["settings"][0]["origin"]), (&Value::Bool(false), &"default".into()));
+    let flashctl = home.install(&[("flashd", "echo 'flashd: flash.toml: no such setting: memroy' >&2; exit 78"), ("flash-gateway", "")]);
+    fs::write(home.path("home"), "").expect("written");
+    let ran = Ran::of(home.command(&flashctl, &["doctor"]).output().expect("flashctl runs"));
+    for bad in ["BAD  config: flash.toml: no such setting: memroy\n     fix: correct it", "is not a folder\n     fix: set FLASH_HOME"] {
+        assert!(ran.code == Some(1) && ran.stdout.contains(bad), "{bad}: {ran:?}");
+    }
 }
 
 #[test]
@@ -145,6 +151,7 @@ fn settings_are_changed_in_a_file_that_stays_good() {
     fs::write(&file, "# mine\nctx = 4096 # tokens\n").expect("written");
     run(&["config", "set", "expert-cache", "25%"]).expect(0, "", "hint: it takes effect");
     run(&["config", "set", "ctx", "8192", "-q"]).expect(0, "", "");
+    run(&["config", "set", "socket", "/tmp/s"]).expect(64, "", "hint: set FLASH_SOCKET");
     run(&["config", "set", "memroy", "1GiB"]).expect(64, "", &format!("{}: no such setting: memroy", file.display()));
     assert_eq!(fs::read_to_string(&file).expect("a file"), "# mine\nctx = 8192\nexpert_cache = \"25%\"\n");
     run(&["config", "unset", "ctx", "-q"]).expect(0, "", "");

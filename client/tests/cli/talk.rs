@@ -58,6 +58,15 @@ fn one_prompt_one_answer() {
 }
 
 #[test]
+fn a_socket_may_be_a_host() {
+    let home = Home::new();
+    let _daemon = home.daemon();
+    let mut command = home.flashctl(&["run", "local", "hi"]);
+    command.env_remove("FLASH_SOCKET").env("FLASH_HOST", format!("unix:{}", home.path("run/sock").display()));
+    Ran::of(command.output().expect("flashctl runs")).expect(0, "Once upon a time.\n", "");
+}
+
+#[test]
 fn thoughts_are_kept_from_the_answer() {
     let home = Home::new();
     let daemon = home.daemon();
@@ -305,6 +314,26 @@ fn a_chat_takes_back_what_it_has_set_in_the_daemon() {
         [Some("default"), Some("default"), Some("default")],
     ];
     assert_eq!(asked, expected);
+}
+
+#[test]
+fn a_reset_goes_back_to_the_command_line() {
+    let home = Home::new();
+    let daemon = home.daemon();
+    let typed = "/set seed 8\n/set temperature 1\n/format json\n/think high\n/set ctx 16\n/set expert_cache 25%\nbefore\n/reset\nafter\n";
+    let ran = home.run_with(&["chat", "--seed", "7", "-n", "20", "--no-think", "--ctx", "32", "-s", "Be brief."], typed);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let requests = daemon.seen.generate.lock().expect("no panic");
+    let sent = requests.iter().map(|request| {
+        let Some(generate_request::Prompt::Chat(chat)) = &request.prompt else { panic!("a chat") };
+        let sampling = request.sampling.clone().unwrap_or_default();
+        (chat.messages.len(), chat.template_kwargs_json.contains("high"), request.format.is_some(), request.max_tokens, sampling)
+    });
+    let sent: Vec<_> = sent.map(|(n, high, format, tokens, s)| (n, high, format, tokens, s.seed, s.temperature)).collect();
+    assert_eq!(sent, [(2, true, true, Some(20), Some(8), Some(1.0)), (1, false, false, Some(20), Some(7), None)]);
+    let loads = daemon.seen.load.lock().expect("no panic");
+    let last = loads.last().map(|load| [&load.context_length, &load.expert_cache, &load.keep_alive].map(Option::as_deref));
+    assert_eq!(last, Some([Some("32"), Some("default"), None]));
 }
 
 #[test]
