@@ -2,24 +2,20 @@
 //! over raw gRPC and through flash-gateway's streams, from the first text to the last end, in turn. `cargo bench -p flash-tests --bench clients`; the engine without daemon and clients: `cargo bench -p flash-engine
 //! --bench streams -- together`.
 
-use std::{thread, time::Instant};
+use std::{ops::Range, thread, time::Instant};
 
-use anyhow::{Context, Result, ensure};
-use flash_proto::v1::generate_event::Event;
+use anyhow::{Result, ensure};
 use flash_tests::{
-    daemon::{Client, Home, bundled_model, greedy},
+    daemon::{Client, Home, bundled_model, greedy, timed},
     http::Stream,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
 const ROUNDS: usize = 25;
 const CLIENTS: usize = 4;
 const TOKENS: u32 = 160;
 /// One story each.
 const PROMPTS: [&str; CLIENTS] = ["Tom and his red kite", "The sky was dark and", "Lily had a small cat that", "In the garden there was a"];
-
-/// Of an answer: its first text and its end.
-type Span = (Instant, Instant);
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
@@ -60,41 +56,28 @@ async fn main() -> Result<()> {
     Ok(())
 }
 
-fn speed(answers: &[Span]) -> f64 {
-    let (first, last) = (answers.iter().map(|answer| answer.0).min(), answers.iter().map(|answer| answer.1).max());
+fn speed(answers: &[Range<Instant>]) -> f64 {
+    let (first, last) = (answers.iter().map(|answer| answer.start).min(), answers.iter().map(|answer| answer.end).max());
     let time = first.zip(last).map_or(f64::NAN, |(first, last)| (last - first).as_secs_f64());
     // The first token of each is its prompt's.
     answers.len() as f64 * f64::from(TOKENS - 1) / time
 }
 
-async fn raw(client: Client, prompt: &str) -> Result<Span> {
-    let mut stream = client.start(greedy(&bundled_model().display().to_string(), prompt, TOKENS)).await?;
-    let (mut first, mut tokens) = (None, 0);
-    while let Some(event) = stream.message().await? {
-        match event.event {
-            Some(Event::Text(_)) => drop(first.get_or_insert_with(Instant::now)),
-            Some(Event::Done(done)) => tokens = done.token_ids.len() as u32,
-            _ => {}
-        }
-    }
-    ensure!(tokens == TOKENS, "{tokens} tokens");
-    Ok((first.context("some text")?, Instant::now()))
+async fn raw(client: Client, prompt: &str) -> Result<Range<Instant>> {
+    let stream = client.start(greedy(&bundled_model().display().to_string(), prompt, TOKENS)).await?;
+    whole(timed(stream).await?)
 }
 
-fn through_gateway(address: &str, prompt: &str) -> Result<Span> {
+fn through_gateway(address: &str, prompt: &str) -> Result<Range<Instant>> {
     let body = json!({
         "model": bundled_model(), "prompt": prompt, "stream": true, "max_tokens": TOKENS, "temperature": 0, "repetition_penalty": 1,
         "ignore_eos": true, "stream_options": {"include_usage": true},
     });
     let json = ("Content-Type", "application/json");
-    let mut stream = Stream::open(address, "POST", "/v1/completions", &[json], body.to_string().as_bytes())?;
-    ensure!(stream.status == 200, "status {}", stream.status);
-    let (mut first, mut last) = (None, String::new());
-    while let Some(data) = stream.event()?.filter(|data| data != "[DONE]") {
-        first.get_or_insert_with(Instant::now);
-        last = data;
-    }
-    let last: Value = serde_json::from_str(&last)?;
-    ensure!(last["usage"]["completion_tokens"] == TOKENS, "not {TOKENS} tokens: {last}");
-    Ok((first.context("some text")?, Instant::now()))
+    whole(Stream::open(address, "POST", "/v1/completions", &[json], body.to_string().as_bytes())?.timed()?)
+}
+
+fn whole((span, tokens): (Range<Instant>, u32)) -> Result<Range<Instant>> {
+    ensure!(tokens == TOKENS, "{tokens} tokens");
+    Ok(span)
 }

@@ -9,13 +9,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use flash_proto::v1::{Chat, Message, generate_event::Event, generate_request::Prompt};
+use flash_proto::v1::{Chat, Message, generate_request::Prompt};
 use flash_tests::{
-    daemon::{Client, Home, bundled_model, greedy},
+    daemon::{Client, Home, bundled_model, greedy, timed},
     http::Stream,
 };
 use rustix::process::Pid;
-use serde_json::{Value, json};
+use serde_json::json;
 
 const ROUNDS: usize = 15;
 const PROMPT: &str = "Tell me a long story about a little dog named Pip, a red balloon and a big storm.";
@@ -54,16 +54,8 @@ async fn raw(client: &Client) -> Result<(Duration, u32)> {
     let message = Message { role: "user".into(), content: PROMPT.into(), ..Default::default() };
     request.prompt = Some(Prompt::Chat(Chat { messages: vec![message], ..Default::default() }));
     request.ignore_eos = false;
-    let mut stream = client.start(request).await?;
-    let (mut first, mut tokens) = (None, 0);
-    while let Some(event) = stream.message().await? {
-        match event.event {
-            Some(Event::Text(_)) => drop(first.get_or_insert_with(Instant::now)),
-            Some(Event::Done(done)) => tokens = done.token_ids.len() as u32,
-            _ => {}
-        }
-    }
-    Ok((first.context("some text")?.elapsed(), tokens))
+    let (span, tokens) = timed(client.start(request).await?).await?;
+    Ok((span.end - span.start, tokens))
 }
 
 fn through_gateway(address: &str, tokens: u32) -> Result<Duration> {
@@ -72,17 +64,9 @@ fn through_gateway(address: &str, tokens: u32) -> Result<Duration> {
         "max_tokens": TOKENS_MAX, "temperature": 0, "repetition_penalty": 1, "stream_options": {"include_usage": true},
     });
     let json = ("Content-Type", "application/json");
-    let mut stream = Stream::open(address, "POST", "/v1/chat/completions", &[json], body.to_string().as_bytes())?;
-    ensure!(stream.status == 200, "status {}", stream.status);
-    let (mut first, mut last) = (None, String::new());
-    while let Some(data) = stream.event()?.filter(|data| data != "[DONE]") {
-        first.get_or_insert_with(Instant::now);
-        last = data;
-    }
-    let time = first.context("some text")?.elapsed();
-    let last: Value = serde_json::from_str(&last)?;
-    ensure!(last["usage"]["completion_tokens"] == tokens, "another answer: {last}");
-    Ok(time)
+    let (span, told) = Stream::open(address, "POST", "/v1/chat/completions", &[json], body.to_string().as_bytes())?.timed()?;
+    ensure!(told == tokens, "another answer: of {told} tokens, not {tokens}");
+    Ok(span.end - span.start)
 }
 
 fn command_line(home: &Home) -> Result<Duration> {

@@ -6,6 +6,7 @@ use std::{
     env,
     fs::{self, File},
     io::{BufRead, BufReader, Read},
+    ops::Range,
     os::unix::{net::UnixStream, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -432,6 +433,19 @@ pub async fn collect(mut stream: Streaming<GenerateEvent>) -> Result<Answer, Sta
         }
     }
     Ok(answer)
+}
+
+/// Reads a stream to its end: from its first text to there, and how many tokens it had.
+pub async fn timed(mut stream: Streaming<GenerateEvent>) -> Result<(Range<Instant>, u32)> {
+    let (mut first, mut tokens) = (None, 0);
+    while let Some(event) = stream.message().await? {
+        match event.event {
+            Some(Event::Text(_)) => drop(first.get_or_insert_with(Instant::now)),
+            Some(Event::Done(done)) => tokens = done.token_ids.len() as u32,
+            _ => {}
+        }
+    }
+    Ok((first.context("some text")?..Instant::now(), tokens))
 }
 
 /// Reads until the first text, so that the request is known to be running.

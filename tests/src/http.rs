@@ -4,10 +4,12 @@
 use std::{
     io::{BufRead, BufReader, Read, Write},
     net::TcpStream,
+    ops::Range,
     thread,
+    time::Instant,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::DEADLINE;
@@ -124,6 +126,19 @@ impl Stream {
                 data = Some(text.to_owned());
             }
         }
+    }
+
+    /// Reads up to `[DONE]`: from the first event to there, and how many tokens the usage in the last one counts.
+    pub fn timed(mut self) -> Result<(Range<Instant>, u32)> {
+        ensure!(self.status == 200, "status {}", self.status);
+        let (mut first, mut last) = (None, String::new());
+        while let Some(data) = self.event()?.filter(|data| data != "[DONE]") {
+            first.get_or_insert_with(Instant::now);
+            last = data;
+        }
+        let span = first.context("an event")?..Instant::now();
+        let tokens = serde_json::from_str::<Value>(&last)?["usage"]["completion_tokens"].as_u64();
+        Ok((span, tokens.with_context(|| format!("no usage in {last}"))? as u32))
     }
 
     /// All remaining events up to `[DONE]`, which must come.

@@ -87,7 +87,7 @@ pub(crate) async fn show(Asked { call, body }: Asked) -> Result<Json<Value>, Fai
 /// `POST /api/pull`: nothing is fetched from here, and nothing needs to be if the model is there.
 pub(crate) async fn pull(Asked { call, body }: Asked) -> Result<Response, Failure> {
     let name = named(&body)?;
-    call.app.upstream.resolve(name).await?;
+    call.resolve(name).await?;
     let mut top = Node::root(&body).object()?;
     let status = json!({"status": "success"}).to_string();
     Ok(match top.read("stream", |node| node.flag())?.unwrap_or(true) {
@@ -98,7 +98,7 @@ pub(crate) async fn pull(Asked { call, body }: Asked) -> Result<Response, Failur
 
 /// `POST /api/embed` and `/api/embeddings`.
 pub(crate) async fn embed(Asked { call, body }: Asked) -> Result<Response, Failure> {
-    call.app.upstream.resolve(named(&body)?).await?;
+    call.resolve(named(&body)?).await?;
     Err(Failure::at(Code::EmbeddingsNotSupported, "model", "this model does not support embeddings"))
 }
 
@@ -127,12 +127,12 @@ async fn answer(call: &Call, request: Request, chat: bool) -> Result<Response, F
             Ok(call::json(&style.whole(&replies[0])))
         }
         Task::Load => {
-            let model = call.app.upstream.resolve(&generate.model).await?;
+            let model = call.resolve(&generate.model).await?;
             call.app.upstream.load(&model, generate.keep_alive, patience).await?;
             Ok(Json(style.idle("load")).into_response())
         }
         Task::Unload => {
-            let model = call.app.upstream.resolve(&generate.model).await?;
+            let model = call.resolve(&generate.model).await?;
             call.app.upstream.unload(&model, patience).await?;
             Ok(Json(style.idle("unload")).into_response())
         }

@@ -227,7 +227,7 @@ pub(crate) fn content(node: &Node<'_>, unknown: &mut Vec<String>) -> Result<Stri
         let text = match kind.text()? {
             "text" | "input_text" | "output_text" => object.require("text")?.text()?,
             "refusal" => object.require("refusal")?.text()?,
-            // Thoughts as other servers write them into an assistant's parts: earlier ones are left out anyway.
+            // Thoughts as other servers write them among an assistant's parts.
             "thinking" | "reasoning" | "reasoning_text" => continue,
             "image_url" | "input_image" | "image" | "input_audio" | "audio" | "video_url" | "file" | "input_file" | "document" => {
                 return Err(ask::text_only(&part));
