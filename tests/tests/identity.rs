@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use flash_engine::{CacheBudget, Engine, Io, Kernels, Lookahead, Options, PolicyKind, Request};
+use flash_engine::{CacheBudget, Engine, Io, Kernels, Lookahead, Options, PolicyKind, Request, Split};
 use flash_tests::{
     daemon::bundled_model,
     drive::{Late, Outcome, SERVING, answered, drawn, greedy, options, run, run_with},
@@ -146,6 +146,30 @@ impl Subject<'_> {
         Ok(())
     }
 
+    /// Threads that share steps by requests, of which more and fewer decode, and experts that are not there yet.
+    fn apart(&self, kernels: Kernels) -> Result<()> {
+        // Beside a prompt that is read nobody does.
+        let longer = |request: &Request| Request { max_tokens: request.max_tokens.map(|most| most + 100), ..request.clone() };
+        let subject = Subject { requests: self.requests.iter().map(longer).collect(), ..*self };
+        let once = subject.expected(kernels)?;
+        let expected = [once.clone(), once].concat();
+        for threads in [2, 3] {
+            let mut engine = self.engine(Setting { slots: self.experts, threads, kernels })?;
+            engine.set_split(Split::Rows);
+            for stride in [0, 1, 3] {
+                let late = |(index, request): (usize, &Request)| Late { at: index * stride, request: request.clone() };
+                let requests: Vec<Late> = subject.requests.iter().chain(&subject.requests).enumerate().map(late).collect();
+                let what = format!("{kernels:?}, {threads} threads apart, one more every {stride} steps");
+                same(run_with(&mut engine, &requests, &mut |_, _| {})?, &expected, &what)?;
+            }
+            let apart = engine.report().decoded_apart;
+            assert_eq!(apart > 0, cfg!(not(feature = "mlx")) || kernels != SERVING, "{apart} tokens were decoded apart");
+            let hits = engine.report().experts.hits;
+            assert!(hits > apart, "{hits} hits with {apart} tokens");
+        }
+        Ok(())
+    }
+
     /// Neighbours that come and go at other times than the first request.
     fn neighbours(&self, kernels: Kernels) -> Result<()> {
         // Twice as many requests, so that steps have more rows than a tile of four.
@@ -207,6 +231,11 @@ fn batch_neighbours() -> Result<()> {
     with_tiny(|subject, kernels| subject.neighbours(kernels))
 }
 
+#[test]
+fn threads_that_decode_apart() -> Result<()> {
+    with_tiny(|subject, kernels| subject.apart(kernels))
+}
+
 /// As a prompt, tokens have the log-probabilities that they had as a reply, beside others and alone.
 #[test]
 fn a_prompts_logprobs_are_a_replys() -> Result<()> {
@@ -244,7 +273,8 @@ fn the_bundled_model() -> Result<()> {
     subject.shuffled_loads(SERVING, 16)?;
     subject.moving_budgets(SERVING)?;
     subject.settings(SERVING)?;
-    subject.neighbours(SERVING)
+    subject.neighbours(SERVING)?;
+    subject.apart(SERVING)
 }
 
 /// These tests could fail: one wrong bit in each expert shows in the log-probabilities.

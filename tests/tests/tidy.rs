@@ -34,6 +34,8 @@ const UNSAFE_ROOMS: &[(&str, &str)] = &[
     ("daemon/experts/src/store/", "reads into memory that no safe type describes; maps"),
     ("daemon/kernels/src/simd/", "intrinsics"),
     ("daemon/engine/src/backend/cpu/blocks.rs", "bytes of a mapping as numbers"),
+    ("daemon/engine/src/backend/cpu/attention.rs", "threads write KV blocks of their own requests side by side"),
+    ("daemon/engine/src/backend/cpu/crew.rs", "the same"),
     ("daemon/engine/src/backend/cpu/pool.rs", "workers borrow the engine thread's buffers for the length of a call"),
     ("daemon/engine/src/backend/mlx/", "memory that MLX owns"),
     ("daemon/src/pressure/", "mach calls"),

@@ -17,7 +17,7 @@ use std::{
 
 use anyhow::{Result, anyhow, ensure};
 use flash_engine::{
-    CacheBudget, Delivery, Engine, Event, Io, Lookahead, Options, Report, Request, RequestId, Sampling, Stage, Step,
+    CacheBudget, Delivery, Engine, Event, Io, Lookahead, Options, Report, Request, RequestId, Sampling, Split, Stage, Step,
     replay::{ReplayPolicy, Trace, replay},
     synth::{Routing, Synth, write},
 };
@@ -164,7 +164,7 @@ fn together(tokens: usize) -> Result<()> {
             ..Options::default()
         };
         let mut engine = Engine::load(&model, &options, &mut |_| {})?;
-        let mut found = [const { Vec::new() }; 2];
+        let mut found = [const { Vec::new() }; 4];
         for round in 0..rounds {
             // Of other domains each, or all the same.
             let text = |stream: u64| {
@@ -174,12 +174,20 @@ fn together(tokens: usize) -> Result<()> {
             let prompts: Vec<_> = (0..STREAMS as u64).map(text).collect();
             // Each of the four in turn is the one alone.
             let one = &prompts[round as usize % STREAMS..][..1];
-            let turn = if round % 2 == 0 { [one, &prompts[..]] } else { [&prompts[..], one] };
-            for prompts in turn {
-                found[usize::from(prompts.len() > 1)].push(decode(&mut engine, prompts, tokens, round, share < 1.0)?);
+            let all = &prompts[..];
+            let mut turn = [(one, Split::Auto), (all, Split::Auto), (all, Split::Matrices), (all, Split::Rows)].into_iter().zip(&mut found);
+            // With a part of the experts there is but one way.
+            let mut turn: Vec<_> = turn.by_ref().take(if share < 1.0 { 2 } else { 4 }).collect();
+            let first = round as usize % turn.len();
+            turn.rotate_left(first);
+            for ((prompts, split), found) in turn {
+                engine.set_split(split);
+                found.push(decode(&mut engine, prompts, tokens, round, share < 1.0)?);
             }
         }
-        let [one, four] = &found;
+        let [one, four, matrices, rows] = &found;
+        // Of steps that are computed together.
+        let once = if share < 1.0 { four } else { matrices };
         let of = |speeds: &[Speed], get: fn(&Speed) -> f64| median(&speeds.iter().map(get).collect::<Vec<_>>());
         let ratios: Vec<_> = one.iter().zip(four).map(|(one, four)| four.tok_s / one.tok_s).collect();
         println!("flash-tiny-moe, expert cache {:.0}%{what}; {tokens} tokens a stream, medians of {rounds}", share * 100.0);
@@ -190,10 +198,14 @@ fn together(tokens: usize) -> Result<()> {
             median(&ratios),
             quantile(&ratios, 0.0),
             quantile(&ratios, 1.0),
-            of(one, |s| s.memory_bytes) / of(four, |s| s.memory_bytes),
-            of(four, |s| s.memory_bytes) / 1e6,
+            of(one, |s| s.memory_bytes) / of(once, |s| s.memory_bytes),
+            of(once, |s| s.memory_bytes) / 1e6,
             of(one, |s| s.memory_bytes) / 1e6,
         );
+        if share == 1.0 {
+            let [matrices, rows] = [matrices, rows].map(|speeds| of(speeds, |s| s.tok_s));
+            println!("    threads share every matrix: four streams {matrices:.0} tok/s; each decodes two streams: {rows:.0}");
+        }
         println!("    from disk {:.2} and {:.2} MB a token", of(four, |s| s.disk_bytes) / 1e6, of(one, |s| s.disk_bytes) / 1e6);
         if share < 1.0 {
             let replayed = |speeds: &[Speed], turns: usize| {

@@ -124,6 +124,19 @@ impl fmt::Debug for Script {
     }
 }
 
+/// How the threads share a step that several requests decode in. Results are the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Split {
+    /// Whichever takes less time, by trying.
+    #[default]
+    Auto,
+    /// Each matrix by its rows: every weight is read once.
+    Matrices,
+    /// The step by its requests, each thread some of them through all layers, where every expert is in memory: nobody waits for others
+    /// between two products.
+    Rows,
+}
+
 /// Whether the next layer's experts are read before they are asked for, while the disk has nothing else to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Lookahead {
@@ -440,6 +453,8 @@ pub struct Report {
     /// Experts that layers wanted where lookahead had a say, and those of them that it had foreseen.
     pub lookahead_wanted: u64,
     pub lookahead_foreseen: u64,
+    /// Tokens of steps that threads shared by requests: [`Split::Rows`].
+    pub decoded_apart: u64,
     pub profile: Profile,
     pub experts: flash_experts::Stats,
     pub prefix: PrefixReport,

@@ -3,6 +3,7 @@
 //! Synchronous and single-threaded at the seam: the caller's thread owns it. A step takes every running request one
 //! token (or one chunk of its prompt) further; whatever else happens, happens between steps.
 
+mod apart;
 mod reuse;
 mod room;
 mod said;
@@ -14,14 +15,14 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     io,
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use flash_experts::{ExpertId, Experts, Hot, Io, PolicyKind, Storage, replay::Trace};
 
 use crate::{
-    Bytes, CacheBudget, Delivery, Error, Event, Lookahead, ModelInfo, Options, Report, Request, RequestId, Step, Text, TokenLogprob,
+    Bytes, CacheBudget, Delivery, Error, Event, Lookahead, ModelInfo, Options, Report, Request, RequestId, Split, Step, Text, TokenLogprob,
     backend::{
         Backend, Row,
         cpu::{PIECE_MAX, physical_cores},
@@ -33,10 +34,11 @@ use crate::{
     model::families::{FfnSpec, Model},
     moe::{Forced, Router},
     profile::Stage,
-    schedule::{CHUNK_MIN, Pace, Waiting, Worth, chunk, slice},
+    schedule::{CHUNK_MIN, Pace, Trials, Waiting, Worth, chunk, slice},
     sequence::{Counters, Sequence},
     storage,
 };
+use apart::Own;
 use reuse::Reuse;
 use room::kv_bytes;
 use said::{note, say};
@@ -80,6 +82,15 @@ pub struct Engine {
     running: Vec<Sequence>,
     /// Every decoding sequence's next position, computed together.
     decoding: Pass,
+    /// What threads use that decode apart.
+    owns: Vec<Mutex<Own>>,
+    /// How often they have met.
+    meetings: usize,
+    /// An expert was not in memory when they met last.
+    missed: bool,
+    /// Tokens that were decoded so.
+    apart: u64,
+    trials: Trials,
     /// Which of the running sequences reads its prompt next: they take turns.
     turn: usize,
     /// How prompts are cut up while others decode.
@@ -156,6 +167,11 @@ impl Engine {
             reuse,
             running: Vec::new(),
             decoding: Pass::default(),
+            owns: Vec::new(),
+            meetings: 0,
+            missed: false,
+            apart: 0,
+            trials: Trials::default(),
             turn: 0,
             pace: Pace::SHORT,
             worth: Worth::default(),
@@ -169,7 +185,6 @@ impl Engine {
         if let Some(refused) = engine.refused.take() {
             return Err(refused);
         }
-        // Last, because it pins this thread and the loaders' threads inherit that.
         engine.backend.start(threads)?;
         Ok(engine)
     }
@@ -285,6 +300,10 @@ impl Engine {
         self.options.lookahead = lookahead;
     }
 
+    pub fn set_split(&mut self, split: Split) {
+        self.trials.split = split;
+    }
+
     pub fn set_policy(&mut self, policy: PolicyKind) {
         self.experts.set_policy(policy);
     }
@@ -333,7 +352,7 @@ impl Engine {
     }
 
     /// Takes every decoding request one token further, prompts a little, and hands the events to `deliver`.
-    pub fn step(&mut self, deliver: &mut dyn FnMut(RequestId, Event) -> Delivery) -> Step {
+    pub fn step(&mut self, deliver: &mut (dyn FnMut(RequestId, Event) -> Delivery + Send)) -> Step {
         self.start_waiting();
         let mut gone = HashSet::new();
         let start = Instant::now();
@@ -344,29 +363,43 @@ impl Engine {
         if self.write_back(!worked) || worked { Step::Worked } else { Step::Idle }
     }
 
-    /// One position of every decoding request; false if there is none.
-    fn decode(&mut self, gone: &mut HashSet<RequestId>, deliver: &mut dyn FnMut(RequestId, Event) -> Delivery) -> bool {
-        let decodes = |sequence: &Sequence| !sequence.paused && !sequence.prefilling();
+    /// One position of every decoding request, or some of each; false if there is none.
+    fn decode(&mut self, gone: &mut HashSet<RequestId>, deliver: &mut (dyn FnMut(RequestId, Event) -> Delivery + Send)) -> bool {
+        let rows = self.running.iter().filter(|sequence| sequence.decodes()).count();
+        let reads = |sequence: &Sequence| sequence.prefilling() && !sequence.paused;
+        // Whoever reads a prompt wants its turn soon; a listener to routing wants that of all.
+        let may = self.backend.lanes(rows) > 1
+            && self.forward.forced.is_none()
+            && !self.running.iter().any(|sequence| sequence.record || reads(sequence));
+        let began = Instant::now();
+        let apart = if may && self.trials.apart(rows) { self.decode_apart(gone, deliver) } else { None };
+        if apart.is_none() && rows > 0 {
+            self.decode_together(gone, deliver);
+        }
+        if may {
+            self.trials.took(rows, apart.is_some(), apart.unwrap_or(rows), began.elapsed());
+        }
+        rows > 0
+    }
+
+    /// One position of every decoding request.
+    fn decode_together(&mut self, gone: &mut HashSet<RequestId>, deliver: &mut dyn FnMut(RequestId, Event) -> Delivery) {
         self.look_ahead();
         let Self { running, decoding, backend, experts, forward, .. } = self;
-        let record = running.iter().any(|sequence| sequence.record && decodes(sequence));
+        let record = running.iter().any(|sequence| sequence.record && sequence.decodes());
         decoding.start(backend, record, |batch| {
-            for sequence in running.iter().filter(|sequence| decodes(sequence)) {
-                let (position, index) = (sequence.cached, batch.tables.len());
-                batch.rows.push(Row { token: sequence.tokens[position], position, sequence: index });
+            for sequence in running.iter().filter(|sequence| sequence.decodes()) {
+                batch.rows.push(sequence.next(batch.tables.len()));
                 batch.tables.push(sequence.blocks.clone());
             }
         });
         let rows = decoding.batch.rows.len();
-        if rows == 0 {
-            return false;
-        }
         forward.run(backend, experts, decoding);
         let now = counters(experts);
         let logits = backend.logits(&mut decoding.act, 0..rows);
         experts.release();
         let began = Instant::now();
-        let sequences = running.iter_mut().filter(|sequence| decodes(sequence));
+        let sequences = running.iter_mut().filter(|sequence| sequence.decodes());
         for ((row, sequence), logits) in sequences.enumerate().zip(logits.chunks_exact(self.info.vocab_size)) {
             if let Some(lost) = decoding.lost.iter().find(|lost| lost.sequence == row) {
                 deliver(sequence.id, Event::Failed(Error::Experts(lost.error.clone())));
@@ -380,7 +413,6 @@ impl Engine {
             say(sequence, &self.text, logits, now, &mut self.scratch, gone, deliver);
         }
         backend.spent(Stage::Sampling, began);
-        true
     }
 
     fn look_ahead(&mut self) {
@@ -531,6 +563,7 @@ impl Engine {
             io: self.io,
             lookahead_wanted: self.forward.foresight.wanted,
             lookahead_foreseen: self.forward.foresight.foreseen,
+            decoded_apart: self.apart,
             profile: self.backend.profile(),
             experts: self.experts.stats(),
             prefix: self.prefix_report(),

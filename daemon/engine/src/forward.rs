@@ -2,8 +2,11 @@
 
 #[cfg(feature = "mlx")]
 mod ahead;
+mod apart;
 
 use std::{ops::Range, sync::Arc, time::Instant};
+
+pub(crate) use apart::Lane;
 
 use flash_experts::{Arrival, ExpertId, Experts, LayerId};
 

@@ -57,4 +57,12 @@ impl Profile {
         self.0[stage as usize] += now - since;
         now
     }
+
+    /// Adds what several threads spent side by side, as one of them would have.
+    pub(crate) fn mean(&mut self, of: impl ExactSizeIterator<Item = Self>) {
+        let count = of.len() as u32;
+        for other in of {
+            self.0.iter_mut().zip(other.0).for_each(|(sum, time)| *sum += time / count);
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, time::Duration};
 
 use crate::{
-    Bytes,
+    Bytes, Split,
     backend::cpu::{PIECE_MAX, PLACES_MAX},
 };
 
@@ -107,6 +107,61 @@ impl Worth {
     }
 }
 
+/// How long steps of each kind are measured ...
+const TRIED: Duration = Duration::from_millis(100);
+/// ... before those of the faster one are taken for so long. Then both are tried again: other programs come and go.
+const KEPT: Duration = Duration::from_secs(3);
+
+/// Whether requests decode together or apart, by what a token took of late, for every number of them.
+#[derive(Debug, Default)]
+pub(crate) struct Trials {
+    pub(crate) split: Split,
+    by_rows: Vec<Trial>,
+}
+
+/// Together, and apart.
+#[derive(Clone, Debug, Default)]
+struct Trial {
+    took: [Duration; 2],
+    tokens: [usize; 2],
+    kept: Duration,
+}
+
+impl Trial {
+    fn apart(&self) -> bool {
+        let [together, apart] = self.took;
+        let token = |kind: usize| self.took[kind].as_secs_f64() / self.tokens[kind] as f64;
+        together >= TRIED && (apart < TRIED || token(1) < token(0))
+    }
+}
+
+impl Trials {
+    /// Whether so many requests are to decode apart next.
+    pub(crate) fn apart(&self, rows: usize) -> bool {
+        match self.split {
+            Split::Matrices => false,
+            Split::Rows => true,
+            Split::Auto => self.by_rows.get(rows).is_some_and(Trial::apart),
+        }
+    }
+
+    pub(crate) fn took(&mut self, rows: usize, apart: bool, tokens: usize, time: Duration) {
+        if self.by_rows.len() <= rows {
+            self.by_rows.resize(rows + 1, Trial::default());
+        }
+        let trial = &mut self.by_rows[rows];
+        if trial.took.iter().any(|took| *took < TRIED) {
+            trial.took[usize::from(apart)] += time;
+            trial.tokens[usize::from(apart)] += tokens;
+            return;
+        }
+        trial.kept += time;
+        if trial.kept >= KEPT {
+            *trial = Trial::default();
+        }
+    }
+}
+
 /// Requests that wait: one queue a client, clients take turns.
 #[derive(Debug)]
 pub(crate) struct Waiting<T> {
@@ -187,6 +242,31 @@ mod tests {
         assert!(!worth.go_on(300, 400), "a third is not");
         assert!((1..PAUSE).all(|_| !worth.go_on(300, 400)));
         assert!(!worth.go_on(300, 400) && worth.go_on(300, 400), "tries again");
+    }
+
+    #[test]
+    fn the_faster_way_is_kept_until_it_is_tried_again() {
+        let mut trials = Trials::default();
+        // Of so many milliseconds, those that were spent apart, if a token takes so long together and apart.
+        let mut spent = |rows: usize, time: u64, token: [u32; 2]| {
+            let mut apart_for = 0;
+            for _ in 0..time / 10 {
+                let apart = trials.apart(rows);
+                trials.took(rows, apart, (1000 / token[usize::from(apart)]) as usize, Duration::from_millis(10));
+                apart_for += 10 * u64::from(apart);
+            }
+            apart_for
+        };
+        assert_eq!((spent(4, 100, [10, 9]), spent(4, 100, [10, 9])), (0, 100));
+        assert_eq!(spent(2, 3200, [10, 11]), 100, "another number of requests");
+        assert_eq!(spent(4, 3000, [1, 20]), 3000, "nothing is looked at meanwhile");
+        assert_eq!(spent(4, 3200, [1, 20]), 100, "then it is");
+        assert_eq!(spent(4, 3200, [5, 5]), 100, "nothing is gained");
+        let mut trials = Trials { split: Split::Rows, ..Trials::default() };
+        assert!(trials.apart(3) && trials.apart(99));
+        trials.took(3, true, 1, Duration::ZERO);
+        trials.split = Split::Matrices;
+        assert!(!trials.apart(3));
     }
 
     #[test]

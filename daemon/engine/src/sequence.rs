@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::{
     Channel, Done, Error, Finish, Part, Request, RequestId, Script, Text, Timing,
+    backend::Row,
     forward::Pass,
     kv::Table,
     model::output::{Added, Output},
@@ -117,6 +118,16 @@ impl Sequence {
 
     pub(crate) fn prefilling(&self) -> bool {
         self.cached < self.prompt
+    }
+
+    /// Its next token can be computed.
+    pub(crate) fn decodes(&self) -> bool {
+        !self.paused && !self.prefilling()
+    }
+
+    /// What is computed for its next token, as the `index`-th of a batch.
+    pub(crate) fn next(&self, index: usize) -> Row {
+        Row { token: self.tokens[self.cached], position: self.cached, sequence: index }
     }
 
     /// What of its prompt need not be computed, if it is there: all but the last token, whose logits are wanted. Nothing where

@@ -1,11 +1,14 @@
 //! The façade: experts by name, slots by number. Owned by the engine thread, which asks for a layer's experts, computes
 //! what has arrived while the rest loads, and says when it is done with each. It computes nothing itself.
 
-use std::{sync::Arc, thread::JoinHandle};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    thread::JoinHandle,
+};
 
 use crate::{
     BankPtr, Error, ExpertId, Hot, LayerId, PolicyKind, Routing, Slab, Slot, SlotPtr, Source, Stats,
-    cache::{Cache, Found, Pin, Shape},
+    cache::{Cache, Found, Hold, Pin, Shape},
     load::{self, Shared},
     recent::Recent,
     replay::Trace,
@@ -31,6 +34,8 @@ pub struct Experts {
     /// What the fetch has handed out and is not done with. Here, so that fetches use one list.
     pins: Vec<Pin>,
     found: Vec<Found>,
+    /// What [`Experts::held`] has found.
+    surveyed: Vec<Option<Slot>>,
     recent: Recent,
 }
 
@@ -39,6 +44,15 @@ pub struct Experts {
 #[derive(Debug)]
 pub struct Fetch<'a> {
     experts: &'a mut Experts,
+}
+
+/// What is in memory, where it stays until this is dropped.
+#[derive(Debug)]
+pub struct Held<'a> {
+    shared: &'a Shared,
+    shape: Shape,
+    hold: Hold<'a>,
+    recent: Mutex<&'a mut Recent>,
 }
 
 /// What became of one expert of a fetch.
@@ -63,7 +77,7 @@ impl Experts {
         }
         let shared = Arc::new(Shared { store, slab, cache: Cache::new(shape, config.policy) });
         let recent = Recent::new(layers, experts, config.top_k);
-        let mut opened = Self { shared, loaders: Vec::new(), shape, pins: Vec::new(), found: Vec::new(), recent };
+        let mut opened = Self { shared, loaders: Vec::new(), shape, pins: Vec::new(), found: Vec::new(), surveyed: Vec::new(), recent };
         opened.set_slots(config.slots_per_layer);
         opened.set_wanted(opened.slots());
         for number in 0..loaders {
@@ -94,6 +108,13 @@ impl Experts {
     /// fetch or [`Experts::release`]: for a backend that computes before it says with which of them.
     pub fn survey(&self, hold: bool, into: &mut Vec<Option<Slot>>) {
         self.shared.cache.survey(hold, into);
+    }
+
+    /// What is in memory, for threads that each compute with experts of their own choice and say afterwards which these were.
+    pub fn held(&mut self) -> Held<'_> {
+        let Self { shared, shape, pins, surveyed, recent, .. } = self;
+        pins.clear();
+        Held { shared, shape: *shape, hold: shared.cache.hold(surveyed), recent: Mutex::new(recent) }
     }
 
     /// What has been learned and what is in memory, to be kept for the next run.
@@ -284,5 +305,33 @@ impl Drop for Fetch<'_> {
     fn drop(&mut self) {
         self.experts.pins.clear();
         self.experts.shared.cache.end();
+    }
+}
+
+impl Held<'_> {
+    /// An expert's slot, if it is in memory.
+    pub fn bytes(&self, layer: LayerId, expert: ExpertId) -> Option<&[u8]> {
+        self.shared.slab.held(&self.hold, layer.index() * self.shape.experts + expert.index())
+    }
+
+    /// Has the cache learn what a step of one thread used, as from fetches: all of it is in memory. Others wait meanwhile, so that the
+    /// layers of a token stay together.
+    pub fn learn(&self) -> impl FnMut(LayerId, &Routing<'_>) {
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        move |layer, routing| {
+            self.shared.cache.used(layer, routing);
+            recent.record(layer, routing);
+        }
+    }
+
+    /// As [`Experts::counters`].
+    pub fn counters(&self) -> (u64, u64, u64) {
+        self.shared.cache.counters()
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.shared.cache.end();
     }
 }

@@ -26,7 +26,7 @@ mod tests;
 pub use build::{Plan, StoreReader, StoreWriter, free_space, part_path, sync_folder};
 pub use cache::PolicyKind;
 pub use error::Error;
-pub use experts::{Arrival, Config, Experts, Fetch};
+pub use experts::{Arrival, Config, Experts, Fetch, Held};
 pub use format::Entry;
 pub use hot::Hot;
 pub use key::{ExpertId, ExpertKey, LayerId, Slot};

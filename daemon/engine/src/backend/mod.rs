@@ -69,7 +69,7 @@ pub(crate) struct Batch {
 /// What a pass keeps from layer to layer, for all its rows; its backend's part is in use.
 #[derive(Debug, Default)]
 pub(crate) struct Activations {
-    cpu: cpu::Activations,
+    pub(crate) cpu: cpu::Activations,
     #[cfg(feature = "mlx")]
     pub(crate) mlx: mlx::Activations,
 }
@@ -131,6 +131,15 @@ impl Backend {
         !matches!(self, Self::Cpu(_))
     }
 
+    /// Into how many lanes a step of so many rows can be cut, each for a thread of its own; 1: it cannot.
+    pub(crate) fn lanes(&self, rows: usize) -> usize {
+        match self {
+            Self::Cpu(cpu) => cpu.lanes(rows),
+            #[cfg(feature = "mlx")]
+            Self::Mlx(_) => 1,
+        }
+    }
+
     /// Whether a pass of so many rows may be computed before the host knows its routing.
     #[cfg(feature = "mlx")]
     pub(crate) fn runs_ahead(&self, rows: usize) -> bool {
@@ -146,7 +155,7 @@ impl Backend {
         }
     }
 
-    /// Starts the workers, where there are any; `threads` counts the calling one, which is pinned from now on.
+    /// Starts the workers, where there are any; `threads` counts the calling one.
     pub(crate) fn start(&mut self, threads: usize) -> Result<(), Error> {
         match self {
             Self::Cpu(cpu) => cpu.start(threads),
@@ -186,12 +195,20 @@ impl Backend {
 
     /// Where the time went. MLX computes when it is asked for a value, so that most of it is the router's and the head's.
     pub(crate) fn profile(&self) -> Profile {
-        either!(self, backend => backend.profile)
+        match self {
+            Self::Cpu(cpu) => cpu.profile(),
+            #[cfg(feature = "mlx")]
+            Self::Mlx(mlx) => mlx.profile,
+        }
     }
 
     /// As [`Profile::add`].
     pub(crate) fn spent(&mut self, stage: Stage, since: Instant) -> Instant {
-        either!(self, backend => backend.profile.add(stage, since))
+        match self {
+            Self::Cpu(cpu) => cpu.crew().spent(stage, since),
+            #[cfg(feature = "mlx")]
+            Self::Mlx(mlx) => mlx.profile.add(stage, since),
+        }
     }
 
     /// Gives back what is kept for speed alone.
@@ -287,7 +304,7 @@ impl Backend {
     /// not `alive` take no part: their KV blocks may belong to others by now.
     pub(crate) fn attention(&mut self, layer: usize, act: &mut Activations, batch: &Batch, alive: &[bool], piece: Range<usize>) {
         match self {
-            Self::Cpu(cpu) => cpu.attention(layer, &mut act.cpu, batch, alive, piece),
+            Self::Cpu(cpu) => cpu.crew().attention(layer, &mut act.cpu, batch, alive, piece),
             #[cfg(feature = "mlx")]
             Self::Mlx(mlx) => must(mlx.attention(layer, &mut act.mlx, batch, alive, piece)),
         }
@@ -297,7 +314,7 @@ impl Backend {
     /// layer.
     pub(crate) fn route(&mut self, layer: usize, act: &mut Activations, piece: Range<usize>) -> Option<&[f32]> {
         match self {
-            Self::Cpu(cpu) => cpu.route(layer, &mut act.cpu, piece),
+            Self::Cpu(cpu) => cpu.crew().route(layer, &mut act.cpu, piece),
             #[cfg(feature = "mlx")]
             Self::Mlx(mlx) => must(mlx.route(layer, &mut act.mlx)),
         }
@@ -307,7 +324,7 @@ impl Backend {
     /// (arXiv 2603.19289). `None` for a dense layer.
     pub(crate) fn foresee(&mut self, layer: usize, act: &mut Activations) -> Option<&[f32]> {
         match self {
-            Self::Cpu(cpu) => cpu.foresee(layer, &act.cpu),
+            Self::Cpu(cpu) => cpu.crew().foresee(layer, &act.cpu),
             #[cfg(feature = "mlx")]
             Self::Mlx(mlx) => must(mlx.foresee(layer, &mut act.mlx)),
         }
@@ -316,7 +333,7 @@ impl Backend {
     /// The feed-forward of a dense layer over that piece of the rows, added to the residual.
     pub(crate) fn dense(&mut self, layer: usize, act: &mut Activations, piece: Range<usize>) {
         match self {
-            Self::Cpu(cpu) => cpu.dense(layer, &mut act.cpu, piece),
+            Self::Cpu(cpu) => cpu.crew().dense(layer, &mut act.cpu, piece),
             #[cfg(feature = "mlx")]
             Self::Mlx(mlx) => must(mlx.dense(layer, &mut act.mlx)),
         }
@@ -325,7 +342,7 @@ impl Backend {
     /// Runs experts that `fetch` has delivered, for all the rows routed to them; results wait for [`Backend::combine`].
     pub(crate) fn experts(&mut self, layer: usize, act: &mut Activations, plan: &Plan, ready: &[ExpertId], fetch: &Fetch<'_>) {
         match self {
-            Self::Cpu(cpu) => cpu.experts(layer, &mut act.cpu, plan, ready, &|expert| fetch.bytes(expert)),
+            Self::Cpu(cpu) => cpu.crew().experts(layer, &mut act.cpu, plan, ready, &|expert| fetch.bytes(expert)),
             #[cfg(feature = "mlx")]
             Self::Mlx(mlx) => must(mlx.experts(layer, &mut act.mlx, plan, ready, &|expert| fetch.slot(expert))),
         }
@@ -334,7 +351,7 @@ impl Backend {
     /// Adds every row's weighted experts to the residual, in rank order.
     pub(crate) fn combine(&mut self, act: &mut Activations, plan: &Plan) {
         match self {
-            Self::Cpu(cpu) => cpu.combine(&mut act.cpu, plan),
+            Self::Cpu(cpu) => cpu.crew().combine(&mut act.cpu, plan),
             #[cfg(feature = "mlx")]
             Self::Mlx(mlx) => must(mlx.combine(&mut act.mlx, plan)),
         }
@@ -343,7 +360,7 @@ impl Backend {
     /// Logits [rows.len(), vocab] of some rows of a finished pass, at most [`cpu::PIECE_MAX`].
     pub(crate) fn logits(&mut self, act: &mut Activations, rows: Range<usize>) -> &[f32] {
         match self {
-            Self::Cpu(cpu) => cpu.logits(&act.cpu, rows),
+            Self::Cpu(cpu) => cpu.crew().logits(&act.cpu, rows),
             #[cfg(feature = "mlx")]
             Self::Mlx(mlx) => must(mlx.logits(&mut act.mlx, rows)),
         }

@@ -84,6 +84,12 @@ impl Plan {
         self.group();
     }
 
+    /// Takes what rows were routed to elsewhere, [rows, top_k] in rank order, for the cache to learn from.
+    pub(crate) fn note(&mut self, chosen: &[ExpertId]) {
+        self.alive.resize(self.alive.len() + chosen.len() / self.router.top_k, true);
+        self.chosen.extend_from_slice(chosen);
+    }
+
     /// softmax over all experts, the k most likely (lower id first on ties), optionally scaled to sum to 1.
     fn route_row(&mut self, logits: &[f32], forced: Option<&[ExpertId]>) {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);

@@ -19,6 +19,12 @@ pub(crate) struct Pin {
     pub(super) missed: bool,
 }
 
+/// The right to read everything that is in memory, [layers, experts], for as long as nobody fetches, evicts or changes the budget.
+#[derive(Debug)]
+pub(crate) struct Hold<'a> {
+    pub(super) slots: &'a [Option<Slot>],
+}
+
 /// The right to throw away the contents of a slot that is out of use.
 #[derive(Debug)]
 pub(crate) struct Vacant {
@@ -47,6 +53,12 @@ impl Pin {
 
     pub(crate) fn expert(&self) -> ExpertId {
         self.expert
+    }
+}
+
+impl Hold<'_> {
+    pub(crate) fn slot(&self, index: usize) -> Option<Slot> {
+        self.slots[index]
     }
 }
 

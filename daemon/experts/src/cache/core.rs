@@ -313,6 +313,14 @@ impl Core {
         }
     }
 
+    /// A fetch of experts that are in memory and stay there, by somebody who has read them already.
+    pub(crate) fn used(&mut self, layer_id: LayerId, routing: &Routing<'_>) {
+        let held = self.held;
+        self.begin(layer_id, routing);
+        self.end();
+        self.held = held;
+    }
+
     /// Everything found and not taken yet; `into` is empty.
     pub(crate) fn take(&mut self, into: &mut Vec<Found>) -> Taken {
         let Some(layer) = self.demand.layer.map(LayerId::index) else { return Taken::End };

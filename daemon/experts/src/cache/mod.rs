@@ -13,7 +13,7 @@ mod policy;
 
 pub use self::policy::PolicyKind;
 pub(crate) use self::{
-    claim::{Load, Pin, Vacant},
+    claim::{Hold, Load, Pin, Vacant},
     core::{Core, Found, Shape, Taken},
     policy::{Use, belady},
 };
@@ -145,6 +145,16 @@ impl Cache {
 
     pub(crate) fn survey(&self, hold: bool, into: &mut Vec<Option<Slot>>) {
         self.lock().core.survey(hold, into);
+    }
+
+    /// Until the next fetch, or [`Cache::end`].
+    pub(crate) fn hold<'a>(&self, into: &'a mut Vec<Option<Slot>>) -> Hold<'a> {
+        self.survey(true, into);
+        Hold { slots: into }
+    }
+
+    pub(crate) fn used(&self, layer: LayerId, routing: &Routing<'_>) {
+        self.lock().core.used(layer, routing);
     }
 
     pub(crate) fn warm(&self, hot: &Hot) {

@@ -20,7 +20,7 @@ use std::{
 
 use crate::{
     Error,
-    cache::{Pin, Vacant},
+    cache::{Hold, Pin, Vacant},
     key::{LayerId, Slot},
 };
 
@@ -149,6 +149,12 @@ impl Slab {
         // SAFETY: the core makes a Pin for a filled slot only and reuses the slot after the Pin is back only; the slab
         // is borrowed for as long as the result.
         unsafe { self.slot(pin.slot()).bytes() }
+    }
+
+    /// A slot that is held with all others, by its number among [layers, experts].
+    pub(crate) fn held<'a>(&'a self, hold: &'a Hold<'_>, index: usize) -> Option<&'a [u8]> {
+        // SAFETY: the core makes a Hold of filled slots only, and reuses none before what borrows the Hold is gone.
+        hold.slot(index).map(|slot| unsafe { self.slot(slot).bytes() })
     }
 
     /// Gives a slot's pages back to the system; memory that a backend owns is left alone.

@@ -34,6 +34,11 @@ impl Pages {
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 
+    /// Where they begin, for parts that are written side by side.
+    pub fn as_ptr(&self) -> NonNull<u8> {
+        self.start
+    }
+
     /// Gives the memory of a part back, as far as it is whole pages; what was in it is lost.
     pub fn discard(&mut self, part: Range<usize>) {
         if let Some((at, len)) = self.whole_pages(part) {

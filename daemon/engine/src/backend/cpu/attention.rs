@@ -93,9 +93,28 @@ impl Kv {
         })
     }
 
-    /// Stores one token's keys and values [kv_heads × head_dim] of `layer`.
-    pub(super) fn write(&mut self, shape: &Shape, layer: usize, table: &[BlockId], position: usize, k: &[f32], v: &[f32]) {
-        either!(self, blocks => write(blocks, shape, layer, table, position, [k, v]));
+    /// Takes the memory for a block.
+    pub(super) fn reserve(&mut self, shape: &Shape, block: BlockId) {
+        either!(self, blocks => {
+            let numbers = block_numbers(blocks, shape);
+            blocks.reserve(block, numbers);
+        });
+    }
+
+    /// As [`Kv::write`], with nobody beside.
+    pub(super) fn put(&mut self, shape: &Shape, layer: usize, table: &[BlockId], position: usize, k: &[f32], v: &[f32]) {
+        self.reserve(shape, table[position / BLOCK]);
+        // SAFETY: the borrow is exclusive.
+        unsafe { self.write(shape, layer, table, position, k, v) }
+    }
+
+    /// Stores one token's keys and values [kv_heads × head_dim] of `layer`, in a block that is reserved.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes the position's block meanwhile.
+    pub(super) unsafe fn write(&self, shape: &Shape, layer: usize, table: &[BlockId], position: usize, k: &[f32], v: &[f32]) {
+        // SAFETY: the caller's promise.
+        either!(self, blocks => unsafe { write(blocks, shape, layer, table, position, [k, v]) });
     }
 
     /// out[row × heads × head_dim ..] of all query heads, over each row's positions up to its own; rows that are not alive are
@@ -132,10 +151,12 @@ fn block_numbers<N: Stored>(_: &Blocks<N>, shape: &Shape) -> usize {
     shape.layers * 2 * shape.kv_heads * run_len::<N>(shape.head_dim)
 }
 
-fn write<N: Stored>(blocks: &mut Blocks<N>, shape: &Shape, layer: usize, table: &[BlockId], position: usize, sides: [&[f32]; 2]) {
+/// # Safety
+/// As [`Kv::write`].
+unsafe fn write<N: Stored>(blocks: &Blocks<N>, shape: &Shape, layer: usize, table: &[BlockId], position: usize, sides: [&[f32]; 2]) {
     let (d, token, run) = (shape.head_dim, position % BLOCK, run_len::<N>(shape.head_dim));
-    let numbers = block_numbers(blocks, shape);
-    let block = blocks.get_mut(table[position / BLOCK], numbers);
+    // SAFETY: the caller's promise.
+    let block = unsafe { blocks.share_mut(table[position / BLOCK]) };
     for (side, (heads, put)) in sides.into_iter().zip([N::put_key, N::put_value]).enumerate() {
         for (kv_head, numbers) in heads.chunks_exact(d).enumerate() {
             put(&mut block[shape.run(layer, side, kv_head) * run..][..run], token, numbers);
@@ -298,7 +319,7 @@ impl<N: Stored> Pass<'_, N> {
         let blocks = counts.iter().max().map_or(0, |count| count.div_ceil(BLOCK));
         let mut runs = [[&[][..]; SPAN_BLOCKS]; 2];
         for (i, id) in table[start / BLOCK..][..blocks].iter().enumerate() {
-            let block = self.blocks.get(*id).expect("positions up to the row's own were written");
+            let block = self.blocks.get(*id).expect("positions up to the row's own are reserved");
             for (side, runs) in runs.iter_mut().enumerate() {
                 runs[i] = &block[shape.run(layer, side, kv_head) * run..][..run];
             }
@@ -391,7 +412,7 @@ mod tests {
             let tables: Vec<Table> = vec![table(0), table(1)];
             for at in 0..2 * CONTEXT {
                 let of = |numbers: &[f32]| numbers[at * width..][..width].to_vec();
-                kv.write(&shape, 1, &tables[at / CONTEXT], at % CONTEXT, &of(&keys), &of(&values));
+                kv.put(&shape, 1, &tables[at / CONTEXT], at % CONTEXT, &of(&keys), &of(&values));
             }
             Self { shape, kv, tables, keys, values, queries }
         }

@@ -1,6 +1,8 @@
 //! Memory of the KV cache's blocks. Neighbours share a mapping, so that huge pages can back them: read from pages of 4 KiB, a long
 //! context waits a fifth of its time for the page table.
 
+use std::ptr::NonNull;
+
 use flash_experts::Pages;
 use flash_kernels::attention::Stored;
 
@@ -9,11 +11,11 @@ use crate::kv::BlockId;
 /// Bytes of a mapping, about; returned when the last block in it is freed, a single block's memory before that.
 const CHUNK: usize = 32 << 20;
 
-/// Blocks of equal size by number. Their memory is taken when they are first written.
+/// Blocks of equal size by number. Their memory is taken before they are first written.
 #[derive(Debug)]
 pub(super) struct Blocks<N> {
     chunks: Vec<Option<Chunk>>,
-    /// Numbers of a block; 0 until the first one is written.
+    /// Numbers of a block; 0 until the first one is reserved.
     size: usize,
     kind: std::marker::PhantomData<N>,
 }
@@ -41,28 +43,58 @@ impl<N: Stored> Blocks<N> {
         (id.0 as usize / self.per_chunk(), id.0 as usize % self.per_chunk())
     }
 
-    /// `None` if nobody has written it.
+    /// `None` if nobody has reserved it.
     pub(super) fn get(&self, id: BlockId) -> Option<&[N]> {
         // SAFETY: blocks begin at a multiple of N's size, as pages begin at a multiple of its alignment, and any bits are a number.
         Some(unsafe { self.bytes(id)?.align_to().1 })
     }
 
     /// For writing; what is in it besides is of no meaning. All blocks have `size` numbers.
-    pub(super) fn get_mut(&mut self, id: BlockId, size: usize) -> &mut [N] {
-        // SAFETY: as above; the borrow is exclusive.
-        unsafe { self.bytes_mut(id, size).align_to_mut().1 }
+    #[cfg(test)]
+    fn get_mut(&mut self, id: BlockId, size: usize) -> &mut [N] {
+        self.reserve(id, size);
+        // SAFETY: the borrow is exclusive.
+        unsafe { self.share_mut(id) }
+    }
+
+    /// A block that is reserved, for writing beside others.
+    ///
+    /// # Safety
+    /// While the result lives, nobody else reads or writes this block.
+    #[expect(clippy::mut_from_ref, reason = "blocks are apart")]
+    pub(super) unsafe fn share_mut(&self, id: BlockId) -> &mut [N] {
+        let (start, bytes) = self.part(id).expect("blocks are reserved before they are written");
+        // SAFETY: a block of the mapping, which the caller has alone; it begins at a multiple of N's size, as pages begin at a multiple of
+        // its alignment, and any bits are a number.
+        unsafe { std::slice::from_raw_parts_mut(start.cast().as_ptr(), bytes / size_of::<N>()) }
     }
 
     /// As [`Blocks::get`].
     pub(super) fn bytes(&self, id: BlockId) -> Option<&[u8]> {
+        let (start, bytes) = self.part(id)?;
+        // SAFETY: a block of the mapping, borrowed with the blocks; who shares one for writing has it alone.
+        Some(unsafe { std::slice::from_raw_parts(start.as_ptr(), bytes) })
+    }
+
+    /// Where a block lies, and how many bytes it has; not the rest of its mapping, which others may be writing.
+    fn part(&self, id: BlockId) -> Option<(NonNull<u8>, usize)> {
         let (chunk, at) = self.chunk_of(id);
         let chunk = self.chunks.get(chunk)?.as_ref().filter(|chunk| chunk.used[at])?;
         let bytes = self.size * size_of::<N>();
-        Some(&chunk.pages.as_slice()[at * bytes..][..bytes])
+        // SAFETY: a mapping has room for as many blocks as `used` has flags.
+        Some((unsafe { chunk.pages.as_ptr().add(at * bytes) }, bytes))
     }
 
-    /// As [`Blocks::get_mut`].
+    /// For writing, as bytes.
     pub(super) fn bytes_mut(&mut self, id: BlockId, size: usize) -> &mut [u8] {
+        self.reserve(id, size);
+        let (start, bytes) = self.part(id).expect("just reserved");
+        // SAFETY: a block of the mapping, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), bytes) }
+    }
+
+    /// Takes the memory for a block, unless it has it. What is in it is of no meaning. All blocks have `size` numbers.
+    pub(super) fn reserve(&mut self, id: BlockId, size: usize) {
         self.size = size;
         let ((chunk, at), blocks, bytes) = (self.chunk_of(id), self.per_chunk(), size * size_of::<N>());
         if self.chunks.len() <= chunk {
@@ -76,7 +108,6 @@ impl<N: Stored> Blocks<N> {
         if !std::mem::replace(&mut chunk.used[at], true) && chunk.holes {
             chunk.pages.restore(at * bytes..(at + 1) * bytes);
         }
-        &mut chunk.pages.as_mut_slice()[at * bytes..][..bytes]
     }
 
     /// Its memory goes back, with that of the whole mapping if it was the last in it.

@@ -102,7 +102,7 @@ impl Bench {
         for position in 0..context {
             for layer in 0..layers {
                 let [k, v] = &some[(position * 7 + layer) % some.len()];
-                kv.write(&shape, layer, &table, position, k, v);
+                kv.put(&shape, layer, &table, position, k, v);
             }
         }
         let pool = Pool::new(of.threads).expect("threads");
