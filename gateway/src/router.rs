@@ -116,9 +116,14 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-/// `/v1/x/`, `/v1/v1/x` and `/x` are one route.
+/// `/v1/x/`, `/v1//x`, `/v1/v1/x` and `/x` are one route.
 pub(crate) fn canonical(app: &App, uri: &Uri) -> Option<Uri> {
-    let path = uri.path();
+    // A base URL that ends in a slash, and a path that begins with one.
+    let mut path = std::borrow::Cow::from(uri.path());
+    while path.contains("//") {
+        path = path.replace("//", "/").into();
+    }
+    let path = &*path;
     let once = path.strip_prefix("/v1").filter(|rest| rest.len() > 1 && rest.starts_with('/'));
     let twice = once.and_then(|rest| rest.strip_prefix("/v1")).filter(|rest| rest.len() > 1 && rest.starts_with('/'));
     if twice.is_some() {
@@ -126,7 +131,7 @@ pub(crate) fn canonical(app: &App, uri: &Uri) -> Option<Uri> {
     }
     let short = twice.or(once).unwrap_or(path);
     let short = short.strip_suffix('/').filter(|rest| !rest.is_empty()).unwrap_or(short);
-    if short == path {
+    if short == uri.path() {
         return None;
     }
     let target = uri.query().map_or_else(|| short.to_owned(), |query| format!("{short}?{query}"));

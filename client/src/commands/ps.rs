@@ -20,7 +20,7 @@ pub(crate) async fn run(global: &Global) -> Result<(), Failure> {
         return term::print_json(&listing(&snapshot));
     }
     let rows: Vec<_> = row(&snapshot).into_iter().collect();
-    let header = ["NAME", "STATE", "RAM", "EXPERT CACHE", "HIT", "PREFIXES", "CTX", "RUNNING", "QUEUE", "IDLE UNLOAD"];
+    let header = ["NAME", "STATE", "RAM", "EXPERT CACHE", "HIT", "PREFIXES", "CTX", "SLOTS", "QUEUE", "IDLE UNLOAD"];
     term::println(&render::table(header, &rows, Paint::stdout()))
 }
 
@@ -37,7 +37,7 @@ fn row(snapshot: &Snapshot) -> Option<[String; 10]> {
         experts.and_then(|experts| render::ratio(experts.hits, experts.misses)).map_or("–".into(), render::percent),
         snapshot.prefix.as_ref().map_or("–".into(), |prefix| render::bytes(prefix.bytes)),
         format!("{}/{}", model.context_used, model.context_length),
-        requests.running.to_string(),
+        format!("{}/{}", requests.running, requests.parallel),
         requests.waiting.to_string(),
         model.unload_in_s.map_or("never".into(), |s| format!("in {}", render::seconds(s))),
     ])
@@ -52,6 +52,7 @@ fn listing(snapshot: &Snapshot) -> serde_json::Value {
         value["expert_cache"] = json!(experts.and_then(|experts| experts.cache.as_ref()).map(json::cache));
         value["hit_rate"] = json!(experts.and_then(|experts| render::ratio(experts.hits, experts.misses)));
         value["prefix"] = json!(snapshot.prefix.as_ref().map(json::prefix));
+        value["slots"] = json!(requests.parallel);
         value["running"] = json!(requests.running);
         value["waiting"] = json!(requests.waiting);
         value

@@ -50,7 +50,7 @@ async fn a_message_is_whole_without_a_stream() {
     let fake = Fake::start();
     let gateway = Gateway::start(&fake).await;
     fake.script(considered());
-    let answer = post(gateway.address, "/v1/v1/messages", &body(json!({}))).await;
+    let answer = post(gateway.address, "/v1//v1/messages/", &body(json!({}))).await;
     let message = answer.json();
     assert_eq!((&message["type"], &message["stop_reason"]), (&json!("message"), &json!("end_turn")));
     // Thinking was not asked for.

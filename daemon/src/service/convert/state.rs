@@ -134,6 +134,7 @@ pub(in crate::service) fn snapshot(seen: Seen<'_>) -> v1::Snapshot {
             completion_tokens: totals.completion_tokens.load(Relaxed),
             grammar_s: totals.grammars().as_secs_f64(),
             relaxed: totals.relaxed.load(Relaxed),
+            parallel: u32(state.options.parallel),
         }),
         speed: Some(v1::Speed {
             decode_tok_s: speed.decode_tok_s,

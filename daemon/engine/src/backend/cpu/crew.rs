@@ -300,7 +300,7 @@ impl Scratch {
             attended: floats(rows * shape.heads * shape.head_dim),
             delta: floats(rows * shape.hidden),
             routed: floats(rows * shape.experts),
-            attention: attention::Work::new(shape, attention::UNITS * threads),
+            attention: attention::Work::new(shape, attention::UNITS.min(2 * rows) * threads),
             ffn: Buffers { mid: floats(mid), prepared: Prepared::default() },
             logits: Vec::new(),
             prepared: Default::default(),
