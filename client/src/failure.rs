@@ -126,8 +126,8 @@ pub(crate) fn is_disconnect(status: &Status) -> bool {
 
 fn exit_of(code: &str) -> u8 {
     match code {
-        code::INVALID_VALUE => exit::BAD_DATA,
-        code::FIM_NOT_SUPPORTED | code::SCHEMA_NOT_SUPPORTED => exit::USAGE,
+        code::INVALID_VALUE | code::SCHEMA_NOT_SUPPORTED => exit::BAD_DATA,
+        code::FIM_NOT_SUPPORTED => exit::USAGE,
         // The gateway's own, of the way to a daemon on another machine.
         "daemon_unavailable" => exit::UNAVAILABLE,
         "invalid_api_key" | "host_not_allowed" => exit::PERMISSION,
@@ -173,7 +173,7 @@ mod tests {
         check(code::status(code::CONTEXT_LENGTH, "no"), 1, "context_length_exceeded");
         check(code::status(code::INVALID_VALUE, "no"), 64, "invalid_value");
         check(code::status(code::FIM_NOT_SUPPORTED, "no"), 2, "fim_not_supported");
-        check(code::status(code::SCHEMA_NOT_SUPPORTED, "no"), 2, "schema_not_supported");
+        check(code::status(code::SCHEMA_NOT_SUPPORTED, "no"), 64, "schema_not_supported");
         check(code::status(code::QUEUE_FULL, "no"), 75, "queue_full");
         check(code::status(code::DRAINING, "no"), 75, "draining");
         check(code::status(code::ENGINE, "no"), 1, "engine_error");

@@ -47,8 +47,8 @@ pub(crate) struct RunArgs {
     /// With --json: a line for each piece of the answer as it comes, instead of one object
     #[arg(long, requires = "json", conflicts_with = "no_stream")]
     pub(crate) stream: bool,
-    /// What the answer must be: `json` for any JSON object, or a file with a JSON schema
-    #[arg(long, value_name = "json|SCHEMA.json")]
+    /// What the answer must be: `json` for any JSON object, or a JSON schema: a file, or {…} itself
+    #[arg(long, value_name = "json|SCHEMA")]
     pub(crate) format: Option<PathBuf>,
     /// Give up (124) after so long: 30, 90s, 5m
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
@@ -85,8 +85,8 @@ pub(crate) struct ChatArgs {
     /// System prompt
     #[arg(short, long, value_name = "TEXT")]
     pub(crate) system: Option<String>,
-    /// What each answer must be: `json` for any JSON object, or a file with a JSON schema
-    #[arg(long, value_name = "json|SCHEMA.json")]
+    /// What each answer must be: `json` for any JSON object, or a JSON schema: a file, or {…} itself
+    #[arg(long, value_name = "json|SCHEMA")]
     pub(crate) format: Option<PathBuf>,
     /// Print speed and cache figures after each answer
     #[arg(short = 'v', long, visible_alias = "verbose")]

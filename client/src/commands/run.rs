@@ -128,15 +128,16 @@ fn finish(args: &RunArgs, reply: &Reply, loaded: &LoadResponse, global: &Global)
     Ok(())
 }
 
-/// `json`, or a schema that the answer keeps to the letter.
+/// `json`, or a schema that the answer keeps to the letter: in a file, or as it is.
 pub(super) fn format(wanted: &Path) -> Result<Format, Failure> {
     let kind = if wanted.as_os_str() == "json" {
         Kind::JsonObject(true)
     } else {
-        let schema = read_file(wanted)?;
+        let written = wanted.to_str().filter(|text| text.trim_start().starts_with('{'));
+        let schema = written.map_or_else(|| read_file(wanted), |schema| Ok(schema.to_owned()))?;
         serde_json::from_str::<serde::de::IgnoredAny>(&schema).map_err(|error| {
             let message = format!("{} is no JSON schema: {error}", wanted.display());
-            Failure::new(exit::USAGE, "usage", message).hint("correct the file, or ask for any object with --format json")
+            Failure::new(exit::BAD_DATA, "invalid_schema", message).hint("correct it, or ask for any object with --format json")
         })?;
         Kind::JsonSchema(schema)
     };

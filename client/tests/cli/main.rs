@@ -224,7 +224,7 @@ fn an_error_says_what_to_do() {
     check(&["bench", "--routing", "nope"], 2, "`flashctl help bench` explains");
     check(&["bench", "--routing", "trace:nope"], 66, "check the path");
     fs::write(home.path("schema"), "{").expect("written");
-    check(&["run", "tiny", "hi", "--format", &home.path("schema").display().to_string()], 2, "correct the file");
+    check(&["run", "tiny", "hi", "--format", &home.path("schema").display().to_string()], 64, "correct it");
     check(&["trace", "replay", "nope"], 66, "check the path");
     check(&["run", "tiny", "-f", "nope"], 66, "check the path");
     check(&["run", "tiny", "-f", &bytes], 64, "convert it first");

@@ -81,7 +81,7 @@ fn thoughts_are_kept_from_the_answer() {
 }
 
 #[test]
-fn a_format_is_json_or_a_schema_from_a_file() {
+fn a_format_is_json_or_a_schema() {
     let home = Home::new();
     let daemon = home.daemon();
     let schema = home.path("person.json");
@@ -89,10 +89,13 @@ fn a_format_is_json_or_a_schema_from_a_file() {
     let schema = schema.display().to_string();
     home.run(&["run", "local", "x", "--format", "json"]).expect(0, "Once upon a time.\n", "");
     home.run(&["run", "local", "x", "--format", &schema]).expect(0, "Once upon a time.\n", "");
+    home.run(&["run", "local", "x", "--format", r#" {"type": "array"}"#]).expect(0, "Once upon a time.\n", "");
     home.run(&["run", "local", "x", "--format", "missing.json"]).expect(66, "", "cannot read missing.json");
+    home.run(&["run", "local", "x", "--format", "{bad"]).expect(64, "", "{bad is no JSON schema: key must be a string");
     let requests = daemon.seen.generate.lock().expect("no panic");
     let formats: Vec<_> = requests.iter().map(|request| request.format.clone().expect("a format")).collect();
-    let kinds = [format::Kind::JsonObject(true), format::Kind::JsonSchema(r#"{"type":"object"}"#.into())];
+    let schema = |text: &str| format::Kind::JsonSchema(text.into());
+    let kinds = [format::Kind::JsonObject(true), schema(r#"{"type":"object"}"#), schema(r#" {"type": "array"}"#)];
     assert_eq!(formats, kinds.map(|kind| Format { kind: Some(kind), strict: true }));
 }
 
