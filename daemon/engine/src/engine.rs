@@ -1,7 +1,7 @@
 //! The engine: admits requests, computes one step at a time, and says what happened.
 //!
 //! Synchronous and single-threaded at the seam: the caller's thread owns it. A step takes every running request one
-//! token (or one chunk of its prompt) further; whatever else happens, happens between steps.
+//! token (or one chunk of its prompt, or the tokens of 25 ms, see `apart.rs`) further; whatever else happens, happens between steps.
 
 mod apart;
 mod reuse;
@@ -351,7 +351,7 @@ impl Engine {
         Variant { io: Some(self.io), policy: Some(policy), lookahead: Some(lookahead) }
     }
 
-    /// Takes every decoding request one token further, prompts a little, and hands the events to `deliver`.
+    /// Takes every decoding request a token further, or some, prompts a little, and hands the events to `deliver`, from whatever thread.
     pub fn step(&mut self, deliver: &mut (dyn FnMut(RequestId, Event) -> Delivery + Send)) -> Step {
         self.start_waiting();
         let mut gone = HashSet::new();
