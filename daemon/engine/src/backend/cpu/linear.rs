@@ -118,8 +118,10 @@ impl Pieces {
             total += rows;
             total
         });
-        let least = PIECE_BYTES.div_ceil(row_bytes.max(1)).next_multiple_of(8);
-        let mut pieces = Self { ends: ends.collect(), threads: pool.threads(), least, count: 0 };
+        let (ends, threads) = (ends.collect(), pool.threads());
+        // Who is alone waits for nobody.
+        let least = if threads == 1 { total.max(1) } else { PIECE_BYTES.div_ceil(row_bytes.max(1)).next_multiple_of(8) };
+        let mut pieces = Self { ends, threads, least, count: 0 };
         pieces.count = pieces.walk(usize::MAX).1;
         pieces
     }
