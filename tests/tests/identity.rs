@@ -148,6 +148,9 @@ impl Subject<'_> {
 
     /// Threads that share steps by requests, of which more and fewer decode, and experts that are not there yet.
     fn apart(&self, kernels: Kernels) -> Result<()> {
+        if cfg!(feature = "mlx") && kernels == SERVING {
+            return Ok(()); // which has no threads of ours
+        }
         // Beside a prompt that is read nobody does.
         let longer = |request: &Request| Request { max_tokens: request.max_tokens.map(|most| most + 100), ..request.clone() };
         let subject = Subject { requests: self.requests.iter().map(longer).collect(), ..*self };
@@ -163,9 +166,8 @@ impl Subject<'_> {
                 same(run_with(&mut engine, &requests, &mut |_, _| {})?, &expected, &what)?;
             }
             let apart = engine.report().decoded_apart;
-            assert_eq!(apart > 0, cfg!(not(feature = "mlx")) || kernels != SERVING, "{apart} tokens were decoded apart");
             let hits = engine.report().experts.hits;
-            assert!(hits > apart, "{hits} hits with {apart} tokens");
+            assert!(apart > 0 && hits > apart, "{apart} tokens were decoded apart, with {hits} hits");
         }
         Ok(())
     }
