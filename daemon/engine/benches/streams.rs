@@ -175,9 +175,9 @@ fn together(tokens: usize) -> Result<()> {
             // Each of the four in turn is the one alone.
             let one = &prompts[round as usize % STREAMS..][..1];
             let all = &prompts[..];
-            let mut turn = [(one, Split::Auto), (all, Split::Auto), (all, Split::Matrices), (all, Split::Rows)].into_iter().zip(&mut found);
-            // With a part of the experts there is but one way.
-            let mut turn: Vec<_> = turn.by_ref().take(if share < 1.0 { 2 } else { 4 }).collect();
+            let ways = [(one, Split::Auto), (all, Split::Auto), (all, Split::Matrices), (all, Split::Rows)];
+            // With a part of the experts there is but one.
+            let mut turn: Vec<_> = ways.into_iter().zip(&mut found).take(if share < 1.0 { 2 } else { 4 }).collect();
             let first = round as usize % turn.len();
             turn.rotate_left(first);
             for ((prompts, split), found) in turn {

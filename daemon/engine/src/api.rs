@@ -4,7 +4,7 @@ use std::{collections::HashMap, fmt, path::PathBuf, str::FromStr, sync::Arc, tim
 
 pub use flash_experts::{Error as ExpertsError, Io, Measured, PolicyKind};
 
-use crate::{Error, Profile, Reply};
+use crate::{Error, Lookahead, Profile, Reply};
 
 /// A byte count.
 pub type Bytes = u64;
@@ -121,52 +121,6 @@ pub type Steer = dyn Fn(&[u32], usize, &mut [f32]) + Send + Sync;
 impl fmt::Debug for Script {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Script")
-    }
-}
-
-/// How the threads share a step that several requests decode in. Results are the same.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Split {
-    /// Whichever takes less time, by trying.
-    #[default]
-    Auto,
-    /// Each matrix by its rows: every weight is read once.
-    Matrices,
-    /// The step by its requests, each thread some of them through all layers, where every expert is in memory: nobody waits for others
-    /// between two products.
-    Rows,
-}
-
-/// Whether the next layer's experts are read before they are asked for, while the disk has nothing else to do.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Lookahead {
-    /// On for packed models, for as long as it is useful.
-    #[default]
-    Auto,
-    On,
-    Off,
-}
-
-impl FromStr for Lookahead {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        match text.trim().to_ascii_lowercase().as_str() {
-            "auto" => Ok(Self::Auto),
-            "on" => Ok(Self::On),
-            "off" => Ok(Self::Off),
-            _ => Err(Error::Setting { value: text.into(), wants: "`auto`, `on` or `off`" }),
-        }
-    }
-}
-
-impl fmt::Display for Lookahead {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Auto => "auto",
-            Self::On => "on",
-            Self::Off => "off",
-        })
     }
 }
 
@@ -453,7 +407,7 @@ pub struct Report {
     /// Experts that layers wanted where lookahead had a say, and those of them that it had foreseen.
     pub lookahead_wanted: u64,
     pub lookahead_foreseen: u64,
-    /// Tokens of steps that threads shared by requests: [`Split::Rows`].
+    /// Tokens of steps that threads shared by requests: [`crate::Split::Rows`].
     pub decoded_apart: u64,
     pub profile: Profile,
     pub experts: flash_experts::Stats,

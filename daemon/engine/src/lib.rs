@@ -33,5 +33,6 @@ pub use flash_experts::{Hot, replay};
 pub use kv::disk::clear_disk_cache;
 pub use model::{Chat, Choice, Format, Message, Parameters, Reply, Text, Tool, ToolCall, ToolChoice, hub};
 pub use profile::{Profile, Stage};
+pub use schedule::{Lookahead, Split};
 pub use storage::{StorageReport, storage_report};
 pub use trace::read_trace;

@@ -1,9 +1,9 @@
-//! Who runs in a step, and who waits. Pure data; the engine performs it.
+//! Who runs in a step and how, and who waits. Pure data; the engine performs it.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{collections::VecDeque, fmt, str::FromStr, time::Duration};
 
 use crate::{
-    Bytes, Split,
+    Bytes, Error,
     backend::cpu::{PIECE_MAX, PLACES_MAX},
 };
 
@@ -73,6 +73,39 @@ impl Pace {
     }
 }
 
+/// Whether the next layer's experts are read before they are asked for, while the disk has nothing else to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lookahead {
+    /// On for packed models, for as long as it is useful.
+    #[default]
+    Auto,
+    On,
+    Off,
+}
+
+impl FromStr for Lookahead {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text.trim().to_ascii_lowercase().as_str() {
+            "auto" => Ok(Self::Auto),
+            "on" => Ok(Self::On),
+            "off" => Ok(Self::Off),
+            _ => Err(Error::Setting { value: text.into(), wants: "`auto`, `on` or `off`" }),
+        }
+    }
+}
+
+impl fmt::Display for Lookahead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Auto => "auto",
+            Self::On => "on",
+            Self::Off => "off",
+        })
+    }
+}
+
 /// Switches lookahead off while it does more harm than good, and tries again later.
 #[derive(Debug, Default)]
 pub(crate) struct Worth {
@@ -105,6 +138,19 @@ impl Worth {
         }
         self.pause == 0
     }
+}
+
+/// How the threads share a step that several requests decode in. Results are the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Split {
+    /// Whichever takes less time, by trying.
+    #[default]
+    Auto,
+    /// Each matrix by its rows: every weight is read once.
+    Matrices,
+    /// The step by its requests, each thread some of them through all layers, where the cache has room for every expert: nobody waits for
+    /// others between two products.
+    Rows,
 }
 
 /// How long steps of each kind are measured ...

@@ -86,14 +86,15 @@ macro_rules! either {
 }
 
 impl Backend {
-    /// Reads the trunk (everything but routed experts); `progress` hears the share read so far.
-    pub(crate) fn load(model: &Model, kernels: Kernels, progress: &mut dyn FnMut(f64)) -> Result<Self, Error> {
+    /// Reads the trunk (everything but routed experts), and starts workers where there are any; `threads` counts the calling one,
+    /// `progress` hears the share read so far.
+    pub(crate) fn load(model: &Model, kernels: Kernels, threads: usize, progress: &mut dyn FnMut(f64)) -> Result<Self, Error> {
         match kernels.or_default() {
             #[cfg(feature = "mlx")]
             Kernels::Mlx => Ok(Self::Mlx(Box::new(Mlx::load(model, progress)?))),
             #[cfg(not(feature = "mlx"))]
             Kernels::Mlx => Err(Error::Setting { value: "mlx".into(), wants: "a flashd that was built with the feature `mlx`" }),
-            kernels => Ok(Self::Cpu(Box::new(Cpu::load(model, kernels, progress)?))),
+            kernels => Ok(Self::Cpu(Box::new(Cpu::load(model, kernels, threads, progress)?))),
         }
     }
 
@@ -152,15 +153,6 @@ impl Backend {
             Self::Cpu(_) => _ = act,
             #[cfg(feature = "mlx")]
             Self::Mlx(mlx) => must(mlx.settle(&mut act.mlx)),
-        }
-    }
-
-    /// Starts the workers, where there are any; `threads` counts the calling one.
-    pub(crate) fn start(&mut self, threads: usize) -> Result<(), Error> {
-        match self {
-            Self::Cpu(cpu) => cpu.start(threads),
-            #[cfg(feature = "mlx")]
-            Self::Mlx(_) => Ok(()),
         }
     }
 

@@ -8,7 +8,7 @@
 use std::{
     collections::HashSet,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -19,7 +19,10 @@ use flash_experts::Held;
 use super::{Engine, said::say};
 use crate::{
     Delivery, Event, RequestId, Text,
-    backend::{Backend, cpu::Crew},
+    backend::{
+        Backend,
+        cpu::{Crew, lock},
+    },
     forward::{Forward, Lane},
     profile::Stage,
     sequence::{Counters, Sequence},
@@ -123,14 +126,12 @@ impl Meeting<'_> {
             self.tokens.fetch_add(sequences.len(), Relaxed);
             crew.again().spent(Stage::Sampling, began);
             let done = !gone.is_empty() || sequences.iter().any(|sequence| sequence.paused) || Instant::now() >= self.end;
-            lock(&self.gone).extend(gone);
+            if !gone.is_empty() {
+                lock(&self.gone).extend(gone);
+            }
             if self.over.fetch_or(done, Relaxed) || done {
                 return;
             }
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -11,11 +11,7 @@ mod linear;
 mod pool;
 mod speed;
 
-use std::{
-    io,
-    ops::Range,
-    sync::{Mutex, PoisonError},
-};
+use std::{ops::Range, sync::Mutex};
 
 use attention::Kv;
 pub(crate) use crew::Crew;
@@ -25,7 +21,7 @@ use flash_kernels::{
     Isa,
     matrix::{Matrix, Prepared},
 };
-pub(crate) use pool::{allowed_cpus, physical_cores, pin};
+pub(crate) use pool::{allowed_cpus, lock, physical_cores, pin};
 pub use speed::{Attention, Decoded, FeedForwards, Multiplied, Products};
 
 use crate::{
@@ -167,8 +163,8 @@ impl Owned {
 }
 
 impl Cpu {
-    /// Reads the trunk (everything but routed experts); `progress` hears the share read so far.
-    pub(crate) fn load(model: &Model, kernels: Kernels, progress: &mut dyn FnMut(f64)) -> Result<Self, Error> {
+    /// As [`crate::backend::Backend::load`].
+    pub(crate) fn load(model: &Model, kernels: Kernels, threads: usize, progress: &mut dyn FnMut(f64)) -> Result<Self, Error> {
         let (arch, weights) = (&model.arch, &model.weights);
         let isa = isa_of(kernels);
         let mut trunk = Arena::default();
@@ -195,18 +191,13 @@ impl Cpu {
         let norm = weights.read_vector(&model.norm)?;
         let kv = Kv::new(kernels, &isa);
         let decoder = Decoder { isa, shape, trunk, embed, head, norm, layers, inverse_frequencies };
-        let team = Team::new(&decoder, 1, (PIECE_MAX, PLACES_MAX)).expect("a pool of the calling thread alone starts nothing");
-        Ok(Self { decoder, kv, team, lanes: Vec::new() })
-    }
-
-    /// Starts the workers; `threads` counts the calling one.
-    pub(crate) fn start(&mut self, threads: usize) -> Result<(), Error> {
-        let team = |threads, rows| Team::new(&self.decoder, threads, rows);
-        let failed = |error| Error::Internal(format!("cannot start worker threads: {error}"));
-        let lane = |_| team(1, (LANE_ROWS, LANE_ROWS * self.decoder.shape.top_k)).map(Mutex::new);
-        let lanes = (0..threads).map(lane).collect::<io::Result<_>>().map_err(failed)?;
-        (self.lanes, self.team) = (lanes, team(threads, (PIECE_MAX, PLACES_MAX)).map_err(failed)?);
-        Ok(())
+        let team = |threads, rows| {
+            let failed = |error| Error::Internal(format!("cannot start worker threads: {error}"));
+            Team::new(&decoder, threads, rows).map_err(failed)
+        };
+        let lane = |_| team(1, (LANE_ROWS, LANE_ROWS * decoder.shape.top_k)).map(Mutex::new);
+        let (lanes, team) = ((0..threads).map(lane).collect::<Result<_, _>>()?, team(threads, (PIECE_MAX, PLACES_MAX))?);
+        Ok(Self { decoder, kv, team, lanes })
     }
 
     /// The blocks of the decoder, by all threads together.
@@ -222,9 +213,8 @@ impl Cpu {
     /// Runs `f` for each of some lanes, with the blocks of the decoder by one thread alone. No KV block that one lane writes is another's.
     pub(crate) fn apart(&mut self, lanes: usize, f: &(dyn Fn(usize, Crew<'_>) + Sync)) {
         let Self { decoder, kv, team, lanes: teams } = self;
-        team.pool.run(lanes, &|lane| f(lane, Crew::new(decoder, kv, &mut teams[lane].lock().unwrap_or_else(PoisonError::into_inner))));
-        let profiles =
-            teams[..lanes].iter_mut().map(|team| std::mem::take(&mut team.get_mut().unwrap_or_else(PoisonError::into_inner).profile));
+        team.pool.run(lanes, &|lane| f(lane, Crew::new(decoder, kv, &mut lock(&teams[lane]))));
+        let profiles = teams[..lanes].iter().map(|team| std::mem::take(&mut lock(team).profile));
         team.profile.mean(profiles);
     }
 
@@ -275,7 +265,7 @@ impl Cpu {
 
     /// Of the buffers that every pass uses; [`Cpu::row_bytes`] come on top for each row of a pass.
     pub(crate) fn scratch_bytes(&self) -> Bytes {
-        let lanes = self.lanes.iter().map(|team| team.lock().unwrap_or_else(PoisonError::into_inner).bytes(&self.decoder, LANE_ROWS));
+        let lanes = self.lanes.iter().map(|team| lock(team).bytes(&self.decoder, LANE_ROWS));
         self.team.bytes(&self.decoder, PIECE_MAX) + lanes.sum::<Bytes>()
     }
 
